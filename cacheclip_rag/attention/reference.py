@@ -1,0 +1,41 @@
+"""The eager oracle: every score written out in float32. It defines what the other implementations must compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .mask import Sparse, trailing, visible
+
+
+def reference_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cacheclip: Sparse | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(q k^T * scaling + mask) v`` over ``query [1, H, S, D]``, ``key`` and ``value [1, Hk, N, D]``.
+
+    Returns ``([1, S, H, D]`` in the queries' dtype, probabilities ``[1, H, S, N]`` float32).
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = query.shape[1] // key.shape[1]
+    rows = trailing(query.shape[2], key.shape[2], query.device) if cacheclip is None else cacheclip.rows
+    if cacheclip is not None and cacheclip.probe is not None and module.layer_idx in cacheclip.probe.layers:
+        cacheclip.probe(module.layer_idx, query, key, rows, scaling)
+    scores = query.float() @ key.float().repeat_interleave(groups, dim=1).mT * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    mask = visible(rows, key.shape[2], sliding_window)
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    output = probabilities @ value.float().repeat_interleave(groups, dim=1)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), probabilities

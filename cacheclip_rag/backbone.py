@@ -1,0 +1,404 @@
+"""Everything that touches transformers: load, tokenise, forward, generate, and whether a model can be composed at all."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+
+from .attention import SDPA, Sparse
+from .attention.mask import Probe
+from .canvas import Canvas
+from .errors import NotComposable, PromptError, WeightsError
+from .rotary import Rotary
+
+_SENTINEL = "\u2063cacheclip\u2063"  # stands for the user's text when a chat template is cut open
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """``ids [n]`` int64 and ``offsets [n, 2]`` int64: the character span of each token in the text they came from."""
+
+    ids: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Backbone:
+    """A causal language model of transformers, its tokenizer, and the few operations the engine needs of them.
+
+    Thread-safe in use: a forward keeps its state in its own `Canvas`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = SDPA) -> None:
+        self.tokenizer = tokenizer
+        self.model = model.eval()
+        self.attention = attention
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.config = model.config.get_text_config()
+        self.layers: int = self.config.num_hidden_layers
+        self.kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        self.head_dim: int = (
+            getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        )
+        self.window: int = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
+        self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._plain.encode_special_tokens = True  # "<|im_end|>" inside a document is eleven characters, not a command
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        self._opening = self._begin_of_sequence()
+        self._views: dict[int, nn.Module] = {}
+        self.obstacle: str | None = self._find_obstacle()
+        """Why chunks cannot be composed with this model, or None."""
+        if self.obstacle is None:
+            model.set_attn_implementation(attention)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "auto",
+        attention: str = SDPA,
+    ) -> Backbone:
+        """Load from a folder. ``dtype="auto"`` takes bfloat16 where the hardware multiplies it natively, else float32.
+
+        Raises `WeightsError` when the folder holds no causal language model with a fast tokenizer.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = best_dtype(torch.device(device))
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{path} holds no causal language model that transformers can load: {error}") from error
+        if not tokenizer.is_fast:
+            raise WeightsError(f"{path} has no fast tokenizer; character offsets need one (tokenizer.json)")
+        return cls(model.to(device), tokenizer, attention=attention)
+
+    # ---- text and tokens ------------------------------------------------------------------------------------------
+
+    def tokenise(self, text: str, plain: bool = False) -> Tokens:
+        """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
+        encoder = self._plain if plain else self.tokenizer.backend_tokenizer
+        try:
+            encoding = encoder.encode(text, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise PromptError(f"the text is not valid Unicode and cannot be tokenised: {error}") from error
+        offsets = torch.from_numpy(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
+        return Tokens(torch.tensor(encoding.ids, dtype=torch.long), offsets)
+
+    def tokenise_prompt(self, prompt: str, documents: Sequence[tuple[int, int]] = ()) -> Tokens:
+        """A whole prompt's tokens: those transformers would see, begin-of-sequence included where the model wants one.
+
+        ``documents`` are character spans of untrusted text. A control token written inside one stays text; so that the
+        tokenizer does not act on it, the prompt is then cut at the genuine control tokens, as the tokenizer itself does.
+        """
+        if any(token in prompt[start:end] for start, end in documents for token in self.control_tokens):
+            tokens = self._tokenise_around(prompt, documents)
+        else:
+            tokens = self.tokenise(prompt)
+        if self._opening is not None and not (len(tokens) and tokens.ids[0] == self._opening):
+            opening = Tokens(torch.tensor([self._opening]), torch.zeros(1, 2, dtype=torch.long))
+            tokens = Tokens(torch.cat([opening.ids, tokens.ids]), torch.cat([opening.offsets, tokens.offsets]))
+        return tokens
+
+    def _tokenise_around(self, prompt: str, documents: Sequence[tuple[int, int]]) -> Tokens:
+        ids, offsets, last = [], [], 0
+        pattern = re.compile("|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True)))
+        cuts = [m.span() for m in pattern.finditer(prompt)]
+        cuts = [(a, b) for a, b in cuts if not any(a < end and b > start for start, end in documents)]
+        for start, end in [*cuts, (len(prompt), len(prompt))]:
+            piece = self.tokenise(prompt[last:start], plain=True)
+            control = self.tokenise(prompt[start:end])
+            ids += [piece.ids, control.ids]
+            offsets += [piece.offsets + last, control.offsets + start]
+            last = end
+        return Tokens(torch.cat(ids), torch.cat(offsets))
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """The texts that the tokenizer reads as control tokens."""
+        return [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content]
+
+    def _begin_of_sequence(self) -> int | None:
+        ids = self.tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+        return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
+
+    def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The prompt for chat ``messages``, ready for the assistant's turn; without a chat template, the plain texts."""
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(str(m["content"]) for m in messages) + "\n\n"
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        )
+
+    def shared_prefix(self) -> str:
+        """What stands before a user's text in this model's chat template: the prefix chunks are encoded behind.
+
+        One prefix shared by all chunks absorbs the attention sink once (CacheClip, APE); without a template it is the
+        beginning-of-sequence token, or a newline.
+        """
+        if self.tokenizer.chat_template:
+            prompt = self.chat([{"role": "user", "content": _SENTINEL}])
+            if prompt.count(_SENTINEL) == 1:
+                return prompt.split(_SENTINEL)[0]
+        return self.tokenizer.bos_token or "\n"
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    def canvas(self, capacity: int) -> Canvas:
+        return Canvas(
+            self.layers, self.kv_heads, self.head_dim, capacity, dtype=self.dtype, device=self.device
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        ids: Tensor,
+        rows: Tensor,
+        canvas: Canvas,
+        *,
+        positions: Tensor | None = None,
+        logits: int = 1,
+        probe: Probe | None = None,
+        depth: int | None = None,
+    ) -> Tensor | None:
+        """Compute ``ids [S]`` at canvas ``rows [S]`` (strictly increasing), writing their KV before it is attended to.
+
+        This one primitive is full prefill (all rows on an empty canvas), selective recompute (scattered rows over
+        placed chunks) and a decoding step (one row). Returns the last ``logits`` rows' logits ``[logits, vocabulary]``
+        in float32, or None for ``logits=0``, which spares the language-model head. ``depth`` runs the first layers only
+        (no logits). ``positions [S]`` are the RoPE positions where they differ from the slots.
+        Source: the sparse prefill of CacheBlend and EPIC, with the exact causal mask.
+        """
+        rows = rows.to(self.device)
+        canvas.aim(rows)
+        kwargs: dict[str, Any] = dict(
+            input_ids=ids.to(self.device)[None],
+            position_ids=(rows if positions is None else positions.to(self.device))[None],
+            past_key_values=canvas,
+            use_cache=True,
+            cacheclip=Sparse(rows, probe),
+        )
+        if logits and depth is None:
+            output = self.model(**kwargs, logits_to_keep=logits)
+            return output.logits[0].float()
+        self._view(depth)(**kwargs)
+        return None
+
+    def _view(self, depth: int | None) -> nn.Module:
+        """The decoder without its head, cut to its first ``depth`` layers; the weights are shared."""
+        decoder = self.model.base_model
+        if depth is None or depth >= self.layers:
+            return decoder
+        if depth not in self._views:
+            view = copy.copy(decoder)
+            view._modules = dict(decoder._modules)
+            view.layers = decoder.layers[:depth]
+            self._views[depth] = view
+        return self._views[depth]
+
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        logits: Tensor,
+        step: Callable[[Tensor, int], Tensor],
+        *,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **options: Any,
+    ) -> Iterator[int]:
+        """Decode after a prefill: yields token ids until transformers says stop.
+
+        ``prompt_ids [T]``; the prompt's last ``logits [1, V]``; ``step(id [1], row)`` computes the next ones (see
+        `on_canvas`). ``options`` are those of ``model.generate``, which prepares logits processors and stopping
+        criteria; the loop is ours (its ``custom_generate`` seam), because the first token needs no forward here and the
+        caller may pause or stop between any two. Closing the iterator ends it.
+        """
+
+        def loop(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: Any,
+            **_: Any,
+        ) -> Iterator[int]:
+            scores, row = logits, len(prompt_ids)
+            while True:
+                with torch.inference_mode():
+                    scores = logits_processor(input_ids, scores)
+                    if generation_config.do_sample:
+                        token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+                    else:
+                        token = scores.argmax(dim=-1, keepdim=True)
+                    input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)
+                    done = bool(stopping_criteria(input_ids, None).all())
+                yield int(token)
+                if done:
+                    return
+                scores, row = step(token[0], row), row + 1
+
+        return self.model.generate(
+            prompt_ids.to(self.device)[None],
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self.device),
+            custom_generate=loop,
+            stopping_criteria=stopping_criteria,
+            **options,
+        )
+
+    def on_canvas(self, canvas: Canvas) -> Callable[[Tensor, int], Tensor]:
+        """The decoding step of `generate` that appends to ``canvas``."""
+
+        def step(token: Tensor, row: int) -> Tensor:
+            logits = self.forward(token, torch.tensor([row]), canvas)
+            assert logits is not None
+            return logits
+
+        return step
+
+    @torch.inference_mode()
+    def native_prefill(self, ids: Tensor) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
+        """Full prefill with transformers' own cache and attention, for models that cannot be composed.
+
+        Returns the last ``logits [1, V]`` and the decoding step of `generate`.
+        """
+        output = self.model(input_ids=ids.to(self.device)[None], use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+
+        @torch.inference_mode()
+        def step(token: Tensor, row: int) -> Tensor:
+            positions = torch.tensor([[row]], device=self.device)
+            return self.model(
+                input_ids=token[None], position_ids=positions, past_key_values=cache, use_cache=True
+            ).logits[0].float()
+
+        return output.logits[0].float(), step
+
+    # ---- composability and identity -------------------------------------------------------------------------------
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotation that moves this model's keys. Raises `NotComposable` where there is none."""
+        if self.obstacle is not None:
+            raise NotComposable(self.obstacle)
+        return Rotary(self._inverse_frequencies())
+
+    def _inverse_frequencies(self) -> Tensor:
+        """``[L, d/2]`` (or ``[1, d/2]`` when all layers share it), read from the model's own rotary module."""
+        module = self.model.base_model.rotary_emb
+        if hasattr(module, "inv_freq"):
+            return module.inv_freq[None]
+        return torch.stack([getattr(module, f"{kind}_inv_freq") for kind in self.config.layer_types])
+
+    @property
+    def full_layers(self) -> list[int]:
+        """The layers that attend to the whole context (the others see a sliding window)."""
+        types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.layers
+        return [i for i, kind in enumerate(types) if kind == "full_attention"] or list(range(self.layers))
+
+    def _find_obstacle(self) -> str | None:
+        """Why this model cannot be composed, or None: first by its configuration, then by trying it on a few tokens.
+
+        Trying decides: whatever an architecture is called, its keys must move by one rotation, and our attention must
+        give its own logits.
+        """
+        name = self.config.model_type
+        types = set(getattr(self.config, "layer_types", None) or [])
+        if strange := types - {"full_attention", "sliding_attention"}:
+            return f"{name} has {', '.join(sorted(strange))} layers, which keep no key per token"
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+        for kind in {r.get("rope_type", "default") for r in nested}:
+            if kind in ("dynamic", "longrope"):
+                return f"{name} uses {kind} RoPE scaling: its angles depend on the prompt's length, so keys cannot move"
+        try:
+            return self._try_out()
+        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
+            return f"{name} could not be tried out on a canvas: {type(error).__name__}: {error}"
+
+    @torch.inference_mode()
+    def _try_out(self) -> str | None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.config.vocab_size, (12,), generator=generator)
+        rows, shift = torch.arange(12), 20
+        own = self.model(input_ids=ids.to(self.device)[None], use_cache=False).logits[0].float()
+        native = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self.attention)
+        try:
+            here, there = self.canvas(12), self.canvas(12)
+            ours = self.forward(ids, rows, here, logits=12)
+            # Attention is relative: the same tokens elsewhere must give the same keys up to one rotation.
+            self.forward(ids, rows, there, positions=rows + shift, logits=0)
+            rotated = Rotary(self._inverse_frequencies()).rotate(here.keys[:, 0], shift)
+        finally:
+            self.model.set_attn_implementation(native)
+        # Rounding stays far below a tenth in bfloat16; a wrong layout or an ignored argument is of order one.
+        if (error := _relative(ours, own)) > 0.1:
+            return f"{self.config.model_type}: our attention differs from the model's own by {error:.0%}"
+        if (error := _relative(rotated, there.keys[:, 0])) > 0.1:
+            return f"{self.config.model_type}: its keys do not move by a rotation (off by {error:.0%})"
+        if (error := _relative(here.values, there.values)) > 0.1:
+            return f"{self.config.model_type}: its values depend on the absolute position (off by {error:.0%})"
+        return None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies this model for stored KV: every weight's bytes, configuration, tokenizer, dtype.
+
+        A model's name or path is not its identity: weights are hashed as they are in memory (xxh3, some 5 GB/s).
+        """
+        digest = xxhash.xxh3_128()
+        for name, parameter in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_") and k not in _COSMETIC}
+        return {
+            "architecture": self.config.model_type,
+            "weights": digest.hexdigest(),
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+            "tokenizer": hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+_COSMETIC = {"transformers_version", "architectures", "torch_dtype", "dtype", "use_cache", "output_attentions"}
+"""Configuration fields that do not change a model's KV."""
+
+
+def _relative(a: Tensor | None, b: Tensor) -> float:
+    assert a is not None
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12))
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on accelerators and on CPUs with bfloat16 instructions, else float32."""
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16

@@ -1,0 +1,62 @@
+"""Work that can wait until nobody is waiting for an answer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+log = logging.getLogger("cacheclip_rag")
+
+
+class Background:
+    """One daemon thread that calls ``work(text)`` for every text it is given, each once, in order."""
+
+    def __init__(self, work: Callable[[str], None]) -> None:
+        self._work = work
+        self._waiting: OrderedDict[str, None] = OrderedDict()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._busy = self._closed = False
+
+    def add(self, texts: Iterable[str]) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            self._waiting.update(dict.fromkeys(texts))
+            if self._waiting and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="cacheclip-background", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until nothing is left to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not (self._waiting or self._busy))
+
+    def close(self) -> None:
+        """Finish the text at hand, drop the rest."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting)
+                if self._closed:
+                    return
+                text, _ = self._waiting.popitem(last=False)
+                self._busy = True
+            try:
+                self._work(text)
+            except Exception:
+                log.exception("background encoding failed")
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()

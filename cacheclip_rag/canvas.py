@@ -1,0 +1,112 @@
+"""One request's KV cache: a buffer per layer that can be written at scattered rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .chunks import ChunkKV
+from .rotary import Rotary
+
+
+class Canvas(Cache):
+    """KV of ``capacity`` slots for all layers, ``[L, 1, Hk, capacity, D]``.
+
+    Chunk KV is *placed* on it (copied and rotated, so the store stays untouched), a forward over some rows *overwrites*
+    those rows in every layer before they are attended to, and decoding appends. `length` is the number of slots in use;
+    `aim` says which slots the next forward writes.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (layers, 1, kv_heads, capacity, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+        self.rows = torch.empty(0, dtype=torch.long)
+        self._contiguous: slice | None = None
+        super().__init__(layers=[_CanvasLayer(self, i) for i in range(layers)])
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def aim(self, rows: Tensor) -> None:
+        """The next forward writes its K and V at ``rows [S]`` int64, strictly increasing."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last >= self.capacity:
+            raise IndexError(f"row {last} does not fit on a canvas of {self.capacity} slots")
+        self.rows = rows
+        # A run of rows is a slice: writing it costs a copy, not a scatter.
+        self._contiguous = slice(first, last + 1) if last - first + 1 == len(rows) else None
+        self.length = max(self.length, last + 1)
+
+    def place(self, chunk: ChunkKV, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
+        """Copy the KV of ``chunk``'s ``tokens`` to the slots from ``row`` on, rotated to ``position`` (default: row)."""
+        keys, values = chunk.keys[:, :, tokens], chunk.values[:, :, tokens]
+        target = slice(row, row + keys.shape[2])
+        delta = (row if position is None else position) - (chunk.position + tokens.start)
+        rotary.rotate(keys.to(self.keys.device), delta, out=self.keys[:, 0, :, target])
+        self.values[:, 0, :, target] = values
+        self.length = max(self.length, target.stop)
+
+    def write(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Copy exact KV ``[L, Hk, n, D]``, already at its position, to the slots from ``row`` on."""
+        target = slice(row, row + keys.shape[2])
+        self.keys[:, 0, :, target] = keys
+        self.values[:, 0, :, target] = values
+        self.length = max(self.length, target.stop)
+
+    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """A copy of the KV at ``rows``: keys and values ``[L, Hk, n, D]``."""
+        return self.keys[:, 0, :, rows].clone(), self.values[:, 0, :, rows].clone()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def _update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self._contiguous is not None:
+            self.keys[layer][:, :, self._contiguous] = keys
+            self.values[layer][:, :, self._contiguous] = values
+        else:
+            self.keys[layer].index_copy_(2, self.rows, keys)
+            self.values[layer].index_copy_(2, self.rows, values)
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+
+class _CanvasLayer(CacheLayerMixin):
+    """transformers' view of one layer of a `Canvas`."""
+
+    is_sliding = False  # sliding windows are a matter of the mask here; the buffer keeps every row
+
+    def __init__(self, canvas: Canvas, index: int) -> None:
+        super().__init__()
+        self._canvas, self._index = canvas, index
+        self.keys, self.values = canvas.keys[index], canvas.values[index]
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._canvas._update(self._index, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self._canvas.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._canvas.length, 0
+
+    def get_max_length(self) -> int:
+        return self._canvas.capacity
+
+    def get_max_cache_shape(self) -> int:  # the name before transformers 5.23
+        return self._canvas.capacity

@@ -1,0 +1,67 @@
+"""Chunks, their KV, and the names under which both are known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+MIN_CHARS = 64
+"""Chunks shorter than this (characters) are not worth recognising: prefilling them is as quick."""
+
+
+def canonical(text: str) -> str:
+    """The text a chunk is known by: stripped, because prompt builders and chat templates strip what they insert."""
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Everything, beside the text, that a chunk's KV depends on. Another value anywhere is another namespace.
+
+    ``fields`` is JSON-like; `digest` is the sha256 of its canonical form, in hex.
+    """
+
+    fields: Mapping[str, Any]
+
+    @property
+    def json(self) -> str:
+        return json.dumps(dict(self.fields), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    def key(self, text: str) -> str:
+        """The digest (hex) under which the KV of a chunk with this text is stored."""
+        joined = self.digest.encode() + b"\0" + canonical(text).encode("utf-8", "surrogatepass")
+        return hashlib.sha256(joined).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkKV:
+    """One chunk's KV cache as it is stored.
+
+    ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` int64 and ``offsets [n, 2]`` int64 (character span in ``text``) are
+    the tokenisation the KV belongs to. Keys are rotated: token j stands at RoPE position ``position + j``. Keeping the
+    position they were computed at, instead of rotating back to 0, spares a rounding, and a chunk that is placed where
+    it was encoded is copied bit for bit.
+    """
+
+    text: str
+    ids: Tensor
+    offsets: Tensor
+    keys: Tensor
+    values: Tensor
+    position: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.ids, self.offsets, self.keys, self.values))

@@ -1,0 +1,5 @@
+"""Offline: ways of computing a chunk's KV once, at ingestion."""
+
+from .isolated import Encoder, Isolated
+
+__all__ = ["Encoder", "Isolated"]

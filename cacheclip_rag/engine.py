@@ -1,0 +1,553 @@
+"""The engine: prompt in, tokens and a report out. The only place where the rooms below are put together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import methods
+from .auxiliary import Auxiliary, CharacterScores
+from .backbone import Backbone
+from .background import Background
+from .canvas import Canvas
+from .chunks import ChunkKV, Namespace
+from .decoding import TextStream
+from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError
+from .library import Library
+from .methods import Method
+from .prefixes import PrefixCache
+from .prompt import ChunkIndex, Layout, Span, align, find_question
+from .pull import resolve as resolve_weights
+from .report import ChunkUse, Report
+from .select import Everything, Request
+from .store import ChunkStore, DiskStore, MemoryStore, TieredStore
+from .turns import Turns
+
+log = logging.getLogger("cacheclip_rag")
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished request: the ``text``, its token ``ids``, and the `Report`."""
+
+    text: str
+    ids: tuple[int, ...]
+    report: Report
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(eq=False)
+class Prefill:
+    """A prompt whose KV stands on a canvas: ``logits [1, V]`` of its last token, and everything to go on from there."""
+
+    layout: Layout
+    canvas: Canvas | None
+    logits: Tensor
+    report: Report
+    step: Callable[[Tensor, int], Tensor]
+
+
+@dataclass
+class Ensured:
+    """What `Engine.ensure` did: keys of the chunks whose KV is kept, how many were encoded now, and what was left out."""
+
+    keys: list[str] = field(default_factory=list)
+    encoded: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """``(beginning of the text, reason)`` of chunks without KV; prompts with them are prefilled as usual."""
+
+
+class Engine:
+    """Answers prompts, reusing the KV of the chunks it knows.
+
+    Thread-safe: requests take turns at the model, a prefill or a decoding step at a time.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Backbone,
+        *,
+        auxiliary: str | Path | Backbone | None = None,
+        method: str | Method | None = None,
+        recompute_ratio: float | None = None,
+        store: str | Path | None = None,
+        memory_bytes: int = 4 * GIB,
+        disk_bytes: int = 32 * GIB,
+        prefix: str | None = None,
+        tenant: str = "",
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "auto",
+        on_uncomposable: Literal["error", "prefill"] = "error",
+    ) -> None:
+        """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
+
+        ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"query_guided"``) and
+        ``recompute_ratio`` (0..1) can be overridden by each request. ``store``: the folder that keeps chunk KV; None
+        keeps it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers. ``prefix``: the text chunks are
+        encoded behind, by default what precedes the user's text in the model's chat template. ``tenant`` separates
+        chunk KV of different owners. ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise
+        `NotComposable`, or serve it by plain prefill.
+
+        Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
+        """
+        if method is None:
+            method = "cacheclip" if auxiliary is not None else "query_guided"
+        self.method = methods.resolve(method)
+        if prefix is not None:
+            self.method = methods.resolve(self.method, prefix=prefix)
+        self.recompute_ratio = None if recompute_ratio is None else methods.check_ratio(recompute_ratio)
+        self._check_auxiliary(self.method, auxiliary is not None)
+        self._store_folder, self._memory_bytes, self._disk_bytes = store, memory_bytes, disk_bytes
+        self.backbone = _backbone(model, dtype, device)
+        if self.backbone.obstacle is not None and on_uncomposable == "error":
+            raise NotComposable(f'{self.backbone.obstacle}; on_uncomposable="prefill" serves it without reuse')
+        self.composable = self.backbone.obstacle is None
+        self.index = ChunkIndex()
+        self.auxiliary: Auxiliary | None = None
+        if self.composable:
+            self._rotary = self.backbone.rotary
+            self.library = Library(self.backbone, self.method.encode, self._open_store, tenant)
+            self._prefixes = PrefixCache()
+            for entry in self.library.store.entries():
+                self.index.add(entry.key, entry.text)
+            if auxiliary is not None:
+                helper = _backbone(auxiliary, dtype, device)
+                self.auxiliary = Auxiliary(Library(helper, self.method.encode, self._open_store, tenant))
+        self._turns = Turns()
+        self._hints: OrderedDict[tuple[str, frozenset[str]], None] = OrderedDict()
+        self._hints_lock = threading.Lock()
+        self._active = 0
+        self._background = Background(self._encode_later)
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="cacheclip")
+        self.last_report: Report | None = None
+
+    # ---- ingestion ------------------------------------------------------------------------------------------------
+
+    def ensure(self, texts: Iterable[str], progress: Callable[[int], None] | None = None) -> Ensured:
+        """Keep the KV of these chunks: encode what is missing, leave what is there.
+
+        Never raises for a chunk: one that cannot be encoded or kept is listed with the reason, and prompts that contain
+        it are prefilled as usual. Interrupting it loses nothing that was finished. ``progress(done)`` is called after
+        each chunk.
+        """
+        result = Ensured()
+        for done, text in enumerate(texts, start=1):
+            try:
+                key = self.library.key(text) if self.composable else ""
+                if not self.composable:
+                    result.skipped.append((text[:40], f"{self.backbone.obstacle}"))
+                elif self.index.text(key) is not None and key in self.library.store:
+                    self._ensure_auxiliary(text)
+                    result.keys.append(key)
+                else:
+                    with self._turns:
+                        chunk = self.library.ensure(text)
+                    self._ensure_auxiliary(text)
+                    if key in self.library.store:
+                        self.index.add(key, chunk.text)
+                        result.keys.append(key)
+                        result.encoded += 1
+                    else:
+                        result.skipped.append((text[:40], "the store did not keep it"))
+            except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
+                log.warning("chunk not encoded: %s", error)
+                result.skipped.append((text[:40], str(error)))
+            if progress is not None:
+                progress(done)
+        return result
+
+    def ensure_later(self, texts: Iterable[str]) -> None:
+        """Like `ensure`, in the background, while no request is being served."""
+        if self.composable:
+            self._background.add(texts)
+
+    def flush(self) -> None:
+        """Wait until everything asked of `ensure_later` is done."""
+        self._background.flush()
+
+    def forget(self, texts: Iterable[str]) -> None:
+        """Drop the KV of these chunks, the auxiliary model's included."""
+        if not self.composable:
+            return
+        for text in texts:
+            key = self.library.key(text)
+            self.index.remove(key)
+            self.library.store.delete([key])
+            if self.auxiliary is not None:
+                self.auxiliary.library.store.delete([self.auxiliary.library.key(text)])
+
+    def knows(self, text: str) -> bool:
+        """Whether the KV of this chunk is kept."""
+        return self.composable and text in self.library
+
+    def hint(self, texts: Sequence[str], question: str | None = None) -> None:
+        """Advice from a retriever: these chunks and this question are about to come in a prompt.
+
+        Starts loading their KV into memory, settles ties in recognition, and tells the question from the instructions
+        around it. Wrong or missing advice costs nothing but time.
+        """
+        if not self.composable:
+            return
+        keys = frozenset(self.library.key(text) for text in texts)
+        with self._hints_lock:
+            self._hints[(question or "", keys)] = None
+            self._hints.move_to_end((question or "", keys))
+            while len(self._hints) > 256:
+                self._hints.popitem(last=False)
+        self._threads.submit(self._load, keys)
+
+    # ---- answering ------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str, **options: Any) -> Answer:
+        """Answer a prompt. ``options`` are those of `stream`."""
+        stream = self.stream(prompt, **options)
+        text = "".join(stream)
+        return Answer(text, tuple(stream.ids), stream.report)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        question: str | None = None,
+        method: str | Method | None = None,
+        recompute_ratio: float | None = None,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] | None = None,
+        cancel: threading.Event | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """Answer a prompt piece by piece: an iterator of text deltas with ``ids`` and ``report`` on it.
+
+        The prefill runs at the first ``next``. Closing the iterator, or setting ``cancel``, ends the request and frees
+        its memory. ``question``: the question's text, where the caller knows it. ``stop``: strings that end the answer
+        and are not part of it. ``options`` go to ``model.generate`` (``temperature``, ``top_p``, ...); decoding is
+        greedy unless a temperature above 0 or ``do_sample=True`` is given.
+
+        Raises `PromptError` and `ConfigurationError` at once, not at the first ``next``.
+        """
+        chosen, ratio = self._recipe(method, recompute_ratio)
+        if max_new_tokens < 1:
+            raise ConfigurationError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if isinstance(stop, str):
+            stop = [stop]
+        if not prompt:
+            raise PromptError("the prompt is empty")
+        if options.get("temperature") and "do_sample" not in options:
+            options["do_sample"] = True
+        if not options.setdefault("do_sample", False):
+            options.update(temperature=None, top_p=None, top_k=None)
+        report = Report(chosen.name, ratio)
+
+        def run() -> Iterator[int]:
+            start = time.perf_counter()
+            self._active += 1
+            try:
+                prefill = self._prefill(prompt, chosen, ratio, question, max_new_tokens, report)
+                room = self.backbone.window - len(prefill.layout)
+                steps = self.backbone.generate(
+                    prefill.layout.ids,
+                    prefill.logits,
+                    self._in_turn(prefill.step),
+                    max_new_tokens=min(max_new_tokens, room),
+                    **options,
+                )
+                for token in steps:
+                    if not report.completion_tokens:
+                        report.ttft = time.perf_counter() - start
+                    report.completion_tokens += 1
+                    yield token
+                    if cancel is not None and cancel.is_set():
+                        report.finish_reason = "cancelled"
+                        break
+                else:
+                    at_length = report.completion_tokens >= min(max_new_tokens, room)
+                    report.finish_reason = "length" if at_length else "stop"
+            finally:
+                self._active -= 1
+                report.finish_reason = report.finish_reason or "cancelled"
+                report.total = time.perf_counter() - start
+                self.last_report = report
+                log.info("%s", report)
+
+        return TextStream(run(), self.backbone.tokenizer, report, stop or ())
+
+    def prefill(
+        self,
+        prompt: str,
+        *,
+        question: str | None = None,
+        method: str | Method | None = None,
+        recompute_ratio: float | None = None,
+        room: int = 256,
+    ) -> Prefill:
+        """The prompt's KV on a canvas with ``room`` free slots, and the logits of its last token, without decoding."""
+        chosen, ratio = self._recipe(method, recompute_ratio)
+        report = Report(chosen.name, ratio)
+        start = time.perf_counter()
+        result = self._prefill(prompt, chosen, ratio, question, room, report)
+        report.ttft = report.total = time.perf_counter() - start
+        return result
+
+    def close(self) -> None:
+        """Stop background work. The engine goes on answering."""
+        self._background.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _recipe(self, method: str | Method | None, ratio: float | None) -> tuple[Method, float]:
+        chosen = self.method if method is None else methods.resolve(method)
+        self._check_auxiliary(chosen, self.auxiliary is not None or not self.composable)
+        if ratio is None:
+            ratio = self.recompute_ratio if method is None else None
+        ratio = chosen.recompute_ratio if ratio is None else methods.check_ratio(ratio)
+        return chosen, ratio
+
+    @staticmethod
+    def _check_auxiliary(method: Method, present: bool) -> None:
+        if method.select.needs_auxiliary and not present:
+            raise ConfigurationError(
+                f'method "{method.name}" needs an auxiliary model: auxiliary="smollm2-135m-instruct", '
+                'or choose method="query_guided"'
+            )
+
+    def _prefill(
+        self, prompt: str, method: Method, ratio: float, question: str | None, room: int, report: Report
+    ) -> Prefill:
+        if not prompt:
+            raise PromptError("the prompt is empty")
+        with self._turns:
+            if not self.composable:
+                report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
+                return self._native(prompt, report)
+            if isinstance(method.select, Everything) or ratio >= 1.0:
+                return self._full(prompt, room, report)
+            try:
+                return self._reuse(prompt, method, ratio, question, room, report)
+            except PromptError:
+                raise
+            except Exception as error:  # whatever goes wrong in reuse costs time, never the answer
+                log.exception("reuse failed; prefilling the whole prompt")
+                report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
+                report.chunks.clear()
+                return self._full(prompt, room, report)
+
+    def _native(self, prompt: str, report: Report) -> Prefill:
+        tokens = self._fitting(self.backbone.tokenise_prompt(prompt).ids)
+        layout = align(prompt, tokens, torch.zeros(len(tokens), 2, dtype=torch.long), [], [])
+        logits, step = self.backbone.native_prefill(tokens)
+        report.prompt_tokens = report.fresh = len(tokens)
+        return Prefill(layout, None, logits, report, step)
+
+    def _full(self, prompt: str, room: int, report: Report) -> Prefill:
+        """Every row computed. Chunks are still recognised: control tokens inside documents stay text."""
+        with report.timed("tokenise"):
+            documents = [(span.start, span.end) for span in self.index.find(prompt)]
+            tokens = self.backbone.tokenise_prompt(prompt, documents)
+            self._fitting(tokens.ids)
+            layout = align(prompt, tokens.ids, tokens.offsets, [], [])
+        canvas = self.backbone.canvas(len(layout) + room)
+        with report.timed("recompute"):
+            logits = self.backbone.forward(layout.ids, torch.arange(len(layout)), canvas)
+        report.prompt_tokens = report.fresh = len(layout)
+        report.prefix = report.reused = report.recomputed = report.edges = 0
+        report.canvas_bytes = canvas.nbytes
+        assert logits is not None
+        return Prefill(layout, canvas, logits, report, self.backbone.on_canvas(canvas))
+
+    def _reuse(
+        self, prompt: str, method: Method, ratio: float, question: str | None, room: int, report: Report
+    ) -> Prefill:
+        with report.timed("recognise"):
+            self._follow_store()
+            hinted, asked = self._hinted(prompt)
+            spans = self.index.find(prompt, hinted)
+            asking = find_question(prompt, spans, question or asked, self.backbone.control_tokens)
+        auxiliary = self._auxiliary_scores(method, ratio, spans, asking.text)
+        with report.timed("tokenise"):
+            tokens = self.backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans])
+            self._fitting(tokens.ids)
+        with report.timed("load"):
+            chunks, missing = self._load([span.key for span in spans])
+        with report.timed("tokenise"):
+            stored = [(chunks[s.key].ids, chunks[s.key].offsets) if s.key in chunks else None for s in spans]
+            layout = align(prompt, tokens.ids, tokens.offsets, spans, stored)
+
+        count = len(layout)
+        canvas = self.backbone.canvas(count + max(room, 64))
+        with report.timed("place"):
+            exact = self._exact_rows(layout)
+            known = self._prefixes.longest(layout.ids)
+            prefix = 0 if known is None else min(known[0].shape[2], _first(layout.reusable, count), count - 1)
+            if known is not None and prefix:
+                canvas.write(0, known[0][:, :, :prefix], known[1][:, :, :prefix])
+            for number, row, part in layout.runs():
+                canvas.place(chunks[spans[number].key], part, row, self._rotary)
+
+        held = layout.reusable.clone()
+        held[count - 1] = False  # the last token's logits are wanted, so it is always computed
+        rows = (held & ~exact).nonzero()[:, 0]
+        fresh = (~held).nonzero()[:, 0]
+        fresh = fresh[fresh >= prefix]
+        budget = int(ratio * len(rows) + 1e-9)
+        chosen = rows[:0]
+        if budget:
+            with report.timed("select"):
+                request = Request(
+                    layout=layout,
+                    canvas=canvas,
+                    backbone=self.backbone,
+                    auxiliary=auxiliary,
+                    rows=rows,
+                    groups=layout.chunk[rows],
+                    fresh=fresh,
+                    question=asking.text,
+                    question_rows=asking.rows(layout),
+                )
+                chosen = method.select.select(request, budget)
+        with report.timed("recompute"):
+            compute = torch.cat([fresh, chosen]).sort().values
+            logits = self.backbone.forward(layout.ids[compute], compute, canvas)
+        assert logits is not None
+        self._prefixes.keep(layout.ids, _first(layout.reusable, 0), canvas)
+
+        recomputed = torch.zeros(count, dtype=torch.bool)
+        recomputed[chosen] = True
+        report.prompt_tokens, report.prefix = count, prefix
+        report.recomputed, report.fresh = len(chosen), len(fresh)
+        report.reused = count - prefix - len(chosen) - len(fresh)
+        report.edges = int(layout.edge.sum())
+        report.canvas_bytes = canvas.nbytes
+        report.chunks = [
+            self._use(layout, number, recomputed, held, exact, missing.get(span.key)) for number, span in enumerate(spans)
+        ]
+        report.fallbacks += [f"chunk {key[:12]} prefilled: {reason}" for key, reason in missing.items()]
+        if missing:
+            self.ensure_later([text for key in missing if (text := self.index.text(key)) is not None])
+        return Prefill(layout, canvas, logits, report, self.backbone.on_canvas(canvas))
+
+    def _use(
+        self, layout: Layout, number: int, recomputed: Tensor, held: Tensor, exact: Tensor, missing: str | None
+    ) -> ChunkUse:
+        span, mine = layout.spans[number], layout.chunk == number
+        again = int((recomputed & mine).sum())
+        kept = int((held & mine).sum()) - again
+        inside = (layout.offsets[:, 0] >= span.start) & (layout.offsets[:, 0] < span.end)
+        return ChunkUse(
+            key=span.key,
+            start=span.start,
+            end=span.end,
+            reused=kept,
+            recomputed=again,
+            computed=int(inside.sum()) - kept - again,
+            whole=len(span) == len(self.index.text(span.key) or ""),
+            exact=bool((exact & mine).any()),
+            missing=missing,
+        )
+
+    def _load(self, keys: Iterable[str]) -> tuple[dict[str, ChunkKV], dict[str, str]]:
+        chunks: dict[str, ChunkKV] = {}
+        missing: dict[str, str] = {}
+        for key in dict.fromkeys(keys):
+            chunk = self.library.get(key)
+            if chunk is None:
+                missing[key] = "its stored KV is gone or damaged"
+            else:
+                chunks[key] = chunk
+        return chunks, missing
+
+    def _auxiliary_scores(
+        self, method: Method, ratio: float, spans: Sequence[Span], question: str
+    ) -> Callable[[str], list[CharacterScores]]:
+        """The auxiliary model's scores on demand; on a device of its own it starts now, while KV is loaded and placed."""
+
+        def score(layers: str) -> list[CharacterScores]:
+            assert self.auxiliary is not None
+            return self.auxiliary.score([self.index.text(span.key) or "" for span in spans], question, layers)
+
+        apart = self.auxiliary is not None and self.auxiliary.backbone.device != self.backbone.device
+        if not (apart and method.select.needs_auxiliary and ratio and spans):
+            return score
+        future = self._threads.submit(score, getattr(method.select, "layers", "last"))
+        return lambda layers: future.result()
+
+    def _exact_rows(self, layout: Layout) -> Tensor:
+        """``[T]`` bool: chunk tokens that follow the very prefix they were encoded behind; their KV is already right."""
+        exact = torch.zeros(len(layout), dtype=torch.bool)
+        prefix = self.library.prefix_ids
+        for _, row, part in layout.runs()[:1]:
+            if part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
+                exact[row : row + part.stop] = True
+        return exact
+
+    def _hinted(self, prompt: str) -> tuple[frozenset[str], str | None]:
+        """Keys of recently announced chunks, and the newest announced question that stands in this prompt."""
+        with self._hints_lock:
+            hints = list(reversed(self._hints))
+        keys = frozenset().union(*(keys for _, keys in hints[:8])) if hints else frozenset()
+        return keys, next((question for question, _ in hints if question and question in prompt), None)
+
+    def _follow_store(self) -> None:
+        if self.library.store.refresh():
+            for entry in self.library.store.entries():
+                self.index.add(entry.key, entry.text)
+
+    def _fitting(self, ids: Tensor) -> Tensor:
+        if len(ids) >= self.backbone.window:
+            raise PromptError(
+                f"the prompt has {len(ids):,} tokens, the model's context window {self.backbone.window:,}: "
+                "retrieve fewer or smaller chunks, or choose a model with a larger window"
+            )
+        return ids
+
+    def _in_turn(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+        def turn(token: Tensor, row: int) -> Tensor:
+            with self._turns:
+                return step(token, row)
+
+        return turn
+
+    def _open_store(self, namespace: Namespace) -> ChunkStore:
+        memory = MemoryStore(self._memory_bytes)
+        if self._store_folder is None:
+            return memory
+        return TieredStore(memory, DiskStore(self._store_folder, namespace, self._disk_bytes))
+
+    def _ensure_auxiliary(self, text: str) -> None:
+        if self.auxiliary is not None and text not in self.auxiliary.library:
+            with self._turns:
+                self.auxiliary.ensure(text)
+
+    def _encode_later(self, text: str) -> None:
+        patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up
+        while self._active and time.monotonic() < patience:
+            time.sleep(0.02)
+        self.ensure([text])
+
+
+def _first(mask: Tensor, otherwise: int) -> int:
+    """Index of the first true element."""
+    return int(mask.int().argmax()) if bool(mask.any()) else otherwise
+
+
+def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:
+    return model if isinstance(model, Backbone) else Backbone.load(resolve_weights(str(model)), dtype=dtype, device=device)

@@ -1,0 +1,36 @@
+"""What can go wrong, as one tree, so that a caller catches at the level it wants.
+
+CacheClipError
+├── ConfigurationError (ValueError)      a name, a ratio or a combination of options that cannot be; the message names the valid ones
+│   └── NotComposable                    a model whose KV cannot be moved or joined; serve it with ``on_uncomposable="prefill"``
+├── PromptError (ValueError)             an empty prompt, or one that exceeds the model's context window
+├── WeightsError                         weights that cannot be found, fetched, verified or converted
+└── StoreError                           a chunk store that cannot be opened
+
+A failure *inside* reuse (a damaged file, a mismatch, a failed selection) is none of these: it costs time, never the
+answer, and the request's report says what happened.
+"""
+
+
+class CacheClipError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(CacheClipError, ValueError):
+    """An option is unknown, out of range, or does not go with another one."""
+
+
+class NotComposable(ConfigurationError):
+    """The model's KV depends on more than tokens and relative positions, so chunks cannot be moved and joined."""
+
+
+class PromptError(CacheClipError, ValueError):
+    """The prompt is empty or does not fit the model's context window."""
+
+
+class WeightsError(CacheClipError):
+    """Model weights could not be found, fetched, verified or converted."""
+
+
+class StoreError(CacheClipError):
+    """The chunk store could not be opened."""

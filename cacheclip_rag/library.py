@@ -1,0 +1,90 @@
+"""One model's chunk KV: encodes what is missing, serves what is there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .backbone import Backbone
+from .chunks import MIN_CHARS, ChunkKV, Namespace, canonical
+from .encode import Encoder
+from .errors import PromptError
+from .store import ChunkStore
+from .store.format import FORMAT
+
+
+class Library:
+    """The chunks of one `Namespace`: a backbone, a way of encoding, and the store that keeps the results.
+
+    ``open_store(namespace)`` makes the store; the namespace is known only once the model is.
+    """
+
+    def __init__(
+        self, backbone: Backbone, encoder: Encoder, open_store: Callable[[Namespace], ChunkStore], tenant: str = ""
+    ) -> None:
+        self.backbone, self.encoder = backbone, encoder
+        self.prefix = backbone.shared_prefix() if encoder.prefix is None else encoder.prefix
+        self.prefix_ids: Tensor = backbone.tokenise_prompt(self.prefix).ids
+        self.namespace = Namespace(
+            {
+                "format": FORMAT,
+                **backbone.fingerprint(),
+                "prefix": self.prefix_ids.tolist(),
+                "encoder": repr(encoder),
+                "tenant": tenant,
+            }
+        )
+        self.open_store = open_store
+        self.store = open_store(self.namespace)
+        self._prefix_kv: tuple[Tensor, Tensor] | None = None
+        self._lock = threading.Lock()
+
+    def key(self, text: str) -> str:
+        return self.namespace.key(text)
+
+    def __contains__(self, text: str) -> bool:
+        return self.key(text) in self.store
+
+    @property
+    def prefix_kv(self) -> tuple[Tensor, Tensor] | None:
+        """KV of the shared prefix, ``[L, Hk, P, D]`` at positions 0.., or None for an empty prefix."""
+        if self._prefix_kv is None and len(self.prefix_ids):
+            with self._lock:
+                canvas = self.backbone.canvas(len(self.prefix_ids))
+                self.backbone.forward(self.prefix_ids, torch.arange(len(self.prefix_ids)), canvas, logits=0)
+                self._prefix_kv = canvas.read(slice(None))
+        return self._prefix_kv
+
+    def encode(self, text: str) -> ChunkKV:
+        """The chunk's KV, computed by itself and never harvested from a prompt, where it would carry its neighbours.
+
+        Raises `PromptError` for a text that is too short to be worth it, longer than the model's window, or not Unicode.
+        """
+        text = canonical(text)
+        if len(text) < MIN_CHARS:
+            raise PromptError(f"a chunk of {len(text)} characters is not kept: under {MIN_CHARS}, prefilling is as quick")
+        tokens = self.backbone.tokenise(text, plain=True)
+        longest = self.backbone.window - len(self.prefix_ids)
+        if len(tokens) > longest:
+            raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's window of {longest}; split it")
+        return self.encoder.encode(self.backbone, text, tokens, self.prefix_kv)
+
+    def get(self, key: str) -> ChunkKV | None:
+        """The stored chunk, if its KV is there, whole, and of this model's shape."""
+        chunk = self.store.get(key)
+        if chunk is None:
+            return None
+        expected = (self.backbone.layers, self.backbone.kv_heads, len(chunk), self.backbone.head_dim)
+        return chunk if tuple(chunk.keys.shape) == expected and chunk.keys.dtype == self.backbone.dtype else None
+
+    def ensure(self, text: str) -> ChunkKV:
+        """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that cannot keep it is no error."""
+        key = self.key(text)
+        chunk = self.get(key)
+        if chunk is None:
+            chunk = self.encode(text)
+            self.store.put(key, chunk)
+        return chunk

@@ -1,0 +1,313 @@
+"""Which spans of a prompt are known chunks, and which of its tokens can take their KV from them.
+
+Recognition is by content: nothing has to travel from a retriever to the model, so threads, async, agents and re-packing
+cannot lose it, and only exact text matches.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .chunks import MIN_CHARS, canonical
+
+WINDOW = 32
+"""Anchors are the chunk's windows of 32 characters at 0, 32, 64, ...: any common stretch of 63 characters holds one."""
+MAX_CANDIDATES = 32
+"""An anchor shared by more chunks than this is boilerplate and is looked at only when nothing better covers it."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters ``[start, end)`` of a prompt that equal characters from ``offset`` on of the chunk ``key``."""
+
+    start: int
+    end: int
+    key: str
+    offset: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+class ChunkIndex:
+    """Finds known chunk texts in prompts. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}
+        self._keys: list[str | None] = []
+        # hash of a window -> chunk number << 32 | offset, or a list of them. Hashes only nominate; text decides.
+        self._anchors: dict[int, int | list[int]] = {}
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._texts
+
+    def text(self, key: str) -> str | None:
+        return self._texts.get(key)
+
+    def keys(self) -> list[str]:
+        with self._lock:
+            return list(self._texts)
+
+    def add(self, key: str, text: str) -> None:
+        """Make ``text`` known as ``key``. Texts under `MIN_CHARS` are left out: prefilling them is as quick."""
+        text = canonical(text)
+        with self._lock:
+            if key in self._texts or len(text) < MIN_CHARS:
+                return
+            number = len(self._keys)
+            self._keys.append(key)
+            self._texts[key], self._numbers[key] = text, number
+            for offset in range(0, len(text) - WINDOW + 1, WINDOW):
+                anchor, place = hash(text[offset : offset + WINDOW]), number << 32 | offset
+                known = self._anchors.get(anchor)
+                if known is None:
+                    self._anchors[anchor] = place
+                elif isinstance(known, int):
+                    self._anchors[anchor] = [known, place]
+                else:
+                    known.append(place)
+
+    def remove(self, key: str) -> None:
+        with self._lock:
+            text = self._texts.pop(key, None)
+            if text is None:
+                return
+            number = self._numbers.pop(key)
+            self._keys[number] = None
+            for offset in range(0, len(text) - WINDOW + 1, WINDOW):
+                anchor, place = hash(text[offset : offset + WINDOW]), number << 32 | offset
+                known = self._anchors[anchor]
+                rest = [] if isinstance(known, int) else [p for p in known if p != place]
+                if rest:
+                    self._anchors[anchor] = rest if len(rest) > 1 else rest[0]
+                else:
+                    del self._anchors[anchor]
+
+    def find(self, prompt: str, hints: Collection[str] = ()) -> list[Span]:
+        """The known stretches of ``prompt``, disjoint and in order; what lies between them is unknown text.
+
+        Greedy from the left, the longest match at each place; of equal ones a hinted key wins, then the one nearest to
+        its chunk's start. Windows that more than `MAX_CANDIDATES` chunks share are looked at in a second pass over what
+        the first left open, since a longer match from a rarer neighbouring window usually covers them.
+        """
+        with self._lock:
+            spans = self._scan(prompt, 0, len(prompt), hints, common=False)
+            gaps, last = [], 0
+            for span in spans:
+                gaps.append((last, span.start))
+                last = span.end
+            gaps.append((last, len(prompt)))
+            for start, end in gaps:
+                if end - start >= MIN_CHARS:
+                    spans += self._scan(prompt, start, end, hints, common=True)
+        return sorted(spans, key=lambda span: span.start)
+
+    def _scan(self, prompt: str, start: int, end: int, hints: Collection[str], common: bool) -> list[Span]:
+        spans: list[Span] = []
+        last = position = start
+        while position <= end - WINDOW:
+            known = self._anchors.get(hash(prompt[position : position + WINDOW]))
+            if known is None:
+                position += 1
+                continue
+            places = [known] if isinstance(known, int) else known
+            if len(places) > MAX_CANDIDATES:
+                if not common:
+                    position += 1
+                    continue
+                hinted = [p for p in places if self._keys[p >> 32] in hints]
+                places = (hinted + places)[:MAX_CANDIDATES]
+            best: tuple[int, bool, int] | None = None
+            for place in places:
+                span = self._extend(prompt, position, place, last, end)
+                if span is None:
+                    continue
+                rank = (len(span), span.key in hints, -span.offset)
+                if best is None or rank > best:
+                    best, found = rank, span
+            if best is not None and best[0] >= MIN_CHARS:
+                spans.append(found)
+                last = position = found.end
+            else:
+                position += 1
+        return spans
+
+    def _extend(self, prompt: str, position: int, place: int, left: int, right: int) -> Span | None:
+        """The longest match through the window at ``position``, within ``[left, right)``."""
+        key, offset = self._keys[place >> 32], place & 0xFFFFFFFF
+        if key is None:
+            return None
+        text = self._texts[key]
+        if text[offset : offset + WINDOW] != prompt[position : position + WINDOW]:
+            return None  # two windows of one hash
+        before = 0
+        while before < min(offset, position - left) and text[offset - before - 1] == prompt[position - before - 1]:
+            before += 1
+        after, limit, step = WINDOW, min(len(text) - offset, right - position), 256
+        while after < limit:
+            size = min(step, limit - after)
+            if text[offset + after : offset + after + size] == prompt[position + after : position + after + size]:
+                after += size
+            elif size == 1:
+                break
+            else:
+                step = size // 2
+        return Span(position - before, position + after, key, offset - before)
+
+
+# ---- the question --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """The question's ``text`` and where it stands: characters ``[start, end)`` of the prompt, empty if it does not."""
+
+    text: str
+    start: int = 0
+    end: int = 0
+
+    def rows(self, layout: Layout) -> Tensor:
+        """``[q]`` int64: the tokens without stored KV that it consists of."""
+        inside = (layout.offsets[:, 0] < self.end) & (layout.offsets[:, 1] > self.start)
+        return (inside & ~layout.reusable).nonzero()[:, 0]
+
+
+def find_question(prompt: str, spans: Sequence[Span], known: str | None, control: Collection[str]) -> Question:
+    """The question in a prompt: ``known`` where it stands outside the chunks, else what a reader would take for it.
+
+    That is the text behind the last chunk, or, where nothing is there but control tokens, the text before the first.
+    """
+    if known and known.strip():
+        known = known.strip()
+        at = prompt.rfind(known)
+        while at >= 0 and any(at < span.end and at + len(known) > span.start for span in spans):
+            at = prompt.rfind(known, 0, at + len(known) - 1)
+        return Question(known, at, at + len(known)) if at >= 0 else Question(known)
+    pieces = [(spans[-1].end, len(prompt)), (0, spans[0].start)] if spans else [(0, len(prompt))]
+    pattern = "|".join(re.escape(token) for token in control) or r"(?!)"
+    for start, end in pieces:
+        text = re.sub(pattern, " ", prompt[start:end]).strip()
+        if any(character.isalnum() for character in text):
+            return Question(text, start, end)
+    return Question(prompt[-256:].strip() or "?")
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One prompt, token by token, and where each token's KV can come from.
+
+    ``ids [T]`` int64, ``offsets [T, 2]`` int64 (characters of ``prompt``); ``chunk [T]`` int64: index into ``spans`` of
+    the chunk span whose stored KV fits the token, or -1; ``token [T]`` int64: the token's index in that chunk, or -1;
+    ``edge [T]`` bool: inside a span, but tokenised differently than in the chunk, so computed afresh.
+    """
+
+    prompt: str
+    ids: Tensor
+    offsets: Tensor
+    spans: tuple[Span, ...]
+    chunk: Tensor
+    token: Tensor
+    edge: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def reusable(self) -> Tensor:
+        """``[T]`` bool: tokens with stored KV."""
+        return self.chunk >= 0
+
+    def without(self, spans: Collection[int]) -> Layout:
+        """The same prompt with some spans' KV given up: their tokens become fresh."""
+        gone = torch.isin(self.chunk, torch.tensor(sorted(spans), dtype=torch.long))
+        return Layout(
+            self.prompt,
+            self.ids,
+            self.offsets,
+            self.spans,
+            self.chunk.masked_fill(gone, -1),
+            self.token.masked_fill(gone, -1),
+            self.edge,
+        )
+
+    def runs(self) -> list[tuple[int, int, slice]]:
+        """``(span, row, tokens)``: maximal runs of rows that hold consecutive tokens of one span's chunk."""
+        chunk, token = self.chunk.numpy(), self.token.numpy()
+        rows = np.flatnonzero(chunk >= 0)
+        if not len(rows):
+            return []
+        breaks = (np.diff(rows) != 1) | (np.diff(token[rows]) != 1) | (np.diff(chunk[rows]) != 0)
+        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        ends = np.concatenate([starts[1:], [len(rows)]])
+        return [
+            (int(chunk[rows[a]]), int(rows[a]), slice(int(token[rows[a]]), int(token[rows[b - 1]]) + 1))
+            for a, b in zip(starts, ends, strict=True)
+        ]
+
+
+def align(
+    prompt: str,
+    ids: Tensor,
+    offsets: Tensor,
+    spans: Sequence[Span],
+    tokens: Sequence[tuple[Tensor, Tensor] | None],
+) -> Layout:
+    """Match the prompt's tokens with the stored ones of each span's chunk.
+
+    ``ids [T]``, ``offsets [T, 2]``: one tokenisation of the whole prompt, the one a model without cache would see.
+    ``tokens[i]`` is ``(ids [n], offsets [n, 2])`` of span i's chunk, or None when its KV is missing. A token is reusable
+    when it lies inside the span and the stored chunk has the same id at the same characters; where the neighbouring
+    text made the tokenizer cut differently (a token or two at an edge) it is not, and is computed.
+    """
+    count = len(ids)
+    chunk = np.full(count, -1, dtype=np.int64)
+    token = np.full(count, -1, dtype=np.int64)
+    edge = np.zeros(count, dtype=bool)
+    characters = offsets.numpy()
+    starts = np.searchsorted(characters[:, 0], [span.start for span in spans])
+    stops = np.searchsorted(characters[:, 0], [span.end for span in spans])
+    for number, (span, stored) in enumerate(zip(spans, tokens, strict=True)):
+        rows = slice(int(starts[number]), int(stops[number]))
+        if stored is None or rows.start == rows.stop or not len(stored[0]):
+            continue
+        mine = _codes(characters[rows] - (span.start - span.offset))
+        theirs = _codes(stored[1].numpy())
+        order = np.argsort(theirs, kind="stable")
+        place = order[np.searchsorted(theirs, mine, sorter=order).clip(max=len(theirs) - 1)]
+        same = (theirs[place] == mine) & (stored[0].numpy()[place] == ids.numpy()[rows])
+        same &= characters[rows, 1] <= span.end
+        chunk[rows] = np.where(same, number, -1)
+        token[rows] = np.where(same, place, -1)
+        edge[rows] = ~same
+    return Layout(
+        prompt,
+        ids,
+        offsets,
+        tuple(spans),
+        torch.from_numpy(chunk),
+        torch.from_numpy(token),
+        torch.from_numpy(edge),
+    )
+
+
+def _codes(offsets: np.ndarray) -> np.ndarray:
+    """One int64 for each token's start, length and rank among neighbours with the same span (the bytes of an emoji)."""
+    index = np.arange(len(offsets))
+    repeats = np.concatenate([[False], (offsets[1:] == offsets[:-1]).all(axis=1)])
+    rank = index - np.maximum.accumulate(np.where(repeats, 0, index))
+    return (offsets[:, 0] << 28) + ((offsets[:, 1] - offsets[:, 0]) << 8) + rank

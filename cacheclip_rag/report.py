@@ -1,0 +1,118 @@
+"""What happened in one request, in numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ChunkUse:
+    """One known chunk in the prompt: characters ``[start, end)``, and its tokens by what became of them.
+
+    ``whole`` says whether all of the stored chunk stood there; ``exact`` whether its KV needed no repair.
+    """
+
+    key: str
+    start: int
+    end: int
+    reused: int
+    recomputed: int
+    computed: int
+    whole: bool
+    exact: bool
+    missing: str | None = None
+    """Why its KV was not used, or None."""
+
+
+@dataclass
+class Report:
+    """One request. Tokens are counted once each: ``prompt_tokens = prefix + reused + recomputed + fresh``.
+
+    ``prefix``: KV of the prompt's head, exact, kept from an earlier request; ``reused``: stored chunk KV as it is;
+    ``recomputed``: chunk tokens that had stored KV and were refreshed; ``fresh``: everything else (question, template,
+    unknown text, chunk edges that the tokenizer cut differently). ``ratio`` is recomputed / (reused + recomputed), as
+    it came out; ``requested_ratio`` as it was asked for. ``seconds`` breaks the time to first token down by stage.
+    """
+
+    method: str
+    requested_ratio: float
+    prompt_tokens: int = 0
+    prefix: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    fresh: int = 0
+    edges: int = 0
+    """Fresh tokens inside known chunks."""
+    completion_tokens: int = 0
+    chunks: list[ChunkUse] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    """Why reuse was given up, wholly or for a chunk; empty when all went well."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    ttft: float = 0.0
+    """Seconds from the call to the first token's id, everything included."""
+    total: float = 0.0
+    finish_reason: str = ""
+    canvas_bytes: int = 0
+
+    @property
+    def ratio(self) -> float:
+        return self.recomputed / max(1, self.reused + self.recomputed)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt rows that went through the model."""
+        return self.recomputed + self.fresh
+
+    @property
+    def bound(self) -> float:
+        """How many times sooner than a full prefill the rows alone allow: prompt tokens / computed tokens."""
+        return self.prompt_tokens / max(1, self.computed_tokens)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens read from cache and not recomputed; what usage numbers call cache reads."""
+        return self.prefix + self.reused
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Token counts under the names that frameworks and tracing tools read."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, derived numbers included."""
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "bound": self.bound,
+            "cached_tokens": self.cached_tokens,
+        }
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to ``seconds[stage]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.method}: {self.cached_tokens:,} of {self.prompt_tokens:,} prompt tokens from cache, "
+            f"{self.recomputed:,} recomputed ({self.ratio:.0%} of {self.reused + self.recomputed:,}), "
+            f"{self.fresh:,} fresh; first token after {self.ttft:.2f} s"
+        )
+        if self.seconds:
+            text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
+        for reason in self.fallbacks:
+            text += f"\n  fell back: {reason}"
+        return text

@@ -1,0 +1,39 @@
+"""Moving rotated keys to another position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """RoPE as a group: rotations add, ``R(a) R(b) = R(a + b)``, so a rotated key moves by rotating it once more.
+
+    ``inverse_frequencies [L, d/2]`` float32: the model's own, one row a layer (models with local and global layers use
+    different ones). Only the first d of a head's D dimensions are rotated (partial-rotary models keep the rest).
+    The model's attention scaling factor (YaRN) is left out: the stored key carries it already.
+    Source: FusionRAG (arXiv 2601.12904), appendix A.1.
+    """
+
+    def __init__(self, inverse_frequencies: Tensor) -> None:
+        self.inverse_frequencies = inverse_frequencies.float()
+
+    def rotate(self, keys: Tensor, delta: int, out: Tensor | None = None) -> Tensor:
+        """Keys ``[L, Hk, n, D]`` moved by ``delta`` positions (tokens; may be negative), computed in float32.
+
+        A delta of 0 copies bit for bit. Written to ``out`` (same shape) when given.
+        """
+        out = torch.empty_like(keys) if out is None else out
+        if delta == 0:
+            return out.copy_(keys)
+        # The angle in float64: at long distances float32 loses digits of it.
+        angle = delta * self.inverse_frequencies.to(keys.device).double()
+        cos, sin = (f(angle).float()[:, None, None, :] for f in (torch.cos, torch.sin))
+        half = angle.shape[-1]
+        a, b = keys[..., :half].float(), keys[..., half : 2 * half].float()
+        # Half-split layout: dimension i is paired with i + d/2.
+        out[..., :half] = a * cos - b * sin
+        out[..., half : 2 * half] = b * cos + a * sin
+        if 2 * half < keys.shape[-1]:
+            out[..., 2 * half :] = keys[..., 2 * half :]
+        return out

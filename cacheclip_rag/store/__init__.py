@@ -1,0 +1,8 @@
+"""Where chunk KV lives between requests: a memory tier over immutable, checksummed files."""
+
+from .base import ChunkStore, Entry, StoreStats
+from .disk import DiskStore
+from .memory import MemoryStore
+from .tiered import TieredStore
+
+__all__ = ["ChunkStore", "DiskStore", "Entry", "MemoryStore", "StoreStats", "TieredStore"]

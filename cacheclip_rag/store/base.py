@@ -1,0 +1,61 @@
+"""What a chunk store is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..chunks import ChunkKV
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored chunk as the index knows it, without its KV. ``nbytes`` is what it takes up in the store."""
+
+    key: str
+    text: str
+    nbytes: int
+
+
+@dataclass
+class StoreStats:
+    """Counts since the store was opened; ``entries`` and ``nbytes`` are what it holds now."""
+
+    entries: int = 0
+    nbytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Files that were not served, by reason (damaged, foreign, unreadable, ...)."""
+    failed_puts: int = 0
+
+    def reject(self, reason: str) -> None:
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+
+class ChunkStore(Protocol):
+    """Chunk KV of one namespace by key (hex digest). Thread-safe. No method raises for a bad entry or a full disk.
+
+    What `get` returned must not be modified: it may be shared by many requests.
+    """
+
+    def get(self, key: str) -> ChunkKV | None:
+        """The chunk, verified, or None: absent, damaged and foreign entries are all misses."""
+
+    def put(self, key: str, chunk: ChunkKV) -> bool:
+        """Keep the chunk; False when it could not be kept. A second put of a key changes nothing."""
+
+    def delete(self, keys: Collection[str]) -> None:
+        """Remove entries; absent keys are ignored."""
+
+    def entries(self) -> Iterator[Entry]:
+        """What is stored now."""
+
+    def refresh(self) -> bool:
+        """Take note of what other processes stored or removed; True when something changed."""
+
+    def stats(self) -> StoreStats: ...
+
+    def __contains__(self, key: object) -> bool: ...

@@ -1,0 +1,108 @@
+"""The file of one chunk's KV: safetensors with a self-describing, checksummed header.
+
+Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64. Metadata (strings): ``format``,
+``key`` (the digest that names the file), ``namespace`` (JSON of everything the KV depends on), ``text``, ``position``,
+and ``checksum``, the xxh3-128 of the tensors' bytes. One file alone suffices to rebuild the index.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import xxhash
+
+from ..chunks import ChunkKV, Namespace
+
+FORMAT = "cacheclip-rag/1"
+SUFFIX = ".safetensors"
+MAX_HEADER = 16 << 20  # bytes; a header is a chunk's text and a few hundred bytes more
+
+_TENSORS = ("ids", "keys", "offsets", "values")
+
+
+class Rejected(Exception):
+    """A file that must not be served; the message is the reason, in a word or two."""
+
+
+def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
+    """The file's bytes. Raises UnicodeEncodeError for a text that is no valid Unicode (lone surrogates)."""
+    tensors = {name: getattr(chunk, name).detach().cpu().contiguous() for name in _TENSORS}
+    metadata = {
+        "format": FORMAT,
+        "key": key,
+        "namespace": namespace.json,
+        "text": chunk.text,
+        "position": str(chunk.position),
+        "checksum": _checksum(tensors),
+    }
+    chunk.text.encode()
+    return safetensors.torch.save(tensors, metadata)
+
+
+def header(head: bytes) -> dict[str, str]:
+    """The metadata at the start of a file. Raises `Rejected`."""
+    if len(head) < 8:
+        raise Rejected("truncated")
+    length = int.from_bytes(head[:8], "little")
+    if length > MAX_HEADER:
+        raise Rejected("header too large")
+    if len(head) < 8 + length:
+        raise Rejected("truncated")
+    try:
+        metadata = json.loads(head[8 : 8 + length])["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Rejected("damaged header") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise Rejected("other format")
+    return metadata
+
+
+def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
+    """The chunk in a file's bytes, if all of it is as it was written, for this key and this namespace.
+
+    Raises `Rejected` otherwise.
+    """
+    metadata = header(data)
+    if metadata.get("namespace") != namespace.json:
+        raise Rejected("other model")
+    text = metadata.get("text", "")
+    if metadata.get("key") != key or namespace.key(text) != key:
+        raise Rejected("other key")
+    try:
+        tensors = safetensors.torch.load(data)
+        position = int(metadata["position"])
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise Rejected("damaged") from error
+    if set(tensors) != set(_TENSORS) or _checksum(tensors) != metadata.get("checksum"):
+        raise Rejected("checksum")
+    chunk = ChunkKV(text=text, position=position, **tensors)
+    _check_shapes(chunk)
+    return chunk
+
+
+def _check_shapes(chunk: ChunkKV) -> None:
+    count = len(chunk.ids)
+    good = (
+        chunk.ids.shape == (count,)
+        and chunk.ids.dtype == torch.int64
+        and chunk.offsets.shape == (count, 2)
+        and chunk.offsets.dtype == torch.int64
+        and chunk.keys.dim() == 4
+        and chunk.keys.shape == chunk.values.shape
+        and chunk.keys.shape[2] == count
+    )
+    if not good:
+        raise Rejected("shapes")
+
+
+def _checksum(tensors: dict[str, Any]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,71 @@
+"""The command line, as far as it goes without a network."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cacheclip_rag import cli
+from cacheclip_rag.catalogue import CATALOGUE
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHECLIP_HOME", str(tmp_path / "home"))
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def test_pull_prints_one_path_a_line(tmp_path: Path) -> None:
+    one, two = _folder(tmp_path / "one"), _folder(tmp_path / "two")
+    result = runner.invoke(cli.app, ["pull", str(one), str(two)])
+    assert result.exit_code == 0
+    assert result.stdout == f"{one}\n{two}\n"
+
+
+def test_errors_are_one_line_on_stderr(tmp_path: Path) -> None:
+    one = _folder(tmp_path / "one")
+    result = runner.invoke(cli.app, ["pull", str(one), "no-such-model"])
+    assert result.exit_code == 2
+    assert result.stdout == f"{one}\n"
+    assert result.stderr.startswith("cacheclip: no model is called 'no-such-model'.")
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_list(tmp_path: Path) -> None:
+    marker = tmp_path / "home" / "models" / "all-minilm-l6-v2" / "cacheclip.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text("{}")
+    result = runner.invoke(cli.app, ["pull", "--list"])
+    assert result.exit_code == 0
+    for model in CATALOGUE.values():
+        assert model.name in result.stdout and model.hub_id in result.stdout
+    pulled = [line.split()[0] for line in result.stdout.splitlines() if line.endswith("[pulled]")]
+    assert pulled == ["all-minilm-l6-v2"]
+
+
+def test_pull_needs_a_name() -> None:
+    result = runner.invoke(cli.app, ["pull"])
+    assert result.exit_code == 2 and "NAME" in result.stderr
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "version", lambda name: "1.2.3" if name == "cacheclip-rag" else "")
+    assert runner.invoke(cli.app, ["--version"]).stdout == "1.2.3\n"
+
+
+def test_version_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli, "version", missing)
+    assert runner.invoke(cli.app, ["--version"]).stdout == "0+unknown\n"
