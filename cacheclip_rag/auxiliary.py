@@ -38,11 +38,11 @@ class CharacterScores:
 
 
 class Auxiliary:
-    """A small model that scores context tokens by the attention the question pays them.
+    """A small model that scores context tokens by the attention the question pays to them.
 
     Its own chunk KV is kept in the store like the primary's, so a question costs it only its own tokens: the chunks are
     placed one after another behind its shared prefix and the question runs over them in one pass, all chunks competing
-    in one softmax (methods.md A10, variant A, on reused KV). Chunks that exceed its window are scored in several passes.
+    in one softmax (methods.md A10, variant A, on reused KV). Chunks beyond its window are scored in several passes.
     Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
     """
 

@@ -1,4 +1,4 @@
-"""Everything that touches transformers: load, tokenise, forward, generate, and whether a model can be composed at all."""
+"""Everything that touches transformers: load, tokenise, forward, generate, and whether a model can be composed."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Backbone:
         """A whole prompt's tokens: those transformers would see, begin-of-sequence included where the model wants one.
 
         ``documents`` are character spans of untrusted text. A control token written inside one stays text; so that the
-        tokenizer does not act on it, the prompt is then cut at the genuine control tokens, as the tokenizer itself does.
+        tokenizer does not act on it, the prompt is then cut at the genuine ones, as the tokenizer itself does.
         """
         if any(token in prompt[start:end] for start, end in documents for token in self.control_tokens):
             tokens = self._tokenise_around(prompt, documents)
@@ -153,12 +153,10 @@ class Backbone:
         return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
 
     def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """The prompt for chat ``messages``, ready for the assistant's turn; without a chat template, the plain texts."""
+        """The prompt for chat ``messages``, ready for the assistant's turn; plain texts where there is no template."""
         if not self.tokenizer.chat_template:
             return "\n\n".join(str(m["content"]) for m in messages) + "\n\n"
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        )
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     def shared_prefix(self) -> str:
         """What stands before a user's text in this model's chat template: the prefix chunks are encoded behind.
@@ -175,9 +173,7 @@ class Backbone:
     # ---- forward --------------------------------------------------------------------------------------------------
 
     def canvas(self, capacity: int) -> Canvas:
-        return Canvas(
-            self.layers, self.kv_heads, self.head_dim, capacity, dtype=self.dtype, device=self.device
-        )
+        return Canvas(self.layers, self.kv_heads, self.head_dim, capacity, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
     def forward(
@@ -296,9 +292,11 @@ class Backbone:
         @torch.inference_mode()
         def step(token: Tensor, row: int) -> Tensor:
             positions = torch.tensor([[row]], device=self.device)
-            return self.model(
-                input_ids=token[None], position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits[0].float()
+            return (
+                self.model(input_ids=token[None], position_ids=positions, past_key_values=cache, use_cache=True)
+                .logits[0]
+                .float()
+            )
 
         return output.logits[0].float(), step
 

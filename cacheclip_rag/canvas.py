@@ -21,7 +21,14 @@ class Canvas(Cache):
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         shape = (layers, 1, kv_heads, capacity, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -50,7 +57,7 @@ class Canvas(Cache):
         self.length = max(self.length, last + 1)
 
     def place(self, chunk: ChunkKV, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
-        """Copy the KV of ``chunk``'s ``tokens`` to the slots from ``row`` on, rotated to ``position`` (default: row)."""
+        """Copy the KV of ``chunk``'s ``tokens`` to the slots from ``row`` on, rotated to ``position`` (or to row)."""
         keys, values = chunk.keys[:, :, tokens], chunk.values[:, :, tokens]
         target = slice(row, row + keys.shape[2])
         delta = (row if position is None else position) - (chunk.position + tokens.start)

@@ -15,21 +15,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import methods
-from .auxiliary import Auxiliary, CharacterScores
+from . import methods, prefill
+from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
-from .canvas import Canvas
-from .chunks import ChunkKV, Namespace
+from .chunks import Namespace
 from .decoding import TextStream
 from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError
 from .library import Library
 from .methods import Method
-from .prefixes import PrefixCache
-from .prompt import ChunkIndex, Layout, Span, align, find_question
+from .prefill import Prefill, Reuse
+from .prompt import ChunkIndex
 from .pull import resolve as resolve_weights
-from .report import ChunkUse, Report
-from .select import Everything, Request
+from .report import Report
+from .select import Everything
 from .store import ChunkStore, DiskStore, MemoryStore, TieredStore
 from .turns import Turns
 
@@ -50,20 +49,9 @@ class Answer:
         return self.text
 
 
-@dataclass(eq=False)
-class Prefill:
-    """A prompt whose KV stands on a canvas: ``logits [1, V]`` of its last token, and everything to go on from there."""
-
-    layout: Layout
-    canvas: Canvas | None
-    logits: Tensor
-    report: Report
-    step: Callable[[Tensor, int], Tensor]
-
-
 @dataclass
 class Ensured:
-    """What `Engine.ensure` did: keys of the chunks whose KV is kept, how many were encoded now, and what was left out."""
+    """What `Engine.ensure` did: keys of chunks whose KV is kept, how many were encoded now, what was left out."""
 
     keys: list[str] = field(default_factory=list)
     encoded: int = 0
@@ -118,10 +106,10 @@ class Engine:
         self.composable = self.backbone.obstacle is None
         self.index = ChunkIndex()
         self.auxiliary: Auxiliary | None = None
+        self._reuse: Reuse | None = None
         if self.composable:
-            self._rotary = self.backbone.rotary
             self.library = Library(self.backbone, self.method.encode, self._open_store, tenant)
-            self._prefixes = PrefixCache()
+            self._reuse = Reuse(self.library, self.index)
             for entry in self.library.store.entries():
                 self.index.add(entry.key, entry.text)
             if auxiliary is not None:
@@ -132,7 +120,7 @@ class Engine:
         self._hints_lock = threading.Lock()
         self._active = 0
         self._background = Background(self._encode_later)
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="cacheclip")
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self.last_report: Report | None = None
 
     # ---- ingestion ------------------------------------------------------------------------------------------------
@@ -208,7 +196,7 @@ class Engine:
             self._hints.move_to_end((question or "", keys))
             while len(self._hints) > 256:
                 self._hints.popitem(last=False)
-        self._threads.submit(self._load, keys)
+        self._threads.submit(lambda: [self.library.get(key) for key in keys])
 
     # ---- answering ------------------------------------------------------------------------------------------------
 
@@ -256,13 +244,13 @@ class Engine:
             start = time.perf_counter()
             self._active += 1
             try:
-                prefill = self._prefill(prompt, chosen, ratio, question, max_new_tokens, report)
-                room = self.backbone.window - len(prefill.layout)
+                ready = self._prefill(prompt, chosen, ratio, question, max_new_tokens, report)
+                length = min(max_new_tokens, self.backbone.window - len(ready.layout))
                 steps = self.backbone.generate(
-                    prefill.layout.ids,
-                    prefill.logits,
-                    self._in_turn(prefill.step),
-                    max_new_tokens=min(max_new_tokens, room),
+                    ready.layout.ids,
+                    ready.logits,
+                    self._in_turn(ready.step),
+                    max_new_tokens=length,
                     **options,
                 )
                 for token in steps:
@@ -274,8 +262,7 @@ class Engine:
                         report.finish_reason = "cancelled"
                         break
                 else:
-                    at_length = report.completion_tokens >= min(max_new_tokens, room)
-                    report.finish_reason = "length" if at_length else "stop"
+                    report.finish_reason = "length" if report.completion_tokens >= length else "stop"
             finally:
                 self._active -= 1
                 report.finish_reason = report.finish_reason or "cancelled"
@@ -336,168 +323,33 @@ class Engine:
         if not prompt:
             raise PromptError("the prompt is empty")
         with self._turns:
-            if not self.composable:
+            if self._reuse is None:
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
-                return self._native(prompt, report)
+                return prefill.native(self.backbone, prompt, report)
+            self._follow_store()
             if isinstance(method.select, Everything) or ratio >= 1.0:
-                return self._full(prompt, room, report)
+                return prefill.full(self.backbone, self.index, prompt, room, report)
+            hints, announced = self._hinted(prompt)
             try:
-                return self._reuse(prompt, method, ratio, question, room, report)
+                result = self._reuse(
+                    prompt,
+                    method,
+                    ratio,
+                    room,
+                    report,
+                    auxiliary=self.auxiliary,
+                    question=question or announced,
+                    hints=hints,
+                )
             except PromptError:
                 raise
             except Exception as error:  # whatever goes wrong in reuse costs time, never the answer
                 log.exception("reuse failed; prefilling the whole prompt")
                 report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
-                report.chunks.clear()
-                return self._full(prompt, room, report)
-
-    def _native(self, prompt: str, report: Report) -> Prefill:
-        tokens = self._fitting(self.backbone.tokenise_prompt(prompt).ids)
-        layout = align(prompt, tokens, torch.zeros(len(tokens), 2, dtype=torch.long), [], [])
-        logits, step = self.backbone.native_prefill(tokens)
-        report.prompt_tokens = report.fresh = len(tokens)
-        return Prefill(layout, None, logits, report, step)
-
-    def _full(self, prompt: str, room: int, report: Report) -> Prefill:
-        """Every row computed. Chunks are still recognised: control tokens inside documents stay text."""
-        with report.timed("tokenise"):
-            documents = [(span.start, span.end) for span in self.index.find(prompt)]
-            tokens = self.backbone.tokenise_prompt(prompt, documents)
-            self._fitting(tokens.ids)
-            layout = align(prompt, tokens.ids, tokens.offsets, [], [])
-        canvas = self.backbone.canvas(len(layout) + room)
-        with report.timed("recompute"):
-            logits = self.backbone.forward(layout.ids, torch.arange(len(layout)), canvas)
-        report.prompt_tokens = report.fresh = len(layout)
-        report.prefix = report.reused = report.recomputed = report.edges = 0
-        report.canvas_bytes = canvas.nbytes
-        assert logits is not None
-        return Prefill(layout, canvas, logits, report, self.backbone.on_canvas(canvas))
-
-    def _reuse(
-        self, prompt: str, method: Method, ratio: float, question: str | None, room: int, report: Report
-    ) -> Prefill:
-        with report.timed("recognise"):
-            self._follow_store()
-            hinted, asked = self._hinted(prompt)
-            spans = self.index.find(prompt, hinted)
-            asking = find_question(prompt, spans, question or asked, self.backbone.control_tokens)
-        auxiliary = self._auxiliary_scores(method, ratio, spans, asking.text)
-        with report.timed("tokenise"):
-            tokens = self.backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans])
-            self._fitting(tokens.ids)
-        with report.timed("load"):
-            chunks, missing = self._load([span.key for span in spans])
-        with report.timed("tokenise"):
-            stored = [(chunks[s.key].ids, chunks[s.key].offsets) if s.key in chunks else None for s in spans]
-            layout = align(prompt, tokens.ids, tokens.offsets, spans, stored)
-
-        count = len(layout)
-        canvas = self.backbone.canvas(count + max(room, 64))
-        with report.timed("place"):
-            exact = self._exact_rows(layout)
-            known = self._prefixes.longest(layout.ids)
-            prefix = 0 if known is None else min(known[0].shape[2], _first(layout.reusable, count), count - 1)
-            if known is not None and prefix:
-                canvas.write(0, known[0][:, :, :prefix], known[1][:, :, :prefix])
-            for number, row, part in layout.runs():
-                canvas.place(chunks[spans[number].key], part, row, self._rotary)
-
-        held = layout.reusable.clone()
-        held[count - 1] = False  # the last token's logits are wanted, so it is always computed
-        rows = (held & ~exact).nonzero()[:, 0]
-        fresh = (~held).nonzero()[:, 0]
-        fresh = fresh[fresh >= prefix]
-        budget = int(ratio * len(rows) + 1e-9)
-        chosen = rows[:0]
-        if budget:
-            with report.timed("select"):
-                request = Request(
-                    layout=layout,
-                    canvas=canvas,
-                    backbone=self.backbone,
-                    auxiliary=auxiliary,
-                    rows=rows,
-                    groups=layout.chunk[rows],
-                    fresh=fresh,
-                    question=asking.text,
-                    question_rows=asking.rows(layout),
-                )
-                chosen = method.select.select(request, budget)
-        with report.timed("recompute"):
-            compute = torch.cat([fresh, chosen]).sort().values
-            logits = self.backbone.forward(layout.ids[compute], compute, canvas)
-        assert logits is not None
-        self._prefixes.keep(layout.ids, _first(layout.reusable, 0), canvas)
-
-        recomputed = torch.zeros(count, dtype=torch.bool)
-        recomputed[chosen] = True
-        report.prompt_tokens, report.prefix = count, prefix
-        report.recomputed, report.fresh = len(chosen), len(fresh)
-        report.reused = count - prefix - len(chosen) - len(fresh)
-        report.edges = int(layout.edge.sum())
-        report.canvas_bytes = canvas.nbytes
-        report.chunks = [
-            self._use(layout, number, recomputed, held, exact, missing.get(span.key)) for number, span in enumerate(spans)
-        ]
-        report.fallbacks += [f"chunk {key[:12]} prefilled: {reason}" for key, reason in missing.items()]
-        if missing:
-            self.ensure_later([text for key in missing if (text := self.index.text(key)) is not None])
-        return Prefill(layout, canvas, logits, report, self.backbone.on_canvas(canvas))
-
-    def _use(
-        self, layout: Layout, number: int, recomputed: Tensor, held: Tensor, exact: Tensor, missing: str | None
-    ) -> ChunkUse:
-        span, mine = layout.spans[number], layout.chunk == number
-        again = int((recomputed & mine).sum())
-        kept = int((held & mine).sum()) - again
-        inside = (layout.offsets[:, 0] >= span.start) & (layout.offsets[:, 0] < span.end)
-        return ChunkUse(
-            key=span.key,
-            start=span.start,
-            end=span.end,
-            reused=kept,
-            recomputed=again,
-            computed=int(inside.sum()) - kept - again,
-            whole=len(span) == len(self.index.text(span.key) or ""),
-            exact=bool((exact & mine).any()),
-            missing=missing,
-        )
-
-    def _load(self, keys: Iterable[str]) -> tuple[dict[str, ChunkKV], dict[str, str]]:
-        chunks: dict[str, ChunkKV] = {}
-        missing: dict[str, str] = {}
-        for key in dict.fromkeys(keys):
-            chunk = self.library.get(key)
-            if chunk is None:
-                missing[key] = "its stored KV is gone or damaged"
-            else:
-                chunks[key] = chunk
-        return chunks, missing
-
-    def _auxiliary_scores(
-        self, method: Method, ratio: float, spans: Sequence[Span], question: str
-    ) -> Callable[[str], list[CharacterScores]]:
-        """The auxiliary model's scores on demand; on a device of its own it starts now, while KV is loaded and placed."""
-
-        def score(layers: str) -> list[CharacterScores]:
-            assert self.auxiliary is not None
-            return self.auxiliary.score([self.index.text(span.key) or "" for span in spans], question, layers)
-
-        apart = self.auxiliary is not None and self.auxiliary.backbone.device != self.backbone.device
-        if not (apart and method.select.needs_auxiliary and ratio and spans):
-            return score
-        future = self._threads.submit(score, getattr(method.select, "layers", "last"))
-        return lambda layers: future.result()
-
-    def _exact_rows(self, layout: Layout) -> Tensor:
-        """``[T]`` bool: chunk tokens that follow the very prefix they were encoded behind; their KV is already right."""
-        exact = torch.zeros(len(layout), dtype=torch.bool)
-        prefix = self.library.prefix_ids
-        for _, row, part in layout.runs()[:1]:
-            if part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
-                exact[row : row + part.stop] = True
-        return exact
+                return prefill.full(self.backbone, self.index, prompt, room, report)
+        gone = [use.key for use in report.chunks if use.missing]
+        self.ensure_later([text for key in gone if (text := self.index.text(key)) is not None])
+        return result
 
     def _hinted(self, prompt: str) -> tuple[frozenset[str], str | None]:
         """Keys of recently announced chunks, and the newest announced question that stands in this prompt."""
@@ -510,14 +362,6 @@ class Engine:
         if self.library.store.refresh():
             for entry in self.library.store.entries():
                 self.index.add(entry.key, entry.text)
-
-    def _fitting(self, ids: Tensor) -> Tensor:
-        if len(ids) >= self.backbone.window:
-            raise PromptError(
-                f"the prompt has {len(ids):,} tokens, the model's context window {self.backbone.window:,}: "
-                "retrieve fewer or smaller chunks, or choose a model with a larger window"
-            )
-        return ids
 
     def _in_turn(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
         def turn(token: Tensor, row: int) -> Tensor:
@@ -544,10 +388,7 @@ class Engine:
         self.ensure([text])
 
 
-def _first(mask: Tensor, otherwise: int) -> int:
-    """Index of the first true element."""
-    return int(mask.int().argmax()) if bool(mask.any()) else otherwise
-
-
 def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:
-    return model if isinstance(model, Backbone) else Backbone.load(resolve_weights(str(model)), dtype=dtype, device=device)
+    return (
+        model if isinstance(model, Backbone) else Backbone.load(resolve_weights(str(model)), dtype=dtype, device=device)
+    )

@@ -1,8 +1,8 @@
 """What can go wrong, as one tree, so that a caller catches at the level it wants.
 
 CacheClipError
-├── ConfigurationError (ValueError)      a name, a ratio or a combination of options that cannot be; the message names the valid ones
-│   └── NotComposable                    a model whose KV cannot be moved or joined; serve it with ``on_uncomposable="prefill"``
+├── ConfigurationError (ValueError)      an unknown name, a ratio out of range; the message names what is valid
+│   └── NotComposable                    a model whose KV cannot be moved or joined
 ├── PromptError (ValueError)             an empty prompt, or one that exceeds the model's context window
 ├── WeightsError                         weights that cannot be found, fetched, verified or converted
 └── StoreError                           a chunk store that cannot be opened

@@ -61,11 +61,13 @@ class Library:
     def encode(self, text: str) -> ChunkKV:
         """The chunk's KV, computed by itself and never harvested from a prompt, where it would carry its neighbours.
 
-        Raises `PromptError` for a text that is too short to be worth it, longer than the model's window, or not Unicode.
+        Raises `PromptError` for a text too short to be worth it, longer than the model's window, or not Unicode.
         """
         text = canonical(text)
         if len(text) < MIN_CHARS:
-            raise PromptError(f"a chunk of {len(text)} characters is not kept: under {MIN_CHARS}, prefilling is as quick")
+            raise PromptError(
+                f"a chunk of {len(text)} characters is not kept: under {MIN_CHARS}, prefilling is as quick"
+            )
         tokens = self.backbone.tokenise(text, plain=True)
         longest = self.backbone.window - len(self.prefix_ids)
         if len(tokens) > longest:
@@ -81,7 +83,7 @@ class Library:
         return chunk if tuple(chunk.keys.shape) == expected and chunk.keys.dtype == self.backbone.dtype else None
 
     def ensure(self, text: str) -> ChunkKV:
-        """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that cannot keep it is no error."""
+        """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that is full is no error."""
         key = self.key(text)
         chunk = self.get(key)
         if chunk is None:

@@ -14,7 +14,7 @@ from .select import CacheClip, Everything, Nothing, QueryGuided, Selector
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe. ``recompute_ratio`` is its default share of context tokens to recompute; a request may ask for another."""
+    """A recipe. ``recompute_ratio``: the share of context tokens to recompute unless a request asks for another."""
 
     name: str
     select: Selector
@@ -49,12 +49,13 @@ def resolve(method: str | Method, **changes: Any) -> Method:
         method = METHODS[method]
     for name, value in changes.items():
         for part in ("select", "encode"):
-            component = getattr(method, part)
+            component: Any = getattr(method, part)
             if name in {f.name for f in dataclasses.fields(component)}:
                 method = dataclasses.replace(method, **{part: dataclasses.replace(component, **{name: value})})
                 break
         else:
-            valid = sorted(f.name for p in (method.select, method.encode) for f in dataclasses.fields(p))
+            parts: list[Any] = [method.select, method.encode]
+            valid = sorted(f.name for part in parts for f in dataclasses.fields(part))
             raise ConfigurationError(f'method "{method.name}" has no parameter "{name}"; it has: {", ".join(valid)}')
     return method
 
@@ -62,5 +63,7 @@ def resolve(method: str | Method, **changes: Any) -> Method:
 def check_ratio(ratio: float) -> float:
     """Raises `ConfigurationError` unless ``ratio`` lies in 0..1."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
-        raise ConfigurationError(f"recompute_ratio must be a number from 0 (plain reuse) to 1 (full prefill), not {ratio!r}")
+        raise ConfigurationError(
+            f"recompute_ratio must be a number from 0 (plain reuse) to 1 (full prefill), not {ratio!r}"
+        )
     return float(ratio)

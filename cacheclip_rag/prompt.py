@@ -204,7 +204,7 @@ def find_question(prompt: str, spans: Sequence[Span], known: str | None, control
     return Question(prompt[-256:].strip() or "?")
 
 
-# ---- tokens -----------------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +270,7 @@ def align(
     """Match the prompt's tokens with the stored ones of each span's chunk.
 
     ``ids [T]``, ``offsets [T, 2]``: one tokenisation of the whole prompt, the one a model without cache would see.
-    ``tokens[i]`` is ``(ids [n], offsets [n, 2])`` of span i's chunk, or None when its KV is missing. A token is reusable
+    ``tokens[i]`` is ``(ids [n], offsets [n, 2])`` of span i's chunk, or None if its KV is missing. A token is reusable
     when it lies inside the span and the stored chunk has the same id at the same characters; where the neighbouring
     text made the tokenizer cut differently (a token or two at an edge) it is not, and is computed.
     """

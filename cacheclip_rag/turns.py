@@ -36,7 +36,9 @@ class Turns:
             self.__exit__(None, None, None)  # the turn came with the interrupt: pass it on
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._lock:
             if self._queue:
                 self._queue.popleft().set()

@@ -29,6 +29,11 @@ class Sparse:
     rows: Tensor
     probe: Probe | None = None
 
+    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Show the probe, if there is one for this layer, what the layer attends with."""
+        if self.probe is not None and layer in self.probe.layers:
+            self.probe(layer, query, key, self.rows, scaling)
+
 
 def trailing(queries: int, keys: int, device: torch.device) -> Tensor:
     """Rows ``[S]`` of a forward that carries no `Sparse`: the newest slots, as in any ordinary decoding step."""

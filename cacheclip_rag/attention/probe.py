@@ -50,10 +50,8 @@ class AttentionProbe:
             mass = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)[..., self.columns]
         else:
             logits = (q @ key[0][:, self.columns].float().unsqueeze(1).mT) * scaling
-            if self.normalise == "context":
-                mass = logits.softmax(dim=-1)
-            else:
-                mass = _softmax_by_group(logits, self._groups())
+            alone = self.normalise == "chunk"
+            mass = _softmax_by_group(logits, self._groups()) if alone else logits.softmax(dim=-1)
         self._total += mass.sum(dim=(0, 1, 2))
         self._terms += q.shape[0] * q.shape[1] * q.shape[2]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .mask import Sparse, trailing, visible
 
 
 def reference_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -29,9 +29,11 @@ def reference_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    rows = trailing(query.shape[2], key.shape[2], query.device) if cacheclip is None else cacheclip.rows
-    if cacheclip is not None and cacheclip.probe is not None and module.layer_idx in cacheclip.probe.layers:
-        cacheclip.probe(module.layer_idx, query, key, rows, scaling)
+    if cacheclip is None:
+        rows = trailing(query.shape[2], key.shape[2], query.device)
+    else:
+        rows = cacheclip.rows
+        cacheclip.observe(int(module.layer_idx), query, key, scaling)
     scores = query.float() @ key.float().repeat_interleave(groups, dim=1).mT * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .mask import Sparse, trailing, visible
 from .reference import reference_attention
@@ -15,7 +15,7 @@ BLOCK = 256  # rows a block: the mask stays small, and few keys beyond a row's o
 
 
 def sdpa_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -38,13 +38,12 @@ def sdpa_attention(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, cacheclip, **kwargs
         )
         return output, None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cacheclip is None:
         rows = trailing(query.shape[2], key.shape[2], query.device)
     else:
         rows = cacheclip.rows
-        if cacheclip.probe is not None and module.layer_idx in cacheclip.probe.layers:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            cacheclip.probe(module.layer_idx, query, key, rows, scale)
+        cacheclip.observe(int(module.layer_idx), query, key, scaling)
 
     _, heads, length, width = query.shape
     kv_heads = key.shape[1]

@@ -15,18 +15,20 @@ from ..chunks import ChunkKV
 class Encoder(Protocol):
     """One way of encoding. Frozen dataclasses, so that their fields are part of a chunk's identity."""
 
-    prefix: str | None
+    @property
+    def prefix(self) -> str | None:
+        """The text chunks are encoded behind; None for the model's chat-template start."""
 
     def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: tuple[Tensor, Tensor] | None) -> ChunkKV:
-        """KV of ``tokens`` (those of ``text``); ``prefix`` is the shared prefix's KV ``[L, Hk, P, D]``, computed once."""
+        """KV of ``tokens``, those of ``text``; ``prefix``: the shared prefix's KV ``[L, Hk, P, D]``."""
 
 
 @dataclass(frozen=True)
 class Isolated:
     """``KV(C_i) = prefill(C_i | S)``: forward ``[S; C_i]``, keep the rows of ``C_i``.
 
-    ``prefix`` is the text S: None takes what precedes the user's text in the model's chat template, "" encodes the chunk
-    bare (PromptCache). Behind a shared prefix the attention sink is there once, and the prefix's own KV, kept once,
+    ``prefix`` is the text S: None takes what precedes the user's text in the model's chat template, "" encodes the
+    chunk bare (PromptCache). Behind a shared prefix the attention sink is there once, and the prefix's own KV, kept once,
     serves every prompt that begins with it. Source: CacheClip (arXiv 2510.10129), also APE and SEL; FusionRAG eq. 5.
     """
 

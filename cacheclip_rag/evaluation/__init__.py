@@ -5,4 +5,17 @@ from .metrics import exact_match, f1, kl, recall
 from .runner import System, run
 from .tables import summarise
 
-__all__ = ["Item", "Passage", "System", "exact_match", "f1", "kl", "prompt", "read", "recall", "run", "spread", "summarise"]
+__all__ = [
+    "Item",
+    "Passage",
+    "System",
+    "exact_match",
+    "f1",
+    "kl",
+    "prompt",
+    "read",
+    "recall",
+    "run",
+    "spread",
+    "summarise",
+]

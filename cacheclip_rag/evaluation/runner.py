@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..auxiliary import Auxiliary
-from ..engine import Engine, Prefill
+from ..engine import Engine
 from ..methods import Method
+from ..prefill import Prefill
 from . import metrics
 from .data import Item, prompt
 

@@ -19,9 +19,9 @@ class QueryGuided:
     """``s[t] = mean_{l in layers} mean_{h, q} softmax(q K^T / sqrt(D))[h, q, t]``: one pass of the question over the
     placed chunks, whose KV is overwritten afterwards.
 
-    ``layers``: ``"last"``, ``"all"``, or a band of relative depths such as ``(0.69, 0.78)``, after which the pass stops.
-    ``normalise``: over which keys the softmax runs (see `AttentionProbe`). ``window`` and ``threshold`` group the choice
-    as CacheClip does; a window of 1 takes single tokens.
+    ``layers``: ``"last"``, ``"all"``, or a band of relative depths, ``(0.69, 0.83)``, after which the pass stops.
+    ``normalise``: over which keys the softmax runs (see `AttentionProbe`). ``window`` and ``threshold`` group the
+    choice as CacheClip does; a window of 1 takes single tokens.
 
     FusionRAG (2601.12904): last layer, softmax inside each chunk; its code scores keys at their stored positions, we at
     their global ones, which InfoFlow measured to be better. ProphetKV (2602.02579): all layers, softmax over the

@@ -224,9 +224,9 @@ class DiskStore:
         """Remove temporary files that a crashed process left."""
         try:
             for entry in files.listing(self.path):
-                if entry.name.startswith(files.TEMPORARY) and entry.is_file(follow_symlinks=False):
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE:
-                        files.remove(Path(entry.path))
+                ours = entry.name.startswith(files.TEMPORARY) and entry.is_file(follow_symlinks=False)
+                if ours and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE:
+                    files.remove(Path(entry.path))
         except OSError:
             pass
 
