@@ -49,7 +49,8 @@ def test_the_second_prompt_with_the_same_head_takes_its_kv_from_the_first(engine
 
 
 @pytest.mark.parametrize(
-    ("cut", "whole"), [(slice(None, 150), False), (slice(60, None), False), (slice(51, 160), False), (slice(None), True)]
+    ("cut", "whole"),
+    [(slice(None, 150), False), (slice(60, None), False), (slice(51, 160), False), (slice(None), True)],
 )
 def test_a_part_of_a_chunk_is_placed_where_it_stands(engine, cut, whole):
     """A truncated or re-split chunk takes the KV of just those tokens, moved to just those positions."""
@@ -237,7 +238,10 @@ def test_strange_text_is_stored_recognised_and_answered(engine, text):
 def test_a_thousand_chunks_in_one_prompt():
     engine = Engine(tiny_backbone(), method="naive")
     engine.backbone.window = 10**6
-    texts = [f"{i:04d} is the number of this passage, and what follows is {i * 7919 % 1000} and nothing else." for i in range(1000)]
+    texts = [
+        f"{i:04d} is the number of this passage, and what follows is {i * 7919 % 1000} and nothing else."
+        for i in range(1000)
+    ]
     assert engine.ensure(texts).encoded == 1000
     report = engine.generate(prompt_of(engine, texts), max_new_tokens=2).report
     assert len(report.chunks) == 1000 and report.reused == sum(map(len, texts))
@@ -298,12 +302,21 @@ def test_a_model_whose_keys_cannot_move_is_refused_or_served_by_plain_prefill():
     assert list(answer.ids) == expected.tolist() and "plain prefill" in answer.report.fallbacks[0]
 
 
-@pytest.mark.parametrize(("family", "why"), [("gpt2", "rotary|tried|move"), ("mamba", "mamba"), ("bloom", "tried|move|differ")])
+@pytest.mark.parametrize(
+    ("family", "why"), [("gpt2", "rotary|tried|move"), ("mamba", "mamba"), ("bloom", "tried|move|differ")]
+)
 def test_other_architectures_are_refused_by_trying_them(family, why):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        family, vocab_size=260, hidden_size=64, n_embd=64, n_layer=2, n_head=4, num_hidden_layers=2, num_attention_heads=4
+        family,
+        vocab_size=260,
+        hidden_size=64,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        num_hidden_layers=2,
+        num_attention_heads=4,
     )
     torch.manual_seed(0)
     with pytest.raises(NotComposable, match=why):
@@ -344,7 +357,9 @@ def test_a_second_engine_over_the_same_folder_starts_from_the_stored_kv(tmp_path
     again = second.generate(prompt_of(second, PASSAGES), max_new_tokens=6)
     assert again.ids == expected.ids and again.report.reused == expected.report.reused > 0
     other = Engine(tiny_backbone("qwen2"), method="naive", store=tmp_path)
-    assert other.generate(prompt_of(other, PASSAGES), max_new_tokens=2).report.reused == 0, "another model's KV is a miss"
+    assert other.generate(prompt_of(other, PASSAGES), max_new_tokens=2).report.reused == 0, (
+        "another model's KV is a miss"
+    )
     first.forget(PASSAGES[:1])
     third = Engine(tiny_backbone(), method="naive", store=tmp_path)
     assert third.ensure(PASSAGES).encoded == 1
@@ -426,7 +441,9 @@ def test_sampling_is_transformers_own(engine):
     one = engine.generate(prompt, temperature=1.5, max_new_tokens=8).ids
     torch.manual_seed(3)
     assert engine.generate(prompt, temperature=1.5, max_new_tokens=8).ids == one
-    assert engine.generate(prompt, temperature=0.0, max_new_tokens=8).ids == engine.generate(prompt, max_new_tokens=8).ids
+    assert (
+        engine.generate(prompt, temperature=0.0, max_new_tokens=8).ids == engine.generate(prompt, max_new_tokens=8).ids
+    )
     with pytest.raises(ValueError):
         engine.generate(prompt, no_such_option=1)
 

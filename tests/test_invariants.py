@@ -182,7 +182,10 @@ def test_the_store_is_bit_identical_after_requests(method):
     engine = engine_with_auxiliary("llama")
     engine.ensure(PASSAGES)
     stores = [engine.library.store, engine.auxiliary.library.store]
-    before = [{e.key: (store.get(e.key).keys.clone(), store.get(e.key).values.clone()) for e in store.entries()} for store in stores]
+    before = [
+        {e.key: (store.get(e.key).keys.clone(), store.get(e.key).values.clone()) for e in store.entries()}
+        for store in stores
+    ]
     for order in (PASSAGES, PASSAGES[::-1], PASSAGES[2:]):
         engine.generate(prompt_of(engine.backbone, order), method=method, max_new_tokens=4)
     for store, kept in zip(stores, before, strict=True):
@@ -208,7 +211,9 @@ def test_more_recompute_comes_closer_to_full_prefill():
     engine.ensure(PASSAGES)
     prompt = prompt_of(engine.backbone, PASSAGES)
     full = engine.prefill(prompt, method="full").logits
-    errors = [distance(engine.prefill(prompt, method="query_guided", recompute_ratio=r).logits, full) for r in (0, 0.5, 0.99)]
+    errors = [
+        distance(engine.prefill(prompt, method="query_guided", recompute_ratio=r).logits, full) for r in (0, 0.5, 0.99)
+    ]
     assert errors[0] > errors[1] > errors[2] and errors[0] > 0.05
 
 

@@ -1,0 +1,43 @@
+# Everything is set up from Python 3.10 or newer, pip and the package index. Every target may be repeated.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+RESULTS = benchmarks/results
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test check bench quality clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements-dev.txt integrations/llama-index-llms-cacheclip/pyproject.toml scripts/setup_torch.py
+	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@$(RUN)/python scripts/setup_torch.py
+	@echo "installing cacheclip-rag and what it is developed with ..."
+	@$(RUN)/python -m pip --disable-pip-version-check install -q -r requirements-dev.txt
+	@touch $@
+
+demo: setup  ## real documents, real questions, with and without reuse
+	@$(RUN)/cacheclip pull smollm2-135m-instruct qwen2.5-coder-0.5b-instruct all-minilm-l6-v2
+	@$(RUN)/python demo/demo.py
+
+test: setup  ## the whole suite; the weights it needs are SmolLM2's and MiniLM's
+	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
+	@$(RUN)/python -m pytest
+
+check: setup  ## style, types, and that nothing imports upward
+	@$(RUN)/ruff format --check .
+	@$(RUN)/ruff check .
+	@$(RUN)/mypy
+	@$(RUN)/lint-imports
+
+bench: setup  ## exactness, then speed with quality beside it (about half an hour on two cores)
+	@$(RUN)/python benchmarks/exact.py --model qwen2.5-coder-0.5b-instruct
+	@$(RUN)/python benchmarks/speed.py --out $(RESULTS)/speed.jsonl
+	@$(RUN)/python -m cacheclip_rag.evaluation $(RESULTS)/quality-1.5b.jsonl
+
+quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; resumable)
+	@$(RUN)/python benchmarks/quality.py $(DATA) --out $(RESULTS)/quality-1.5b.jsonl
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

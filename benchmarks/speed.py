@@ -1,0 +1,222 @@
+"""Time to first token against full prefill, with quality beside it: medians of paired runs in one process.
+
+    python benchmarks/speed.py --model qwen2.5-coder-0.5b-instruct --tokens 2000 6000
+
+Every pair runs transformers' own full prefill (sdpa) and the engine on the same prompt, with the same weights in
+memory, one right after the other, in alternating order. Nothing of the engine is left out of its time: recognition,
+tokenisation, loading, placing, selection, recompute. Ten chunks of the shipped PEPs; the prompt is new each time, so
+that only chunk KV and the template's head can be reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from cacheclip_rag import Engine
+from cacheclip_rag.attention import SDPA
+from cacheclip_rag.evaluation import kl
+from cacheclip_rag.report import Report
+from cacheclip_rag.store import MemoryStore
+
+CORPUS = Path(__file__).parent.parent / "demo" / "corpus"
+CHUNKS = 10
+STAGES = ("recognise", "tokenise", "select", "load", "place", "recompute")
+
+
+def chunks_of(engine: Engine, tokens: int, generator: random.Random) -> list[str]:
+    """Ten pieces of different documents, together about ``tokens`` tokens."""
+    size, chosen = tokens // CHUNKS, []
+    files = sorted(CORPUS.glob("*.txt"))
+    while len(chosen) < CHUNKS:
+        text = generator.choice(files).read_text(encoding="utf-8")
+        offsets = engine.backbone.tokenise(text).offsets
+        if len(offsets) <= size + 1:
+            continue
+        start = generator.randrange(len(offsets) - size)
+        chosen.append(text[offsets[start, 0] : offsets[start + size, 0]].strip())
+    return chosen
+
+
+def prompt_of(engine: Engine, chunks: list[str], question: str) -> str:
+    content = (
+        "Context information is below.\n---------------------\n"
+        + "\n\n".join(chunks)
+        + "\n---------------------\nGiven the context information and not prior knowledge, answer the query.\n"
+        f"Query: {question}\nAnswer: "
+    )
+    return engine.backbone.chat([{"role": "user", "content": content}])
+
+
+@torch.inference_mode()
+def baseline(engine: Engine, prompt: str) -> tuple[float, int]:
+    """Seconds from the prompt's text to the first token of transformers' own full prefill, and that token."""
+    model, tokenizer = engine.backbone.model, engine.backbone.tokenizer
+    model.set_attn_implementation("sdpa")
+    try:
+        start = time.perf_counter()
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(engine.backbone.device)
+        token = int(model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+        return time.perf_counter() - start, token
+    finally:
+        model.set_attn_implementation(SDPA)
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Ask the operating system to forget these files, so that loading them reads the disk."""
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def forget_memory(engine: Engine) -> None:
+    for library in (engine.library, engine.auxiliary.library if engine.auxiliary else None):
+        if library is not None:
+            library.store.tiers = (MemoryStore(4 << 30), library.store.tiers[1])
+
+
+def first_token(engine: Engine, prompt: str, question: str, method: str, ratio: float) -> Report:
+    return engine.generate(prompt, question=question, method=method, recompute_ratio=ratio, max_new_tokens=1).report
+
+
+def pair(engine: Engine, chunks: list[str], question: str, method: str, ratio: float, order: int, folder: Path) -> dict:
+    """One prompt, four ways: full prefill, reuse with KV in memory, reuse with KV on disk, and what they agree on."""
+    engine.ensure(chunks)
+    prompt = prompt_of(engine, chunks, question)
+    row: dict = {}
+    for step in (0, 1) if order % 2 else (1, 0):
+        if step:
+            row["memory"] = first_token(engine, prompt, question, method, ratio)
+        else:
+            row["full"], row["token"] = baseline(engine, prompt)
+    forget_memory(engine)
+    drop_page_cache(folder)
+    row["disk"] = first_token(engine, prompt, question, method, ratio)
+    oracle = engine.prefill(prompt, method="full").logits
+    ours = engine.prefill(prompt, question=question, method=method, recompute_ratio=ratio).logits
+    row["equal"] = int(ours.argmax()) == row["token"]
+    row["kl"] = kl(oracle, ours)
+    row["kl naive"] = kl(oracle, engine.prefill(prompt, method="naive").logits)
+    return row
+
+
+def measure(engine: Engine, tokens: int, pairs: int, ratio: float, method: str, folder: Path) -> dict:
+    generator, rows = random.Random(tokens), []
+    for number in range(pairs + 1):
+        question = f"What do passages {generator.randrange(90)} and {generator.randrange(90)} propose, and why?"
+        rows.append(pair(engine, chunks_of(engine, tokens, generator), question, method, ratio, number, folder))
+    rows = rows[1:]  # the first pair warmed everything up
+    memory, disk = [row["memory"] for row in rows], [row["disk"] for row in rows]
+    breakdown = {stage: median(r.seconds.get(stage, 0.0) for r in memory) for stage in STAGES}
+    breakdown["first token"] = median(r.ttft - sum(r.seconds.values()) for r in memory)
+    return {
+        "method": method,
+        "prompt tokens": median(r.prompt_tokens for r in memory),
+        "full prefill (s)": round(median(row["full"] for row in rows), 2),
+        "times sooner, KV in memory": round(median(row["full"] / row["memory"].ttft for row in rows), 2),
+        "times sooner, KV on disk": round(median(row["full"] / row["disk"].ttft for row in rows), 2),
+        "bound": round(median(r.bound for r in memory), 2),
+        "first tokens equal": f"{sum(row['equal'] for row in rows)}/{len(rows)}",
+        "KL of the first token": round(median(row["kl"] for row in rows), 4),
+        "KL of naive reuse": round(median(row["kl naive"] for row in rows), 4),
+        "breakdown (s)": {stage: round(seconds, 3) for stage, seconds in breakdown.items()},
+        "load from disk (s)": round(median(r.seconds.get("load", 0.0) for r in disk), 3),
+    }
+
+
+def encoding_cost(engine: Engine, pairs: int = 7) -> float:
+    """Seconds to encode a chunk of 512 tokens over seconds of a plain transformers forward of the same tokens."""
+    generator, ratios = random.Random(1), []
+    for _ in range(pairs + 1):
+        text = chunks_of(engine, 5120, generator)[0]
+        ids = engine.backbone.tokenise(text).ids[None].to(engine.backbone.device)
+        start = time.perf_counter()
+        engine.library.encode(text)
+        middle = time.perf_counter()
+        engine.backbone.model.set_attn_implementation("sdpa")
+        with torch.inference_mode():
+            engine.backbone.model.base_model(input_ids=ids, use_cache=True)
+        engine.backbone.model.set_attn_implementation(SDPA)
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    return median(ratios[1:])
+
+
+def peak_memory(engine: Engine, tokens: int) -> dict:
+    """Resident bytes a request adds at its peak, beside its canvas."""
+    chunks = chunks_of(engine, tokens, random.Random(2))
+    engine.ensure(chunks)
+    prompt = prompt_of(engine, chunks, "What is proposed?")
+    page, peak, stop = os.sysconf("SC_PAGESIZE"), [0], threading.Event()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            peak[0] = max(peak[0], resident())
+
+    before = resident()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    report = engine.prefill(prompt).report
+    stop.set()
+    watcher.join()
+    return {
+        "prompt tokens": report.prompt_tokens,
+        "recomputed and fresh rows": report.computed_tokens,
+        "canvas (MiB)": report.canvas_bytes >> 20,
+        "peak added (MiB)": (peak[0] - before) >> 20,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="*", default=["qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"])
+    parser.add_argument("--auxiliary", default="smollm2-135m-instruct")
+    parser.add_argument("--methods", nargs="*", default=["cacheclip", "query_guided"])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[2000, 6000])
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--ratio", type=float, default=0.2)
+    parser.add_argument("--out", type=Path, help="append the results to this JSONL file as well")
+    args = parser.parse_args()
+    machine = (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"machine: {machine}")
+    for name in args.model:
+        with tempfile.TemporaryDirectory() as folder:
+            engine = Engine(name, auxiliary=args.auxiliary, store=folder)
+            results = [{"encoding / plain forward": encoding_cost(engine)}]
+            for tokens in args.tokens:
+                for method in args.methods:
+                    results.append(measure(engine, tokens, args.pairs, args.ratio, method, Path(folder)))
+            results.append(peak_memory(engine, 8000))
+            for result in results:
+                row = {
+                    "model": name,
+                    "dtype": str(engine.backbone.dtype),
+                    "machine": machine,
+                    "r": args.ratio,
+                    **result,
+                }
+                print(json.dumps(result, indent=2), flush=True)
+                if args.out:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
