@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct")
     parser.add_argument("--auxiliary", default="smollm2-135m-instruct")
     parser.add_argument("--sibling", default="qwen2.5-coder-0.5b-instruct", help="a second auxiliary model, or ''")
+    parser.add_argument("--systems", nargs="*", help="only these systems, by label")
     parser.add_argument("--sets", nargs="*", default=list(SETS))
     parser.add_argument("--count", type=int, help="items of each set, instead of the fixed numbers")
     args = parser.parse_args()
@@ -57,6 +58,8 @@ def main() -> None:
         sibling = Auxiliary(library)
         systems.append(System("cacheclip, sibling", "cacheclip", 0.2, sibling))
         systems.append(System("cacheclip, sibling, upper layers", resolve("cacheclip", layers="upper"), 0.2, sibling))
+    if args.systems:
+        systems = [system for system in systems if system.label in args.systems]
     for name in args.sets:
         items = items_of(args.data, name, args.count or SETS[name])
         run(engine, items, systems, args.out, dataset=name, max_new_tokens=64 if name.startswith("ruler") else 32)

@@ -195,14 +195,14 @@ class Backbone:
         (no logits). ``positions [S]`` are the RoPE positions where they differ from the slots.
         Source: the sparse prefill of CacheBlend and EPIC, with the exact causal mask.
         """
-        rows = rows.to(self.device)
-        canvas.aim(rows)
+        sparse = Sparse(rows, self.device, probe)
+        canvas.aim(sparse)
         kwargs: dict[str, Any] = dict(
             input_ids=ids.to(self.device)[None],
-            position_ids=(rows if positions is None else positions.to(self.device))[None],
+            position_ids=sparse.rows[None] if positions is None else positions.to(self.device)[None],
             past_key_values=canvas,
             use_cache=True,
-            cacheclip=Sparse(rows, probe),
+            cacheclip=sparse,
         )
         if logits and depth is None:
             output = self.model(**kwargs, logits_to_keep=logits)

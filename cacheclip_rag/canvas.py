@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .attention import Sparse
 from .chunks import ChunkKV
 from .rotary import Rotary
 
@@ -34,7 +35,7 @@ class Canvas(Cache):
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
-        self.rows = torch.empty(0, dtype=torch.long)
+        self._rows = torch.empty(0, dtype=torch.long)
         self._contiguous: slice | None = None
         super().__init__(layers=[_CanvasLayer(self, i) for i in range(layers)])
 
@@ -46,14 +47,14 @@ class Canvas(Cache):
     def nbytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def aim(self, rows: Tensor) -> None:
-        """The next forward writes its K and V at ``rows [S]`` int64, strictly increasing."""
-        first, last = int(rows[0]), int(rows[-1])
+    def aim(self, sparse: Sparse) -> None:
+        """The next forward writes its K and V at these rows."""
+        first, last = sparse.blocks[0][2], sparse.blocks[-1][3]
         if last >= self.capacity:
             raise IndexError(f"row {last} does not fit on a canvas of {self.capacity} slots")
-        self.rows = rows
+        self._rows = sparse.rows
         # A run of rows is a slice: writing it costs a copy, not a scatter.
-        self._contiguous = slice(first, last + 1) if last - first + 1 == len(rows) else None
+        self._contiguous = slice(first, last + 1) if last - first + 1 == len(sparse.rows) else None
         self.length = max(self.length, last + 1)
 
     def place(self, chunk: ChunkKV, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
@@ -84,8 +85,8 @@ class Canvas(Cache):
             self.keys[layer][:, :, self._contiguous] = keys
             self.values[layer][:, :, self._contiguous] = values
         else:
-            self.keys[layer].index_copy_(2, self.rows, keys)
-            self.values[layer].index_copy_(2, self.rows, values)
+            self.keys[layer].index_copy_(2, self._rows, keys)
+            self.values[layer].index_copy_(2, self._rows, values)
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,26 +17,58 @@ class Probe(Protocol):
         """``query [1, H, S, D]`` (rotated), ``key [1, Hk, N, D]`` (rotated, all slots), ``rows [S]`` int64."""
 
 
-@dataclass(frozen=True, eq=False)
+BLOCK = 128
+"""Rows that are attended to together: few keys beyond a row's own slot are computed in vain."""
+
+_KEEP = 1 << 27
+"""Masks of at most this many elements are kept for the layers of a forward, others made anew by each."""
+
+
 class Sparse:
     """What one forward tells the attention function.
 
-    ``rows [S]`` int64, strictly increasing: the canvas slots of the queries. A slot orders keys and defines
-    causality; the RoPE position travels separately, as ``position_ids``.
+    ``rows [S]`` int64, strictly increasing: the canvas slots of the queries. A slot orders keys and defines causality;
+    the RoPE position travels separately, as ``position_ids``. ``blocks`` are ``(start, stop, first, last)``: rows
+    ``[start, stop)`` and the slots of the first and the last of them, as plain numbers, so that no layer waits for the
+    device to tell.
     """
 
-    rows: Tensor
-    probe: Probe | None = None
+    def __init__(self, rows: Tensor, device: torch.device | str, probe: Probe | None = None) -> None:
+        slots = rows.tolist()
+        self.rows, self.probe = rows.to(device), probe
+        self.blocks = [
+            (start, stop, slots[start], slots[stop - 1])
+            for start in range(0, len(slots), BLOCK)
+            for stop in [min(start + BLOCK, len(slots))]
+        ]
+        self.dense = slots[0] == 0 and slots[-1] == len(slots) - 1
+        """Whether the rows are all slots from 0 on: then the mask is an ordinary triangle."""
+        self._biases: dict[tuple[int, int, int | None], Tensor] = {}
 
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Show the probe, if there is one for this layer, what the layer attends with."""
         if self.probe is not None and layer in self.probe.layers:
             self.probe(layer, query, key, self.rows, scaling)
 
+    def bias(self, start: int, stop: int, keys: slice, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of rows ``[start, stop)`` over the slots ``keys``: 0 or -inf, ``[rows, keys]``.
 
-def trailing(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Rows ``[S]`` of a forward that carries no `Sparse`: the newest slots, as in any ordinary decoding step."""
-    return torch.arange(keys - queries, keys, device=device)
+        Layers of one forward share it. It is additive because the CPU's fused kernel turns a boolean mask into this at
+        every call, which takes nearly as long as the attention.
+        """
+        name = (start, keys.start, window)
+        if name not in self._biases:
+            seen = visible(self.rows[start:stop] - keys.start, keys.stop - keys.start, window)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+            if len(self.rows) * keys.stop > _KEEP:
+                return bias
+            self._biases[name] = bias
+        return self._biases[name]
+
+
+def trailing(queries: int, keys: int, device: torch.device) -> Sparse:
+    """The newest slots as rows, for a forward that says nothing: any ordinary decoding step."""
+    return Sparse(torch.arange(keys - queries, keys), device)
 
 
 def visible(rows: Tensor, keys: int, window: int | None = None) -> Tensor:

@@ -29,15 +29,12 @@ def reference_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    if cacheclip is None:
-        rows = trailing(query.shape[2], key.shape[2], query.device)
-    else:
-        rows = cacheclip.rows
-        cacheclip.observe(int(module.layer_idx), query, key, scaling)
+    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
+    sparse.observe(int(module.layer_idx), query, key, scaling)
     scores = query.float() @ key.float().repeat_interleave(groups, dim=1).mT * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    mask = visible(rows, key.shape[2], sliding_window)
+    mask = visible(sparse.rows, key.shape[2], sliding_window)
     probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     output = probabilities @ value.float().repeat_interleave(groups, dim=1)
     return output.to(query.dtype).transpose(1, 2).contiguous(), probabilities

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import Sparse, trailing, visible
+from .mask import Sparse, trailing
 from .reference import reference_attention
-
-BLOCK = 256  # rows a block: the mask stays small, and few keys beyond a row's own slot are computed in vain
 
 
 def sdpa_attention(
@@ -29,8 +27,8 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
 
-    Rows are sorted, so a block of them needs keys only up to its last row's slot. In grouped-query models the H / Hk
-    query heads that share a KV head are folded into the row dimension instead of repeating K and V.
+    Rows are sorted, so a block of them needs keys only from where its window begins up to its last row's slot. In
+    grouped-query models the H / Hk query heads of a KV head see one expanded view of its keys; nothing is repeated.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
     if softcap is not None:  # the fused kernels cannot cap scores
@@ -39,26 +37,24 @@ def sdpa_attention(
         )
         return output, None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if cacheclip is None:
-        rows = trailing(query.shape[2], key.shape[2], query.device)
-    else:
-        rows = cacheclip.rows
-        cacheclip.observe(int(module.layer_idx), query, key, scaling)
+    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
+    sparse.observe(int(module.layer_idx), query, key, scaling)
 
     _, heads, length, width = query.shape
     kv_heads = key.shape[1]
-    groups = heads // kv_heads
+    grouped = (kv_heads, heads // kv_heads)
+    q = query[0].unflatten(0, grouped)  # [Hk, H / Hk, S, D]
+    k, v = (tensor[0].unsqueeze(1).expand(*grouped, -1, -1) for tensor in (key, value))
+    if sparse.dense and sliding_window is None and length > 1:
+        whole = F.scaled_dot_product_attention(q, k[:, :, :length], v[:, :, :length], is_causal=True, scale=scaling)
+        return whole.flatten(0, 1).transpose(0, 1).unsqueeze(0), None
     output = torch.empty(1, length, heads, width, dtype=query.dtype, device=query.device)
-    for start in range(0, length, BLOCK):
-        block = rows[start : start + BLOCK]
-        size, last = len(block), int(block[-1])
-        first = 0 if sliding_window is None else max(0, int(block[0]) - sliding_window + 1)
-        folded = query[:, :, start : start + size].reshape(1, kv_heads, groups * size, width)
-        mask = None
-        if size > 1:  # a single row sees every key that is left
-            mask = visible(block - first, last + 1 - first, sliding_window).repeat(groups, 1)
+    for start, stop, first, last in sparse.blocks:
+        keys = slice(0 if sliding_window is None else max(0, first - sliding_window + 1), last + 1)
+        # A single row sees every key that is left.
+        bias = sparse.bias(start, stop, keys, sliding_window, query.dtype) if stop - start > 1 else None
         part = F.scaled_dot_product_attention(
-            folded, key[:, :, first : last + 1], value[:, :, first : last + 1], attn_mask=mask, scale=scaling
+            q[:, :, start:stop], k[:, :, keys], v[:, :, keys], attn_mask=bias, scale=scaling
         )
-        output[:, start : start + size] = part.reshape(1, heads, size, width).transpose(1, 2)
+        output[0, start:stop] = part.flatten(0, 1).transpose(0, 1)
     return output, None

@@ -20,7 +20,7 @@ class Encoder(Protocol):
         """The text chunks are encoded behind; None for the model's chat-template start."""
 
     def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: tuple[Tensor, Tensor] | None) -> ChunkKV:
-        """KV of ``tokens``, those of ``text``; ``prefix``: the shared prefix's KV ``[L, Hk, P, D]``."""
+        """KV of ``tokens`` (of ``text``); ``prefix``: the shared prefix's KV ``[L, Hk, P, D]``."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,373 @@
+"""Turns, work in the background, and the prompt heads that requests share."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cacheclip_rag import turns as turns_module
+from cacheclip_rag.background import Background
+from cacheclip_rag.canvas import Canvas
+from cacheclip_rag.prefixes import WORTH, PrefixCache
+from cacheclip_rag.turns import Turns
+
+PATIENCE = 20.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.001)
+
+
+def start(work: Callable[[], Any]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def join(*threads: threading.Thread) -> None:
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "dead lock"
+
+
+# ---- turns -------------------------------------------------------------------------------------------------------
+
+
+def test_who_asked_first_goes_first() -> None:
+    turns, order = Turns(), []
+
+    def take(number: int) -> None:
+        with turns:
+            order.append(number)
+
+    threads = []
+    with turns:
+        for number in range(20):
+            threads.append(start(lambda number=number: take(number)))  # type: ignore[misc]
+            until(lambda number=number: len(turns._queue) == number + 1)  # type: ignore[misc]
+        assert order == [] and not turns.idle
+    join(*threads)
+    assert order == list(range(20)) and turns.idle
+
+
+def test_one_who_comes_back_at_once_waits_behind_the_others() -> None:
+    turns, order, ready = Turns(), [], threading.Barrier(2)
+
+    def greedy() -> None:
+        with turns:
+            ready.wait(PATIENCE)
+            until(lambda: len(turns._queue) == 1)
+            order.append("greedy")
+        with turns:
+            order.append("greedy again")
+
+    def patient() -> None:
+        ready.wait(PATIENCE)
+        with turns:
+            order.append("patient")
+
+    join(start(greedy), start(patient))
+    assert order == ["greedy", "patient", "greedy again"]
+
+
+def test_there_is_only_one_turn_at_a_time() -> None:
+    turns, inside, most, count = Turns(), [0], [0], [0]
+
+    def work() -> None:
+        for _ in range(200):
+            with turns:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0)
+                count[0] += 1
+                inside[0] -= 1
+
+    join(*[start(work) for _ in range(8)])
+    assert most == [1] and count == [1600] and turns.idle
+
+
+def test_a_turn_ends_with_an_error() -> None:
+    turns = Turns()
+    for error in (ValueError, KeyboardInterrupt, GeneratorExit):
+        with pytest.raises(error), turns:
+            raise error
+        assert turns.idle
+    waiting = []
+    with pytest.raises(ValueError), turns:
+        thread = start(lambda: waiting.append(turns.__enter__()))
+        until(lambda: len(turns._queue) == 1)
+        raise ValueError
+    join(thread)
+    assert waiting == [None] and not turns.idle
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_an_interrupt_while_waiting_loses_no_turn(monkeypatch: pytest.MonkeyPatch, granted: bool) -> None:
+    turns = Turns()
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if granted:  # the turn comes at the very moment of the interrupt
+                turns.__exit__(None, None, None)
+                assert self.is_set()
+            raise KeyboardInterrupt
+
+    turns.__enter__()
+    monkeypatch.setattr(turns_module.threading, "Event", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        turns.__enter__()
+    monkeypatch.undo()
+    if not granted:
+        assert not turns.idle
+        turns.__exit__(None, None, None)
+    assert turns.idle
+    with turns:
+        assert not turns.idle
+
+
+# ---- background --------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_worked_on_in_order_and_flush_waits_for_them() -> None:
+    done: list[str] = []
+
+    def work(text: str) -> None:
+        time.sleep(0.005)
+        done.append(text)
+
+    background = Background(work)
+    background.add(["a", "b"])
+    background.add(iter(["c"]))
+    background.flush()
+    assert done == ["a", "b", "c"]
+    background.add(["d"])
+    background.flush()
+    assert done == ["a", "b", "c", "d"]
+    background.close()
+
+
+def test_flush_waits_for_the_text_at_hand() -> None:
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def work(text: str) -> None:
+        begun.set()
+        go.wait(PATIENCE)
+        done.append(text)
+
+    background = Background(work)
+    background.add(["a"])
+    assert begun.wait(PATIENCE)
+    flushing = start(background.flush)
+    flushing.join(0.05)
+    assert flushing.is_alive() and done == []
+    go.set()
+    join(flushing)
+    assert done == ["a"]
+    background.close()
+
+
+def test_a_text_that_waits_already_is_not_worked_on_twice() -> None:
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def work(text: str) -> None:
+        begun.set()
+        go.wait(PATIENCE)
+        done.append(text)
+
+    background = Background(work)
+    background.add(["first", "a", "b", "a"])
+    assert begun.wait(PATIENCE)
+    background.add(["b", "c", "a"])
+    go.set()
+    background.flush()
+    assert done == ["first", "a", "b", "c"]
+    background.close()
+
+
+def test_an_error_is_logged_and_the_others_are_worked_on(caplog: pytest.LogCaptureFixture) -> None:
+    done = []
+
+    def work(text: str) -> None:
+        if text == "bad":
+            raise RuntimeError("out of memory")
+        done.append(text)
+
+    background = Background(work)
+    with caplog.at_level(logging.ERROR, logger="cacheclip_rag"):
+        background.add(["a", "bad", "b"])
+        background.flush()
+    assert done == ["a", "b"] and "out of memory" in caplog.text
+    background.close()
+
+
+def test_closing_finishes_the_text_at_hand_and_drops_the_rest() -> None:
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def work(text: str) -> None:
+        begun.set()
+        go.wait(PATIENCE)
+        done.append(text)
+
+    background = Background(work)
+    background.add(["a", "b", "c"])
+    assert begun.wait(PATIENCE)
+    flushing, closing = start(background.flush), start(background.close)
+    join(flushing)  # nobody waits for what will not be done
+    assert closing.is_alive()
+    go.set()
+    join(closing)
+    assert done == ["a"]
+    background.add(["d"])
+    background.flush()
+    background.close()
+    assert done == ["a"]
+
+
+def test_work_may_add_work_and_may_close() -> None:
+    done: list[str] = []
+
+    def work(text: str) -> None:
+        done.append(text)
+        if text == "a":
+            background.add(["b"])
+        if text == "last":
+            background.close()
+
+    background = Background(work)
+    background.add(["a"])
+    background.flush()
+    background.add(["last", "never"])
+    background.flush()
+    until(lambda: background._thread is not None and not background._thread.is_alive())
+    assert done == ["a", "b", "last"]
+
+
+def test_idle_background_costs_no_thread_and_flushes_at_once() -> None:
+    before = threading.active_count()
+    background = Background(lambda text: None)
+    background.add([])
+    background.flush()
+    assert threading.active_count() == before
+    background.close()
+
+
+def test_many_threads_add() -> None:
+    done: list[str] = []
+    background = Background(done.append)
+    join(*[start(lambda k=k: background.add(f"{k}-{i}" for i in range(50))) for k in range(8)])  # type: ignore[misc]
+    background.flush()
+    assert sorted(done) == sorted(f"{k}-{i}" for k in range(8) for i in range(50))
+    background.close()
+
+
+# ---- prompt heads ------------------------------------------------------------------------------------------------
+
+
+def canvas(ids: Tensor) -> Canvas:
+    """A canvas whose row j holds the number of the token there."""
+    made = Canvas(2, 1, 4, len(ids) + 3, dtype=torch.float32, device="cpu")
+    rows = ids.float()[None, None, :, None].expand(2, 1, -1, 4)
+    made.write(0, rows, -rows)
+    return made
+
+
+def keep(cache: PrefixCache, ids: Tensor, length: int | None = None) -> None:
+    cache.keep(ids, len(ids) if length is None else length, canvas(ids))
+
+
+def longest(cache: PrefixCache, ids: Tensor) -> int:
+    """The length of what is found, which has to be the KV of these very tokens."""
+    found = cache.longest(ids)
+    if found is None:
+        return 0
+    keys, values = found
+    size = keys.shape[2]
+    expected = ids[:size].float()[None, None, :, None].expand(2, 1, -1, 4)
+    assert torch.equal(keys, expected) and torch.equal(values, -expected)
+    return size
+
+
+def head(*parts: range) -> Tensor:
+    return torch.tensor([i for part in parts for i in part])
+
+
+def test_the_longest_common_head_is_found() -> None:
+    cache = PrefixCache()
+    keep(cache, head(range(20)))
+    keep(cache, head(range(12), range(100, 130)))
+    assert longest(cache, head(range(20), range(500, 510))) == 20
+    assert longest(cache, head(range(15), range(500, 510))) == 15
+    assert longest(cache, head(range(12), range(100, 105), range(7))) == 17
+    assert longest(cache, head(range(12))) == 12
+    assert longest(cache, head(range(1, 30))) == 0
+
+
+def test_only_the_asked_for_rows_of_a_canvas_are_kept() -> None:
+    cache = PrefixCache()
+    keep(cache, head(range(40)), length=10)
+    assert longest(cache, head(range(40))) == 10
+
+
+def test_short_heads_are_not_worth_it() -> None:
+    cache = PrefixCache()
+    keep(cache, head(range(WORTH - 1)))
+    assert longest(cache, head(range(WORTH - 1))) == 0
+    keep(cache, head(range(50)))
+    assert longest(cache, head(range(WORTH - 1), range(900, 950))) == 0
+    assert longest(cache, head(range(WORTH), range(900, 950))) == WORTH
+
+
+def test_what_is_kept_is_a_copy() -> None:
+    cache, ids = PrefixCache(), head(range(20))
+    made = canvas(ids)
+    cache.keep(ids, 20, made)
+    made.keys.zero_()
+    made.values.zero_()
+    assert longest(cache, ids) == 20
+
+
+def test_the_head_used_longest_ago_is_dropped() -> None:
+    cache = PrefixCache(size=3)
+    heads = [head(range(100 * n, 100 * n + 20)) for n in range(5)]
+    for ids in heads[:3]:
+        keep(cache, ids)
+    assert longest(cache, heads[0]) == 20  # a use
+    keep(cache, heads[3])
+    assert [longest(cache, ids) for ids in heads[:4]] == [20, 0, 20, 20]
+
+
+def test_a_head_that_another_one_begins_with_is_not_kept_twice() -> None:
+    cache = PrefixCache(size=2)
+    other, long = head(range(500, 530)), head(range(50))
+    keep(cache, other)
+    keep(cache, long)
+    for length in (10, 20, 50):
+        keep(cache, long, length)
+    assert longest(cache, other) == 30 and longest(cache, long) == 50
+
+
+def test_heads_from_many_threads() -> None:
+    cache, errors = PrefixCache(size=4), []
+
+    def work(n: int) -> None:
+        try:
+            for i in range(60):
+                ids = head(range(5), range(1000 * (i % 6), 1000 * (i % 6) + 20 + n))
+                keep(cache, ids)
+                longest(cache, ids)
+        except BaseException as error:
+            errors.append(error)
+
+    join(*[start(lambda n=n: work(n)) for n in range(6)])  # type: ignore[misc]
+    assert not errors
+    assert sum(longest(cache, head(range(5), range(1000 * i, 1000 * i + 30))) > 5 for i in range(6)) <= 4
