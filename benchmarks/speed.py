@@ -59,15 +59,16 @@ def prompt_of(engine: Engine, chunks: list[str], question: str) -> str:
 
 
 @torch.inference_mode()
-def baseline(engine: Engine, prompt: str) -> tuple[float, int]:
-    """Seconds from the prompt's text to the first token of transformers' own full prefill, and that token."""
+def baseline(engine: Engine, prompt: str) -> tuple[float, torch.Tensor]:
+    """Seconds from the prompt's text to the first token of transformers' own full prefill, and its logits."""
     model, tokenizer = engine.backbone.model, engine.backbone.tokenizer
     model.set_attn_implementation("sdpa")
     try:
         start = time.perf_counter()
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(engine.backbone.device)
-        token = int(model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-        return time.perf_counter() - start, token
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0].float()
+        int(logits.argmax())
+        return time.perf_counter() - start, logits
     finally:
         model.set_attn_implementation(SDPA)
 
@@ -100,13 +101,12 @@ def pair(engine: Engine, chunks: list[str], question: str, method: str, ratio: f
         if step:
             row["memory"] = first_token(engine, prompt, question, method, ratio)
         else:
-            row["full"], row["token"] = baseline(engine, prompt)
+            row["full"], oracle = baseline(engine, prompt)
     forget_memory(engine)
     drop_page_cache(folder)
     row["disk"] = first_token(engine, prompt, question, method, ratio)
-    oracle = engine.prefill(prompt, method="full").logits
     ours = engine.prefill(prompt, question=question, method=method, recompute_ratio=ratio).logits
-    row["equal"] = int(ours.argmax()) == row["token"]
+    row["equal"] = int(ours.argmax()) == int(oracle.argmax())
     row["kl"] = kl(oracle, ours)
     row["kl naive"] = kl(oracle, engine.prefill(prompt, method="naive").logits)
     return row
@@ -114,10 +114,9 @@ def pair(engine: Engine, chunks: list[str], question: str, method: str, ratio: f
 
 def measure(engine: Engine, tokens: int, pairs: int, ratio: float, method: str, folder: Path) -> dict:
     generator, rows = random.Random(tokens), []
-    for number in range(pairs + 1):
+    for number in range(pairs):
         question = f"What do passages {generator.randrange(90)} and {generator.randrange(90)} propose, and why?"
         rows.append(pair(engine, chunks_of(engine, tokens, generator), question, method, ratio, number, folder))
-    rows = rows[1:]  # the first pair warmed everything up
     memory, disk = [row["memory"] for row in rows], [row["disk"] for row in rows]
     breakdown = {stage: median(r.seconds.get(stage, 0.0) for r in memory) for stage in STAGES}
     breakdown["first token"] = median(r.ttft - sum(r.seconds.values()) for r in memory)
@@ -181,6 +180,14 @@ def peak_memory(engine: Engine, tokens: int) -> dict:
     }
 
 
+def tell(result: dict, out: Path | None) -> None:
+    print(json.dumps(result, indent=2), flush=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="*", default=["qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"])
@@ -198,24 +205,13 @@ def main() -> None:
     for name in args.model:
         with tempfile.TemporaryDirectory() as folder:
             engine = Engine(name, auxiliary=args.auxiliary, store=folder)
-            results = [{"encoding / plain forward": encoding_cost(engine)}]
+            common = {"model": name, "dtype": str(engine.backbone.dtype), "machine": machine, "r": args.ratio}
+            measure(engine, 300, 1, args.ratio, args.methods[0], Path(folder))  # warms everything up
             for tokens in args.tokens:
                 for method in args.methods:
-                    results.append(measure(engine, tokens, args.pairs, args.ratio, method, Path(folder)))
-            results.append(peak_memory(engine, 8000))
-            for result in results:
-                row = {
-                    "model": name,
-                    "dtype": str(engine.backbone.dtype),
-                    "machine": machine,
-                    "r": args.ratio,
-                    **result,
-                }
-                print(json.dumps(result, indent=2), flush=True)
-                if args.out:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    tell({**common, **measure(engine, tokens, args.pairs, args.ratio, method, Path(folder))}, args.out)
+            tell({**common, "encoding / plain forward": round(encoding_cost(engine), 2)}, args.out)
+            tell({**common, **peak_memory(engine, 8000)}, args.out)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def main() -> None:
         return
     print(f"installing a CPU build of {PINNED} ...", flush=True)
     subprocess.check_call([*PIP, "install", "uv"])
-    command = [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend", "cpu", PINNED]
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable]
+    command = [*uv, "--torch-backend", "cpu", PINNED]
     if subprocess.run(command).returncode:
         sys.exit(
             "No CPU build of torch could be fetched, and pip would install several GB of CUDA on a machine without an "

@@ -81,7 +81,7 @@ def test_recomputing_too_little_shows(kind):
 @shapes
 @dtypes
 def test_scattered_rows_over_exact_kv_change_nothing(kind, dtype):
-    """Rows may be recomputed in any subset: over KV that is already right they give the same logits and the same KV."""
+    """Any subset of rows may be recomputed: over KV that is right they give the same logits and the same KV."""
     backbone = tiny_backbone(kind, dtype)
     ids = random_ids(600)  # more than two blocks of rows
     canvas = backbone.canvas(len(ids))
@@ -121,7 +121,7 @@ def test_rotating_back_and_forth_is_the_identity(kind):
 @shapes
 @dtypes
 def test_a_placed_key_equals_a_freshly_computed_one(kind, dtype):
-    """Moving a stored chunk by rotation gives what the model computes for the same isolated chunk at those positions."""
+    """Moving a stored chunk by rotation gives what the model computes for the same chunk at those positions."""
     backbone = tiny_backbone(kind, dtype)
     chunk, shift = random_ids(40), 333
     here, there = backbone.canvas(40), backbone.canvas(40)
@@ -227,7 +227,7 @@ def test_bare_chunks_differ_from_chunks_behind_the_shared_prefix():
 
 
 def test_the_auxiliary_models_cached_pass_equals_its_joint_pass_for_one_chunk():
-    """With one chunk behind its own prefix nothing is missing, so reused KV must give the very scores of a full pass."""
+    """With one chunk behind its own prefix nothing is missing, so reused KV must give the scores of a full pass."""
     backbone = tiny_backbone("qwen3")
     auxiliary = Auxiliary(Library(backbone, Isolated(), lambda namespace: MemoryStore(1 << 30)))
     question = "Who drove the last train?"

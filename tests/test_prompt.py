@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -151,6 +152,16 @@ def test_overlapping_chunks_are_both_found_whole() -> None:
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 1]):
         spans = index.find("\n\n".join(chunks[i] for i in order))
         assert whole(spans, index) == [f"k{i}" for i in order]
+
+
+def test_a_running_document_is_divided_among_its_overlapping_chunks() -> None:
+    document = words(5, 300)
+    index = index_of([document[at : at + 700].strip() for at in range(0, 2000, 500)])
+    prompt = f"{document[:2000]} and something else"
+    spans = index.find(prompt)
+    check(prompt, spans, index)
+    assert [span.key for span in spans] == ["k0", "k1", "k2", "k3"]
+    assert all(b.start - a.end <= 1 for a, b in pairwise(spans))  # a blank that a chunk was stripped of
 
 
 @pytest.mark.parametrize("shift", range(3))
@@ -307,7 +318,9 @@ def test_nothing_in_nothing() -> None:
 
 def test_adding_removing_and_finding_in_parallel() -> None:
     index = index_of([words(i, 20) for i in range(50)])
-    prompt = "\n\n".join(words(i, 20) for i in range(50))
+    steady = "\n\n".join(words(i, 20) for i in range(50))
+    texts = {f"k{i}": words(i, 20) for i in (*range(100, 140), *range(1000, 1040), *range(2000, 2040))}
+    moving = "\n\n".join(texts.values())
     errors: list[BaseException] = []
     stop = threading.Event()
 
@@ -321,29 +334,37 @@ def test_adding_removing_and_finding_in_parallel() -> None:
         return threading.Thread(target=run)
 
     def write(base: int) -> None:
-        for number in range(base, base + 150):
-            index.add(f"k{number}", words(number, 20))
-            if number % 3 == 0:
-                index.remove(f"k{number}")
+        for turn in range(4):
+            for number in range(base, base + 40):
+                index.add(f"k{number}", texts[f"k{number}"])
+                if turn < 3 or number % 2:
+                    index.remove(f"k{number}")
 
     def read() -> None:
         while not stop.is_set():
-            spans = index.find(prompt)
-            assert whole(spans, index) == [f"k{i}" for i in range(50)]
+            assert whole(index.find(steady), index) == [f"k{i}" for i in range(50)]
+            for span in index.find(moving):
+                text = texts[span.key]
+                assert moving[span.start : span.end] == text[span.offset : span.offset + len(span)]
             index.keys()
 
     readers = [guarded(read) for _ in range(3)]
     writers = [guarded(lambda base=base: write(base)) for base in (100, 1000, 2000)]  # type: ignore[misc]
-    for thread in readers + writers:
-        thread.start()
-    for thread in writers:
-        thread.join()
-    stop.set()
-    for thread in readers:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in readers + writers:
+            thread.start()
+        for thread in writers:
+            thread.join()
+        stop.set()
+        for thread in readers:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert not errors
-    assert len(index) == 50 + 3 * 100
-    assert whole(index.find(words(101, 20)), index) == ["k101"] and index.find(words(102, 20)) == []
+    left = [f"k{i}" for i in (*range(100, 140), *range(1000, 1040), *range(2000, 2040)) if i % 2 == 0]
+    assert whole(index.find(moving), index) == left and len(index) == 50 + len(left)
 
 
 # ---- the question ------------------------------------------------------------------------------------------------
@@ -616,6 +637,17 @@ def test_a_chunk_without_kv_is_fresh_text(stored: tuple[Tensor, Tensor] | None) 
     assert not layout.reusable.any() and not layout.edge.any() and layout.runs() == []
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 4)), max_size=30))
+def test_runs_are_the_longest_there_are(rows: list[tuple[int, int]]) -> None:
+    chunk = torch.tensor([number for number, _ in rows], dtype=torch.long)
+    token = torch.tensor([place if number >= 0 else -1 for number, place in rows], dtype=torch.long)
+    nothing = torch.zeros(len(rows), dtype=torch.long)
+    layout = Layout("", nothing, torch.stack([nothing, nothing], 1), (), chunk, token, nothing.bool())
+    check_runs(layout)
+    assert [row for _, row, _ in layout.runs()] == sorted(row for _, row, _ in layout.runs())
+
+
 def test_layouts_of_nothing() -> None:
     layout = align("", *pieces(), [], [])
     assert len(layout) == 0 and layout.runs() == [] and len(layout.without([])) == 0
@@ -641,3 +673,5 @@ def test_the_question_s_rows_are_its_fresh_tokens(tokenizer: PreTrainedTokenizer
     assert not layout.reusable[rows].any() and (rows.diff() == 1).all()
     assert tokenizer.decode(layout.ids[rows]).strip() == ask
     assert len(Question("not in the prompt").rows(layout)) == 0
+    everything = Question(prompt, 0, len(prompt)).rows(layout)
+    assert torch.equal(everything, (~layout.reusable).nonzero()[:, 0])

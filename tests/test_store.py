@@ -90,7 +90,7 @@ def store(tmp_path: Path) -> DiskStore:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Moves the disk store's clock on."""
     now = [time.time()]
-    monkeypatch.setattr(disk, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(disk, "time", SimpleNamespace(time=lambda: now[0], time_ns=lambda: int(now[0] * 1e9)))
 
     def advance(seconds: float) -> None:
         now[0] += seconds
@@ -301,6 +301,7 @@ def test_the_sweep_takes_old_temporary_files_only(store: DiskStore, tmp_path: Pa
     for name in (".tmp-1-old", "notes.txt", f"{key}.safetensors", ".tmp-4-folder"):
         os.utime(store.path / name, (long_ago, long_ago))
     os.utime(outside, (long_ago, long_ago))
+    os.utime(store.path / ".tmp-3-link", (long_ago, long_ago), follow_symlinks=False)
     reopened = open_disk(tmp_path)
     names = {file.name for file in store.path.iterdir()}
     assert ".tmp-1-old" not in names
@@ -504,6 +505,15 @@ def test_mutated_files_are_never_served_and_raise_nothing(data: st.DataObject) -
     assert not accepted(bytes(mutated), key, chunk)
 
 
+def test_a_header_that_is_too_large_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = format.dump(MODEL.key("x"), make("x"), MODEL)
+    length = int.from_bytes(good[:8], "little")
+    padded = good[8 : 8 + length].ljust(format.MAX_HEADER + 8)
+    monkeypatch.setattr(format, "json", None)
+    with pytest.raises(format.Rejected, match="too large"):
+        format.header(len(padded).to_bytes(8, "little") + padded)
+
+
 Damage = Callable[[DiskStore, str, ChunkKV], None]
 
 
@@ -585,6 +595,7 @@ BAD_FILES: dict[str, Damage] = {
     "metadata is a list": _header(lambda h: h | {"__metadata__": ["format"]}),
     "metadata is null": _header(lambda h: h | {"__metadata__": None}),
     "other format": _metadata(format="cacheclip-rag/999"),
+    "says another key": _metadata(key="0" * 64),
     "text is a number": _metadata(text=5),
     "text is null": _metadata(text=None),
     "text is another": _metadata(text="another text"),

@@ -106,14 +106,17 @@ def tiny_backbone(kind: str = "llama", dtype: torch.dtype = torch.float32, **opt
 
 # Documents of our own: real prose, long enough to be chunks.
 PASSAGES = [
-    "The lighthouse at Cape Morrow was built in 1874 by the engineer Ada Lindqvist. Its lamp burned whale oil until the "
-    "keeper, Tomas Reyes, installed a paraffin burner in 1891, which doubled the range to nineteen nautical miles.",
-    "Ada Lindqvist was born in Visby and studied bridge building in Zurich. After the lighthouse she planned the harbour "
-    "railway of Port Ellery, opened in 1880, whose turntable is still shown to visitors every first Sunday of the month.",
-    "Port Ellery's harbour railway carried herring, timber and, in summer, bathers. It closed in 1957 when the road bridge "
-    "over the Senn was finished; the last train was driven by Marguerite Okafor, who later wrote a memoir about it.",
-    "Marguerite Okafor's memoir, Steam and Salt, appeared in 1969. It sold eleven thousand copies and won the Coastal "
-    "Prize. A film of the same name was planned but never made, because the turntable could not be moved.",
-    "The Coastal Prize is awarded every five years by the town council for a work about the sea. Among its winners are a "
-    "poem about eels, an atlas of wrecks, and a cookery book that contains no fish at all.",
+    "The lighthouse at Cape Morrow was built in 1874 by the engineer Ada Lindqvist. Its lamp burned whale oil "
+    "until the keeper, Tomas Reyes, installed a paraffin burner in 1891, which doubled the range to nineteen "
+    "nautical miles.",
+    "Ada Lindqvist was born in Visby and studied bridge building in Zurich. After the lighthouse she planned the "
+    "harbour railway of Port Ellery, opened in 1880, whose turntable is still shown to visitors every first "
+    "Sunday of the month.",
+    "Port Ellery's harbour railway carried herring, timber and, in summer, bathers. It closed in 1957 when the "
+    "road bridge over the Senn was finished; the last train was driven by Marguerite Okafor, who later wrote a "
+    "memoir about it.",
+    "Marguerite Okafor's memoir, Steam and Salt, appeared in 1969. It sold eleven thousand copies and won the "
+    "Coastal Prize. A film of the same name was planned but never made, because the turntable could not be moved.",
+    "The Coastal Prize is awarded every five years by the town council for a work about the sea. Among its "
+    "winners are a poem about eels, an atlas of wrecks, and a cookery book that contains no fish at all.",
 ]

@@ -20,7 +20,7 @@ class Encoder(Protocol):
         """The text chunks are encoded behind; None for the model's chat-template start."""
 
     def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: tuple[Tensor, Tensor] | None) -> ChunkKV:
-        """KV of ``tokens`` (of ``text``); ``prefix``: the shared prefix's KV ``[L, Hk, P, D]``."""
+        """KV of ``tokens`` (those of ``text``) behind the shared prefix, whose KV ``[L, Hk, P, D]`` is given."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Isolated:
     """``KV(C_i) = prefill(C_i | S)``: forward ``[S; C_i]``, keep the rows of ``C_i``.
 
     ``prefix`` is the text S: None takes what precedes the user's text in the model's chat template, "" encodes the
-    chunk bare (PromptCache). Behind a shared prefix the attention sink is there once, and the prefix's own KV, kept once,
-    serves every prompt that begins with it. Source: CacheClip (arXiv 2510.10129), also APE and SEL; FusionRAG eq. 5.
+    chunk bare (PromptCache). Behind a shared prefix the attention sink is there once, and the prefix's own KV serves
+    every prompt that begins with it. Source: CacheClip (arXiv 2510.10129), also APE and SEL; FusionRAG eq. 5.
     """
 
     prefix: str | None = None
