@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class Backbone:
             last = end
         return Tokens(torch.cat(ids), torch.cat(offsets))
 
-    @property
+    @cached_property
     def control_tokens(self) -> list[str]:
         """The texts that the tokenizer reads as control tokens."""
         return [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content]
@@ -169,6 +170,13 @@ class Backbone:
             if prompt.count(_SENTINEL) == 1:
                 return prompt.split(_SENTINEL)[0]
         return self.tokenizer.bos_token or "\n"
+
+    @cached_property
+    def closing(self) -> str:
+        """What stands behind the user's text in this model's chat template, up to where the answer begins."""
+        if not self.tokenizer.chat_template:
+            return ""
+        return self.chat([{"role": "user", "content": _SENTINEL}]).split(_SENTINEL)[-1]
 
     # ---- forward --------------------------------------------------------------------------------------------------
 

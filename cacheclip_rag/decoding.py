@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .report import Report
 
+CONTEXT = 32
+"""Tokens that new ones are decoded behind."""
+
 
 class TextStream(Iterator[str]):
     """An answer in the making: iterate for text deltas; ``ids`` and ``report`` grow with it.
@@ -26,8 +29,9 @@ class TextStream(Iterator[str]):
         self._stop = [s for s in stop if s]
         self._text = ""  # decoded so far
         self._sent = 0  # characters of it handed out
-        self._settled = 0  # ids whose text can no longer change
-        self._settled_text = ""
+        self._settled = ""  # text that can no longer change
+        self._anchor = 0  # the first id that is still decoded; `_overlap` characters of it are settled
+        self._overlap = 0
         self._done = False
 
     def __next__(self) -> str:
@@ -51,12 +55,27 @@ class TextStream(Iterator[str]):
         raise StopIteration
 
     def _decode(self, final: bool) -> None:
-        # Tokens are decoded together with their predecessors, because a character or a blank may depend on both.
-        text = self._settled_text + self._tokenizer.decode(self.ids[self._settled :], skip_special_tokens=True)
+        text = self._settled + self._tail()[self._overlap :]
         if final or not text.endswith("\ufffd"):  # else: in the middle of a multi-byte character
             self._text = text
-        if len(self.ids) - self._settled > 64 and text.endswith("\n"):  # keeps long answers from being decoded anew
-            self._settled, self._settled_text = len(self.ids), text
+            if len(self.ids) - self._anchor > 2 * CONTEXT:
+                self._settle(text)
+
+    def _tail(self) -> str:
+        text: str = self._tokenizer.decode(self.ids[self._anchor :], skip_special_tokens=True)
+        return text
+
+    def _settle(self, text: str) -> None:
+        """Keep the text so far, and from now on decode only new tokens behind the last few of these.
+
+        Those few are there because a token's text may depend on its predecessors (blanks, bytes of a character).
+        """
+        anchor, self._anchor = self._anchor, len(self.ids) - CONTEXT
+        overlap = self._tail()
+        if text.endswith(overlap):
+            self._settled, self._overlap = text, len(overlap)
+        else:  # the few begin in the middle of a character, or lost a blank: try again at another token
+            self._anchor = anchor
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""

@@ -90,7 +90,7 @@ class Reuse:
         backbone = self._backbone
         with report.timed("recognise"):
             spans = self._index.find(prompt, hints)
-            asked = find_question(prompt, spans, question, backbone.control_tokens)
+            asked = find_question(prompt, spans, question, backbone.control_tokens, backbone.closing)
         scores = self._auxiliary_scores(auxiliary, method, ratio, spans, asked.text)
         with report.timed("tokenise"):
             tokens = _fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))

@@ -118,31 +118,49 @@ class ChunkIndex:
         spans: list[Span] = []
         last = position = start
         while position <= end - WINDOW:
-            known = self._anchors.get(hash(prompt[position : position + WINDOW]))
-            if known is None:
+            found = self._longest(prompt, position, last, end, hints, common)
+            if found is None:
                 position += 1
                 continue
-            places = [known] if isinstance(known, int) else known
-            if len(places) > MAX_CANDIDATES:
-                if not common:
-                    position += 1
-                    continue
-                hinted = [p for p in places if self._keys[p >> 32] in hints]
-                places = (hinted + places)[:MAX_CANDIDATES]
-            best: tuple[int, bool, int] | None = None
-            for place in places:
-                span = self._extend(prompt, position, place, last, end)
-                if span is None:
-                    continue
-                rank = (len(span), span.key in hints, -span.offset)
-                if best is None or rank > best:
-                    best, found = rank, span
-            if best is not None and best[0] >= MIN_CHARS:
-                spans.append(found)
-                last = position = found.end
-            else:
-                position += 1
+            # A neighbour that overlaps a chunk holds its first lines and the blank ones before: its match begins a
+            # little earlier and ends soon. A part of a chunk therefore gives way to a longer match inside it.
+            ahead = position + 1
+            while ahead <= found.end - WINDOW and not self._whole(found):
+                other = self._longest(prompt, ahead, last, end, hints, common)
+                if other is not None and self._better(other, found, hints):
+                    if other.start - found.start >= MIN_CHARS:
+                        spans.append(Span(found.start, other.start, found.key, found.offset))
+                        last = other.start
+                    found = other
+                ahead += 1
+            spans.append(found)
+            last = position = found.end
         return spans
+
+    def _whole(self, span: Span) -> bool:
+        return len(span) == len(self._texts[span.key])
+
+    @staticmethod
+    def _better(other: Span, found: Span, hints: Collection[str]) -> bool:
+        hinted = other.key in hints and found.key not in hints
+        return len(other) > len(found) or (len(other) == len(found) and other.start == found.start and hinted)
+
+    def _longest(
+        self, prompt: str, position: int, left: int, right: int, hints: Collection[str], common: bool
+    ) -> Span | None:
+        """The best match through the window at ``position``, if it is worth it."""
+        known = self._anchors.get(hash(prompt[position : position + WINDOW]))
+        if known is None:
+            return None
+        places = [known] if isinstance(known, int) else known
+        if len(places) > MAX_CANDIDATES:
+            if not common:
+                return None
+            hinted = [p for p in places if self._keys[p >> 32] in hints]
+            places = (hinted + places)[:MAX_CANDIDATES]
+        spans = [span for p in places if (span := self._extend(prompt, position, p, left, right)) is not None]
+        best = max(spans, key=lambda span: (len(span), span.key in hints, -span.offset), default=None)
+        return best if best is not None and len(best) >= MIN_CHARS else None
 
     def _extend(self, prompt: str, position: int, place: int, left: int, right: int) -> Span | None:
         """The longest match through the window at ``position``, within ``[left, right)``."""
@@ -184,10 +202,13 @@ class Question:
         return (inside & ~layout.reusable).nonzero()[:, 0]
 
 
-def find_question(prompt: str, spans: Sequence[Span], known: str | None, control: Collection[str]) -> Question:
+def find_question(
+    prompt: str, spans: Sequence[Span], known: str | None, control: Collection[str], closing: str = ""
+) -> Question:
     """The question in a prompt: ``known`` where it stands outside the chunks, else what a reader would take for it.
 
-    That is the text behind the last chunk, or, where nothing is there but control tokens, the text before the first.
+    That is the text behind the last chunk, or, where nothing is there, the text before the first. Control tokens and
+    the ``closing`` of the chat template ("assistant") are no question.
     """
     if known and known.strip():
         known = known.strip()
@@ -195,7 +216,8 @@ def find_question(prompt: str, spans: Sequence[Span], known: str | None, control
         while at >= 0 and any(at < span.end and at + len(known) > span.start for span in spans):
             at = prompt.rfind(known, 0, at + len(known) - 1)
         return Question(known, at, at + len(known)) if at >= 0 else Question(known)
-    pieces = [(spans[-1].end, len(prompt)), (0, spans[0].start)] if spans else [(0, len(prompt))]
+    stop = len(prompt) - len(closing) if closing and prompt.endswith(closing) else len(prompt)
+    pieces = [(spans[-1].end, stop), (0, spans[0].start)] if spans else [(0, stop)]
     pattern = "|".join(re.escape(token) for token in control) or r"(?!)"
     for start, end in pieces:
         text = re.sub(pattern, " ", prompt[start:end]).strip()
@@ -306,8 +328,17 @@ def align(
 
 
 def _codes(offsets: np.ndarray) -> np.ndarray:
-    """One int64 for each token's start, length and rank among neighbours with the same span (the bytes of an emoji)."""
-    index = np.arange(len(offsets))
+    """One int64 for each token's span and its place among the tokens that share it (the bytes of an emoji).
+
+    That place is a number and how many they are: where a first byte was merged into the token before, the others are
+    not the same bytes any more.
+    """
+    if not len(offsets):
+        return np.zeros(0, dtype=np.int64)
     repeats = np.concatenate([[False], (offsets[1:] == offsets[:-1]).all(axis=1)])
-    rank = index - np.maximum.accumulate(np.where(repeats, 0, index))
-    return (offsets[:, 0] << 28) + ((offsets[:, 1] - offsets[:, 0]) << 8) + rank
+    first = np.flatnonzero(~repeats)
+    size = np.diff(np.append(first, len(offsets)))
+    rank = np.arange(len(offsets)) - np.repeat(first, size)
+    length = (offsets[:, 1] - offsets[:, 0]).clip(max=0xFFF)
+    codes: np.ndarray = (offsets[:, 0] << 28) + (length << 16) + (rank.clip(max=0xFF) << 8)
+    return codes + np.repeat(size, size).clip(max=0xFF)

@@ -370,8 +370,8 @@ def test_adding_removing_and_finding_in_parallel() -> None:
 # ---- the question ------------------------------------------------------------------------------------------------
 
 
-def asked(prompt: str, chunks: Sequence[str], known: str | None = None) -> Question:
-    return find_question(prompt, index_of(chunks).find(prompt), known, CHATML)
+def asked(prompt: str, chunks: Sequence[str], known: str | None = None, closing: str = "") -> Question:
+    return find_question(prompt, index_of(chunks).find(prompt), known, CHATML, closing)
 
 
 def test_the_known_question_is_found_where_it_stands() -> None:
@@ -423,10 +423,16 @@ def test_without_a_known_question_and_nothing_behind_the_chunks_it_is_what_prece
     assert question.end == prompt.find(words(1))
 
 
-def test_a_chat_template_s_closing_is_not_taken_for_the_question() -> None:
+@pytest.mark.parametrize("before", [True, False])
+def test_a_chat_template_s_closing_is_not_taken_for_the_question(before: bool) -> None:
     closing = "<|im_end|>\n<|im_start|>assistant\n"  # ChatML: SmolLM2, Qwen, and most of their kin
-    prompt = f"<|im_start|>user\nWho built it?\n\n{words(1)}{closing}"
-    assert "Who built it?" in asked(prompt, [words(1)]).text
+    content = f"Who built it?\n\n{words(1)}" if before else f"{words(1)}\n\nWho built it?"
+    prompt = f"{content}{closing}"
+    question = find_question(prompt, index_of([words(1)]).find(prompt), None, CHATML, closing)
+    assert question.text == "Who built it?"
+    assert question.end <= len(prompt) - len(closing)
+    other = find_question(prompt, index_of([words(1)]).find(prompt), None, CHATML, "<another template>")
+    assert other.text  # a closing that does not stand there is none
 
 
 def test_without_chunks_the_question_is_the_prompt() -> None:

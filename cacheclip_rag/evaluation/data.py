@@ -31,7 +31,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``all_answers``: the answer must contain every one of ``answers``, not any (RULER)."""
+    """One question. ``all_answers``: the answer must contain every one of ``answers``, not any."""
 
     id: str
     question: str
@@ -40,29 +40,51 @@ class Item:
     all_answers: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def contained(self) -> bool:
+        """Whether it is scored by the answers' occurring in the output, as RULER does, and not by F1."""
+        return "all_answers_required" in self.meta
+
 
 def read(path: str | Path) -> list[Item]:
     """The items of a JSONL file. A malformed line is reported with its number and left out."""
     items = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            meta = record.get("meta") or {}
-            items.append(
-                Item(
-                    id=str(record["id"]),
-                    question=record["question"],
-                    answers=tuple(record["answers"]),
-                    passages=tuple(Passage(p.get("title") or "", p["text"]) for p in record["passages"]),
-                    all_answers="all_answers_required" in meta,
-                    meta=meta,
-                )
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            items.append(_item(json.loads(line.decode("utf-8"))))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s, line %d left out: %s: %s", path, number, type(error).__name__, error)
     return items
+
+
+def _item(record: dict[str, Any]) -> Item:
+    """Raises KeyError, TypeError or AttributeError for a record that is no item."""
+    meta = record.get("meta") or {}
+    passages = tuple(Passage(_text(p.get("title") or ""), _text(p["text"])) for p in _list(record["passages"]))
+    if not isinstance(meta, dict):
+        raise TypeError("meta is no object")
+    return Item(
+        id=str(record["id"]),
+        question=_text(record["question"]),
+        answers=tuple(_text(answer) for answer in _list(record["answers"])),
+        passages=passages,
+        all_answers=bool(meta.get("all_answers_required")),
+        meta=meta,
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text is wanted, not {type(value).__name__}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is wanted, not {type(value).__name__}")
+    return value
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

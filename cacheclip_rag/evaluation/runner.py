@@ -107,6 +107,15 @@ def _text(engine: Engine, ids: list[int]) -> str:
     return text.strip()
 
 
+def score(item: Item, text: str) -> float:
+    """0..1: RULER's containment where the item asks for it, else F1."""
+    if item.all_answers:
+        return metrics.recall(text, item.answers)
+    if item.contained:
+        return max((metrics.recall(text, [answer]) for answer in item.answers), default=0.0)
+    return metrics.f1(text, item.answers)
+
+
 def _row(item: Item, system: str, prefill: Prefill, text: str, full: str, distance: float) -> dict[str, Any]:
     report = prefill.report
     return {
@@ -114,9 +123,9 @@ def _row(item: Item, system: str, prefill: Prefill, text: str, full: str, distan
         "task": item.meta.get("task"),
         "system": system,
         "answer": text,
-        "score": metrics.recall(text, item.answers) if item.all_answers else metrics.f1(text, item.answers),
+        "score": score(item, text),
         "em": metrics.exact_match(text, item.answers),
-        "agree": metrics.f1(text, [full]) if full else float(not text),
+        "agree": 1.0 if text == full else metrics.f1(text, [full]),
         "kl": distance,
         "ratio": report.ratio,
         "prompt_tokens": report.prompt_tokens,

@@ -24,19 +24,22 @@ def windows(scores: Tensor, groups: Tensor, budget: int, width: int = 8, thresho
     count = len(scores)
     if width <= 1 or not 0 < budget < count:
         return top(scores, budget)
-    candidates = torch.zeros(count)
+    scores = scores.double()
+    candidates = torch.zeros(count, dtype=torch.double)
     candidates[top(scores, budget)] = 1.0
-    priority = torch.full((count,), float("-inf"))
+    priority = torch.full((count,), float("-inf"), dtype=torch.double)
     for group in groups.unique():
         members = (groups == group).nonzero()[:, 0]
         size = min(width, len(members))
-        inside = F.avg_pool1d(candidates[members][None, None], size, stride=1)[0, 0] * size
-        mean = F.avg_pool1d(scores[members].float()[None, None], size, stride=1)[0, 0]
-        mean = mean.masked_fill(inside.round() < min(threshold, size), float("-inf"))
+        inside = candidates[members].unfold(0, size, 1).sum(dim=-1)
+        mean = scores[members].unfold(0, size, 1).mean(dim=-1)
+        mean = mean.masked_fill(inside < min(threshold, size), float("-inf"))
         # A token's priority is the best of the windows it lies in.
-        padded = F.pad(mean[None, None], (size - 1, size - 1), value=float("-inf"))
-        priority[members] = F.max_pool1d(padded, size, stride=1)[0, 0]
-    grouped = priority > float("-inf")
-    # Windows before single tokens: lift their priorities above every score.
-    lift = float(scores.max() - scores.min()) + 1.0
-    return top(torch.where(grouped, priority + lift, scores.float()), budget)
+        padded = F.pad(mean, (size - 1, size - 1), value=float("-inf"))
+        priority[members] = padded.unfold(0, size, 1).amax(dim=-1)
+    # Ranks, not sums: attention scores are tiny, and whatever is added to them to lift windows would blur them.
+    alone = priority == float("-inf")
+    best = torch.where(alone, scores, priority)
+    order = torch.sort(best, descending=True, stable=True).indices
+    order = order[torch.sort(alone[order].int(), stable=True).indices]
+    return order[:budget].sort().values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -20,6 +21,7 @@ log = logging.getLogger("cacheclip_rag")
 
 _STAMP_EVERY = 60.0  # seconds between two "last used" stamps of a file
 _STALE = 3600.0  # seconds after which another process's temporary file is taken for a crashed one's
+_TICK = 2_000_000_000  # nanoseconds between two times of change that a file system tells apart, at worst
 _LOW_WATER = 0.9  # eviction goes down to this share of the cap, so that it does not run at every put
 
 
@@ -44,7 +46,7 @@ class DiskStore:
         self.path = Path(folder).expanduser() / namespace.digest[:32]
         self._index: dict[str, _Known] = {}
         self._stats = StoreStats()
-        self._lock = threading.RLock()
+        self._lock, self._writing = threading.RLock(), threading.Lock()
         self._seen = -1
         self.writable = True
         try:
@@ -52,7 +54,12 @@ class DiskStore:
             if not (self.path / "namespace.json").exists():
                 files.publish(self.path / "namespace.json", json.dumps(namespace.fields, indent=1).encode(), sync)
         except OSError as error:
-            if not self.path.is_dir() and error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT):
+            if not os.path.isdir(self.path) and error.errno not in (
+                errno.EROFS,
+                errno.EACCES,
+                errno.ENOSPC,
+                errno.EDQUOT,
+            ):
                 raise StoreError(f"{folder} cannot be used as a chunk store: {error.strerror or error}") from error
             self.writable = False
             log.warning("chunk store %s is not writable (%s): nothing new will be kept", folder, error.strerror)
@@ -66,24 +73,18 @@ class DiskStore:
                 changed = self.path.stat().st_mtime_ns
                 if changed == self._seen:
                     return False
-                found = {e.name[: -len(format.SUFFIX)]: e.stat() for e in files.listing(self.path) if _is_chunk(e.name)}
+                listed = time.time_ns()
+                found = {entry.name[: -len(format.SUFFIX)]: entry for entry in files.listing(self.path)}
             except OSError:
                 return False
-            for key in set(self._index) - set(found):
+            found = {key: entry for key, entry in found.items() if _is_key(key) and entry.name == key + format.SUFFIX}
+            gone, new = set(self._index) - set(found), set(found) - set(self._index)
+            for key in gone:
                 del self._index[key]
-            for key, stat in found.items():
-                if key in self._index:
-                    continue
-                try:
-                    text = self._head(key)["text"]
-                except format.Rejected as reason:
-                    self._set_aside(key, str(reason))
-                except (OSError, KeyError):
-                    self._stats.reject("unreadable")
-                else:
-                    self._index[key] = _Known(text, stat.st_size, stat.st_mtime)
-            self._seen = changed
-            return True
+            adopted = [key for key in new if self._adopt(key)]
+            # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
+            self._seen = changed if listed - changed > _TICK else -1
+            return bool(gone or adopted)
 
     def get(self, key: str) -> ChunkKV | None:
         if key not in self._index:
@@ -105,27 +106,30 @@ class DiskStore:
         return None
 
     def put(self, key: str, chunk: ChunkKV) -> bool:
-        path = self._file(key)
-        if key in self._index and path.exists():
-            return True
+        if not _is_key(key):
+            return self._not_kept("its key is no sha256")
         try:
             data = format.dump(key, chunk, self.namespace)
         except UnicodeEncodeError:
             return self._not_kept("text is not valid Unicode")
+        with self._writing:  # one at a time, so that the cap holds
+            return self._put(key, data)
+
+    def _put(self, key: str, data: bytes) -> bool:
+        if self._file(key).exists() and self._adopt(key):
+            return True
         if len(data) > self.cap:
             return self._not_kept(f"larger than the store's cap of {self.cap:,} bytes")
         self._make_room(len(data))
         for attempt in range(2):
             try:
-                files.publish(path, data, self.sync)
+                files.publish(self._file(key), data, self.sync)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT) and attempt == 0 and self._index:
                     self._evict(len(data))  # once: a disk that others fill is not ours to clear
                     continue
                 return self._not_kept(error.strerror or str(error))
-            with self._lock:
-                self._index[key] = _Known(chunk.text, len(data), time.time())
-            return True
+            return self._adopt(key)
         return False
 
     def delete(self, keys: Collection[str]) -> None:
@@ -160,13 +164,27 @@ class DiskStore:
     def _file(self, key: str) -> Path:
         return self.path / f"{key}{format.SUFFIX}"
 
+    def _adopt(self, key: str) -> bool:
+        """Take a file into the index, by its header; False when it is none of ours."""
+        try:
+            text, stat = self._head(key)["text"], self._file(key).stat()
+        except format.Rejected as reason:
+            self._set_aside(key, str(reason))
+        except OSError:
+            self._stats.reject("unreadable")
+        else:
+            with self._lock:
+                self._index[key] = _Known(text, stat.st_size, stat.st_mtime)
+            return True
+        return False
+
     def _head(self, key: str) -> dict[str, str]:
         head = files.read_head(self._file(key), 64 << 10)
         length = int.from_bytes(head[:8], "little")
         if len(head) < 8 + length <= 8 + format.MAX_HEADER:
             head = files.read_head(self._file(key), 8 + length)
         metadata = format.header(head)
-        if metadata.get("key") != key or metadata.get("namespace") != self.namespace.json:
+        if metadata["key"] != key or metadata["namespace"] != self.namespace.json:
             raise format.Rejected("other key or model")
         return metadata
 
@@ -231,6 +249,5 @@ class DiskStore:
             pass
 
 
-def _is_chunk(name: str) -> bool:
-    key = name[: -len(format.SUFFIX)]
-    return name.endswith(format.SUFFIX) and len(key) == 64 and set(key) <= set("0123456789abcdef")
+def _is_key(key: str) -> bool:
+    return len(key) == 64 and set(key) <= set("0123456789abcdef")

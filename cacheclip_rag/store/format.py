@@ -2,7 +2,7 @@
 
 Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64. Metadata (strings): ``format``,
 ``key`` (the digest that names the file), ``namespace`` (JSON of everything the KV depends on), ``text``, ``position``,
-and ``checksum``, the xxh3-128 of the tensors' bytes. One file alone suffices to rebuild the index.
+and ``checksum``, the xxh3-128 of all that and the tensors' bytes. One file alone suffices to rebuild the index.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FORMAT = "cacheclip-rag/1"
 SUFFIX = ".safetensors"
 MAX_HEADER = 16 << 20  # bytes; a header is a chunk's text and a few hundred bytes more
 
+_METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
 
 
@@ -37,10 +38,9 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
         "namespace": namespace.json,
         "text": chunk.text,
         "position": str(chunk.position),
-        "checksum": _checksum(tensors),
     }
     chunk.text.encode()
-    return safetensors.torch.save(tensors, metadata)
+    return safetensors.torch.save(tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
 
 
 def header(head: bytes) -> dict[str, str]:
@@ -58,6 +58,8 @@ def header(head: bytes) -> dict[str, str]:
         raise Rejected("damaged header") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise Rejected("other format")
+    if set(metadata) != _METADATA or not all(isinstance(value, str) for value in metadata.values()):
+        raise Rejected("damaged header")
     return metadata
 
 
@@ -67,17 +69,17 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
     Raises `Rejected` otherwise.
     """
     metadata = header(data)
-    if metadata.get("namespace") != namespace.json:
+    if metadata["namespace"] != namespace.json:
         raise Rejected("other model")
-    text = metadata.get("text", "")
-    if metadata.get("key") != key or namespace.key(text) != key:
+    text, checksum = metadata["text"], metadata.pop("checksum")
+    if metadata["key"] != key or namespace.key(text) != key:
         raise Rejected("other key")
     try:
         tensors = safetensors.torch.load(data)
         position = int(metadata["position"])
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise Rejected("damaged") from error
-    if set(tensors) != set(_TENSORS) or _checksum(tensors) != metadata.get("checksum"):
+    if set(tensors) != set(_TENSORS) or _checksum(tensors, metadata) != checksum:
         raise Rejected("checksum")
     chunk = ChunkKV(text=text, position=position, **tensors)
     _check_shapes(chunk)
@@ -85,13 +87,15 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
 
 
 def _check_shapes(chunk: ChunkKV) -> None:
-    count = len(chunk.ids)
+    count = chunk.ids.numel()
     good = (
         chunk.ids.shape == (count,)
         and chunk.ids.dtype == torch.int64
         and chunk.offsets.shape == (count, 2)
         and chunk.offsets.dtype == torch.int64
         and chunk.keys.dim() == 4
+        and chunk.keys.is_floating_point()
+        and chunk.keys.dtype == chunk.values.dtype
         and chunk.keys.shape == chunk.values.shape
         and chunk.keys.shape[2] == count
     )
@@ -99,8 +103,9 @@ def _check_shapes(chunk: ChunkKV) -> None:
         raise Rejected("shapes")
 
 
-def _checksum(tensors: dict[str, Any]) -> str:
-    digest = xxhash.xxh3_128()
+def _checksum(tensors: dict[str, Any], metadata: dict[str, str]) -> str:
+    """Over everything that is served: the tensors and what the header says of them."""
+    digest = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
