@@ -206,7 +206,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             engine = Engine(name, auxiliary=args.auxiliary, store=folder)
             common = {"model": name, "dtype": str(engine.backbone.dtype), "machine": machine, "r": args.ratio}
-            measure(engine, 300, 1, args.ratio, args.methods[0], Path(folder))  # warms everything up
+            measure(engine, 1000, 1, args.ratio, args.methods[0], Path(folder))  # warms everything up
             for tokens in args.tokens:
                 for method in args.methods:
                     tell({**common, **measure(engine, tokens, args.pairs, args.ratio, method, Path(folder))}, args.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import OrderedDict
@@ -28,6 +29,8 @@ class Background:
             if self._waiting and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="cacheclip-background", daemon=True)
                 self._thread.start()
+                # A daemon thread that is inside torch when the interpreter goes away takes the process down with it.
+                atexit.register(self.close)
             self._changed.notify_all()
 
     def flush(self) -> None:
@@ -54,7 +57,7 @@ class Background:
                 self._busy = True
             try:
                 self._work(text)
-            except Exception:
+            except BaseException:  # whatever it was, the next text must not wait for it
                 log.exception("background encoding failed")
             finally:
                 with self._changed:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -460,3 +464,32 @@ def test_methods_are_values_that_name_themselves():
     assert all(name == method.name for name, method in METHODS.items())
     assert resolve("cacheclip", window=16).select.window == 16
     assert resolve("cacheclip") == resolve("cacheclip") and hash(resolve("cacheclip"))
+
+
+def test_leaving_while_chunks_are_encoded_in_the_background_is_a_clean_exit(tmp_path):
+    """A daemon thread that is inside torch when the interpreter goes away would abort the process."""
+    script = (
+        "from tiny import PASSAGES, tiny_backbone\n"
+        "from cacheclip_rag import Engine\n"
+        "engine = Engine(tiny_backbone(), method='naive')\n"
+        "engine.ensure_later([passage * 8 for passage in PASSAGES] * 5)\n"
+    )
+    folder = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_auxiliary_model_on_another_device_scores_while_kv_is_loaded(monkeypatch):
+    """The same choice as in turn, begun before the first chunk is loaded."""
+    helper = tiny_backbone("qwen3")
+    engine = Engine(tiny_backbone(), auxiliary=helper, method="cacheclip", recompute_ratio=0.3)
+    engine.ensure(PASSAGES)
+    prompt = prompt_of(engine, PASSAGES)
+    in_turn = engine.prefill(prompt)
+    helper.device = torch.device("cpu", 0)  # equal to "cpu" in everything but its name
+    began, score, get = threading.Event(), engine.auxiliary.score, engine.library.get
+    monkeypatch.setattr(engine.auxiliary, "score", lambda *a: (began.set(), score(*a))[1])
+    monkeypatch.setattr(engine.library, "get", lambda key: get(key) if began.wait(30) else None)
+    beside = engine.prefill(prompt)
+    assert beside.report.fallbacks == [] and torch.equal(beside.logits, in_turn.logits)

@@ -140,12 +140,18 @@ def _row(item: Item, system: str, prefill: Prefill, text: str, full: str, distan
 def _done(path: Path, identity: str) -> set[tuple[str, str, str]]:
     if not path.exists():
         return set()
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    done = set()
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a line cut short by a kill
+            row = json.loads(line)
+            model, name = row["model"], (row["dataset"], row["id"], row["system"])
+        except (ValueError, KeyError, TypeError):  # cut short by a kill, say
             raise ValueError(f"{path}, line {number} is no whole row: delete that line to go on") from None
-    if foreign := {row["model"] for row in rows} - {identity}:
-        raise ValueError(f"{path} holds rows of another model or version ({', '.join(foreign)}): choose another file")
-    return {(row["dataset"], row["id"], row["system"]) for row in rows}
+        if model != identity:
+            raise ValueError(
+                f"{path}, line {number} belongs to another model or version ({model}): choose another file"
+            )
+        done.add(name)
+    return done

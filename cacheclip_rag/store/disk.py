@@ -20,7 +20,7 @@ from .base import Entry, StoreStats
 log = logging.getLogger("cacheclip_rag")
 
 _STAMP_EVERY = 60.0  # seconds between two "last used" stamps of a file
-_STALE = 3600.0  # seconds after which another process's temporary file is taken for a crashed one's
+_STALE = 3600.0  # seconds after which temporary files are taken for a crashed process's, and damaged ones are dropped
 _TICK = 2_000_000_000  # nanoseconds between two times of change that a file system tells apart, at worst
 _LOW_WATER = 0.9  # eviction goes down to this share of the cap, so that it does not run at every put
 
@@ -210,14 +210,14 @@ class DiskStore:
 
     def _stamp(self, key: str) -> None:
         known = self._index.get(key)
-        now = time.time()
-        if known is None or now - known.used < _STAMP_EVERY:
+        if known is None:
             return
-        known.used = now
-        try:
-            files.touch(self._file(key))
-        except OSError:
-            pass
+        before, known.used = known.used, time.time()
+        if known.used - before > _STAMP_EVERY:
+            try:
+                files.touch(self._file(key))
+            except OSError:
+                pass
 
     def _make_room(self, size: int) -> None:
         self.refresh()
@@ -235,14 +235,16 @@ class DiskStore:
             if freed >= size:
                 break
             self.delete([key])
-            freed += known.nbytes
-            self._stats.evicted += 1
+            if key not in self._index:
+                freed += known.nbytes
+                self._stats.evicted += 1
 
     def _sweep(self) -> None:
-        """Remove temporary files that a crashed process left."""
+        """Remove temporary files that a crashed process left, and files that were set aside."""
         try:
             for entry in files.listing(self.path):
-                ours = entry.name.startswith(files.TEMPORARY) and entry.is_file(follow_symlinks=False)
+                ours = entry.name.startswith(files.TEMPORARY) or entry.name.endswith(".bad")
+                ours = ours and entry.is_file(follow_symlinks=False)
                 if ours and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE:
                     files.remove(Path(entry.path))
         except OSError:

@@ -1,0 +1,112 @@
+"""The last step of an ingestion pipeline: read every chunk once and keep its KV."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
+from tqdm.auto import tqdm
+
+from .engines import EngineHandle, handle_of, restore
+
+if TYPE_CHECKING:
+    from cacheclip_rag.engine import Engine
+
+    from .base import CacheClipLLM
+
+log = logging.getLogger("cacheclip_rag")
+
+Keys = dict[tuple[str, str], frozenset[str]]
+"""By transform and document, the chunks it had at its latest ingestion."""
+
+_documents: weakref.WeakKeyDictionary[Engine, Keys] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class CacheClipTransform(TransformComponent):
+    """Encodes each node's text, as the LLM will see it, and returns the nodes as they came.
+
+    Put it after splitters and metadata extractors. It never raises: ingestion with upserts has deleted the old vectors
+    by then, and a chunk without KV only costs time. In a worker process (``num_workers``) it leaves the work to
+    `CacheClipPostprocessor` rather than load a model per worker.
+
+    Example:
+        ``IngestionPipeline(transformations=[SentenceSplitter(), embed_model, CacheClipTransform(llm)])``
+
+    """
+
+    fingerprint: str = Field(description="Identifies the model's KV; part of the ingestion cache's key.")
+    show_progress: bool = Field(default=True, exclude=True, description="A progress bar, once it takes over a second.")
+
+    _handle: EngineHandle = PrivateAttr()
+    _name: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
+
+    def __init__(self, llm: CacheClipLLM | Engine, **fields: Any) -> None:
+        """``llm`` is loaded now, since the fingerprint depends on its weights. Raises what opening it raises."""
+        handle = handle_of(llm)
+        super().__init__(**{"fingerprint": _fingerprint(handle.engine), **fields})
+        self._handle = handle
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "CacheClipTransform"
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        try:
+            engine = self._handle.peek() if self._handle.travelled else self._handle.engine
+            if engine is None:
+                log.info("%d chunks are not encoded in this worker process, but when they are first used", len(nodes))
+            else:
+                texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+                self._encode(engine, texts)
+                self._forget_replaced(engine, nodes, texts)
+        except Exception:
+            log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
+        return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        return await asyncio.to_thread(self, nodes, **kwargs)
+
+    def _encode(self, engine: Engine, texts: list[str]) -> None:
+        bar = tqdm(total=len(texts), desc="KV of chunks", unit="chunk", delay=1, disable=not self.show_progress)
+        with bar:
+            result = engine.ensure(texts, progress=lambda done: bar.update(done - bar.n))
+        log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
+        for text, reason in result.skipped:
+            log.debug("no KV of %r: %s", text, reason)
+
+    def _forget_replaced(self, engine: Engine, nodes: Sequence[BaseNode], texts: Sequence[str]) -> None:
+        """Drop chunks that their document had at an earlier call of this object and that no document has now."""
+        if not engine.composable:
+            return
+        now: dict[str, set[str]] = {}
+        for node, text in zip(nodes, texts, strict=True):
+            if node.ref_doc_id is not None:
+                now.setdefault(node.ref_doc_id, set()).add(engine.library.key(text))
+        with _lock:
+            known = _documents.setdefault(engine, {})
+            gone: set[str] = set()
+            for document, keys in now.items():
+                gone |= known.get((self._name, document), frozenset()) - keys
+                known[self._name, document] = frozenset(keys)
+            if gone:
+                gone.difference_update(*known.values())
+        engine.forget([text for key in gone if (text := engine.index.text(key)) is not None])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)
+
+
+def _fingerprint(engine: Engine) -> str:
+    """The namespaces of all KV an ingestion makes; empty for a model that is served without."""
+    libraries = [engine.library] if engine.composable else []
+    if engine.auxiliary is not None:
+        libraries.append(engine.auxiliary.library)
+    return "+".join(library.namespace.digest for library in libraries)

@@ -1,0 +1,68 @@
+"""`CacheClipPostprocessor`: between retrieval and the LLM, where the chunks and the question are known."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index.llms.cacheclip.engines import EngineHandle, handle_of, restore
+
+if TYPE_CHECKING:
+    from llama_index.llms.cacheclip import CacheClipLLM
+
+    from cacheclip_rag.engine import Engine
+
+log = logging.getLogger("cacheclip_rag")
+
+
+class CacheClipPostprocessor(BaseNodePostprocessor):
+    """Starts loading the retrieved chunks' KV, tells the engine the question, and encodes what has no KV yet.
+
+    It returns the nodes untouched and never raises: without it answers come all the same, only later. Put it last, so
+    that it sees the chunks that the LLM will see.
+    """
+
+    on_miss: Literal["background", "encode", "ignore"] = Field(
+        default="background",
+        description="Chunks without KV: encode them after the answer, before it, or not at all.",
+    )
+
+    _handle: EngineHandle = PrivateAttr()
+
+    def __init__(self, llm: CacheClipLLM | Engine, **fields: Any) -> None:
+        super().__init__(**fields)
+        self._handle = handle_of(llm)
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "CacheClipPostprocessor"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        try:
+            # MetadataMode.LLM is what response synthesizers put into the prompt
+            self._prepare([node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes], query_bundle)
+        except Exception:
+            log.exception("retrieved chunks not prepared; the LLM prefills what it finds no KV for")
+        return nodes
+
+    def _prepare(self, texts: list[str], query_bundle: QueryBundle | None) -> None:
+        from cacheclip_rag.chunks import MIN_CHARS, canonical
+
+        engine = self._handle.engine
+        texts = [text for text in dict.fromkeys(texts) if len(canonical(text)) >= MIN_CHARS]
+        engine.hint(texts, None if query_bundle is None else query_bundle.query_str)
+        if self.on_miss == "ignore":
+            return
+        missing = [text for text in texts if not engine.knows(text)]
+        if missing and self.on_miss == "background":
+            engine.ensure_later(missing)
+        elif missing:
+            engine.ensure(missing)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)

@@ -1,0 +1,153 @@
+"""The event loop stays free, and streams that nobody reads to the end let go of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.llms.cacheclip import CacheClipLLM
+
+from cacheclip_rag import Engine
+
+LONG = 3000
+"""Tokens: far more than the tiny model decodes before a cancelled request is noticed."""
+
+
+@pytest.mark.parametrize("ask", ["acomplete", "achat", "astream_complete", "astream_chat"])
+async def test_the_event_loop_stays_free(
+    llm: CacheClipLLM, engine: Engine, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model computes only after the loop has gone round: on the loop's own thread it would wait in vain."""
+    went_round, waited, threads = threading.Event(), [], set()
+    forward = engine.backbone.forward
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        threads.add(threading.get_ident())
+        waited.append(went_round.wait(20))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.backbone, "forward", gated)
+
+    async def answer() -> None:
+        result = await getattr(llm, ask)([ChatMessage("Hello.")] if "chat" in ask else "Hello.")
+        if "stream" in ask:
+            async for _ in result:
+                pass
+
+    task = asyncio.create_task(answer())
+    ticks = 0
+    while not threads and not task.done():  # until the model has been reached
+        await asyncio.sleep(0)
+        ticks += 1
+    went_round.set()
+    await task
+    assert all(waited) and ticks and threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("ask", ["stream_complete", "stream_chat"])
+def test_closing_a_stream_ends_its_request(llm: CacheClipLLM, engine: Engine, recorder: Any, ask: str) -> None:
+    calls, question = recorder(engine), [ChatMessage("Go on.")] if "chat" in ask else "Go on."
+    expected = llm.complete("Next.").text
+    stream = getattr(llm, ask)(question, max_new_tokens=LONG)
+    next(stream)
+    stream.close()
+    report = calls.streams[-1].report
+    assert report.finish_reason == "cancelled" and 0 < report.completion_tokens < 10
+    assert engine._active == 0
+    assert llm.complete("Next.").text == expected
+
+
+@pytest.mark.parametrize("ask", ["astream_complete", "astream_chat"])
+@pytest.mark.parametrize("how", ["aclose", "break", "cancel"])
+async def test_leaving_an_async_stream_ends_its_request(
+    llm: CacheClipLLM, engine: Engine, recorder: Any, ask: str, how: str
+) -> None:
+    calls, question = recorder(engine), [ChatMessage("Go on.")] if "chat" in ask else "Go on."
+    expected = (await llm.acomplete("Next.")).text
+    calls.closed.clear()
+    started = asyncio.Event()
+
+    async def read() -> None:
+        stream = await getattr(llm, ask)(question, max_new_tokens=LONG)
+        async for _ in stream:
+            started.set()
+            if how == "break":
+                break
+            if how == "aclose":
+                await stream.aclose()
+
+    task = asyncio.create_task(read())
+    await started.wait()
+    if how == "cancel":
+        task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    del task
+    assert await asyncio.to_thread(calls.closed.wait, 60)
+    report = calls.streams[-1].report
+    assert report.finish_reason == "cancelled" and report.completion_tokens < LONG
+    assert (await llm.acomplete("Next.")).text == expected
+
+
+async def test_cancelling_a_call_ends_its_request(llm: CacheClipLLM, engine: Engine, recorder: Any) -> None:
+    calls, decoding, finished = recorder(engine), asyncio.Event(), threading.Event()
+    loop, generate = asyncio.get_running_loop(), engine.backbone.generate
+
+    def noticed(*args: Any, **kwargs: Any) -> Any:
+        loop.call_soon_threadsafe(decoding.set)
+        try:
+            yield from generate(*args, **kwargs)
+        finally:
+            finished.set()
+
+    engine.backbone.generate = noticed  # type: ignore[method-assign]
+    try:
+        task = asyncio.create_task(llm.acomplete("Go on.", max_new_tokens=LONG))
+        await decoding.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(finished.wait, 60)
+    finally:
+        del engine.backbone.generate
+    assert calls.streams[-1].report.completion_tokens < LONG
+
+
+@pytest.mark.timeout(120)
+async def test_a_call_inside_a_stream_does_not_wait_for_it(llm: CacheClipLLM) -> None:
+    outer, inner = llm.complete("Outer.").text, llm.complete("Inner.").text
+    text = ""
+    for piece in llm.stream_complete("Outer."):
+        assert llm.complete("Inner.").text == inner
+        text = piece.text
+    assert text == outer
+    async for piece in await llm.astream_complete("Outer."):
+        assert (await llm.acomplete("Inner.")).text == inner
+        text = piece.text
+    assert text == outer
+
+
+def test_one_llm_serves_several_event_loops(llm: CacheClipLLM) -> None:
+    async def read() -> str:
+        text = ""
+        async for piece in await llm.astream_complete("Hello."):
+            text = piece.text
+        return text
+
+    assert len({asyncio.run(read()) for _ in range(3)} | {llm.complete("Hello.").text}) == 1
+
+
+async def test_an_error_in_the_middle_of_a_stream_reaches_the_reader(
+    llm: CacheClipLLM, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        yield 100
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.backbone, "generate", broken)
+        with pytest.raises(RuntimeError, match="device"):
+            [_ async for _ in await llm.astream_complete("Hello.")]
+    assert llm.complete("Hello.").text

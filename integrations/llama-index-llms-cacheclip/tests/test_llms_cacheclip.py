@@ -1,0 +1,215 @@
+"""The LLM: conventions, and answers that are the engine's own however they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from llama_index.core import PromptTemplate, Settings
+from llama_index.core.base.llms.base import BaseLLM
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.llms.cacheclip import CacheClipLLM
+from transformers import AutoModelForCausalLM
+
+from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
+from cacheclip_rag.pull import resolve
+
+
+def test_class() -> None:
+    assert BaseLLM.__name__ in [base.__name__ for base in CacheClipLLM.__mro__]
+    assert CacheClipLLM.class_name() == "CacheClipLLM"
+
+
+async def test_every_way_of_asking_gives_the_answer_of_the_engine(smollm2: Engine, prompt: str) -> None:
+    llm = CacheClipLLM.from_engine(smollm2, max_new_tokens=6)
+    messages = [ChatMessage(prompt)]
+    template = smollm2.backbone.chat([{"role": "user", "content": prompt}])
+    expected = smollm2.generate(template, max_new_tokens=6)
+    assert expected.text.strip() and len(expected.report.chunks) == 3
+
+    responses = [
+        llm.complete(prompt),
+        llm.complete(template, formatted=True),
+        await llm.acomplete(prompt),
+        list(llm.stream_complete(prompt))[-1],
+        [r async for r in await llm.astream_complete(prompt)][-1],
+    ]
+    chats = [
+        llm.chat(messages),
+        await llm.achat(messages),
+        list(llm.stream_chat(messages))[-1],
+        [r async for r in await llm.astream_chat(messages)][-1],
+    ]
+    assert {r.text for r in responses} == {expected.text}
+    assert {c.message.content for c in chats} == {expected.text}
+    assert {c.message.role for c in chats} == {MessageRole.ASSISTANT}
+    for response in [*responses, *chats]:
+        # prefix is what an earlier call left behind, so only the sum is the same
+        assert response.raw["usage"]["prompt_tokens"] == expected.report.prompt_tokens
+        assert response.raw["usage"]["completion_tokens"] == expected.report.completion_tokens
+        assert [c["key"] for c in response.raw["cacheclip"]["chunks"]] == [c.key for c in expected.report.chunks]
+
+
+def test_predict_uses_the_chat_template_once(llm: CacheClipLLM, engine: Engine, recorder: Any) -> None:
+    calls = recorder(engine)
+    llm.predict(PromptTemplate("Say {word}."), word="hello")
+    assert calls.prompts == [engine.backbone.chat([{"role": "user", "content": "Say hello."}])]
+
+
+def test_own_prompt_functions_are_respected(engine: Engine, recorder: Any) -> None:
+    llm = CacheClipLLM.from_engine(
+        engine,
+        max_new_tokens=2,
+        messages_to_prompt=lambda messages: "M:" + str(messages[0].content),
+        completion_to_prompt=lambda text: "C:" + text,
+    )
+    calls = recorder(engine)
+    llm.complete("a")
+    llm.complete("b", formatted=True)
+    llm.chat([ChatMessage("c")])
+    assert calls.prompts == ["C:a", "b", "M:c"]
+
+
+def test_stream_pieces(llm: CacheClipLLM) -> None:
+    pieces = list(llm.stream_complete("Tell me."))
+    assert "".join(p.delta or "" for p in pieces) == pieces[-1].text == llm.complete("Tell me.").text
+    assert [p.text for p in pieces] == ["".join(q.delta or "" for q in pieces[: i + 1]) for i in range(len(pieces))]
+    assert all(p.raw["usage"]["prompt_tokens"] for p in pieces)
+    assert pieces[-1].raw["cacheclip"]["finish_reason"] == "length"
+
+
+def test_full_recompute_is_plain_transformers(smollm2: Engine, prompt: str) -> None:
+    text = smollm2.backbone.chat([{"role": "user", "content": prompt}])
+    model = AutoModelForCausalLM.from_pretrained(resolve("smollm2-135m-instruct"), dtype=torch.float32)
+    ids = smollm2.backbone.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    expected = smollm2.backbone.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+    llm = CacheClipLLM.from_engine(smollm2, max_new_tokens=12)
+    answer = llm.complete(prompt, recompute_ratio=1)
+    assert answer.text == expected
+    assert answer.raw["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_reuse_is_what_happens_otherwise(smollm2: Engine, prompt: str) -> None:
+    report = CacheClipLLM.from_engine(smollm2, max_new_tokens=1, recompute_ratio=0.1).complete(prompt).raw["cacheclip"]
+    assert report["reused"] > report["recomputed"] > 0 and report["ratio"] == pytest.approx(0.1, abs=0.01)
+    assert not report["fallbacks"]
+
+
+def test_options_reach_the_engine(informed: Engine, prompt: str) -> None:
+    llm = CacheClipLLM.from_engine(informed, max_new_tokens=12, recompute_ratio=0.3)
+    plain = llm.complete(prompt)
+    assert plain.raw["cacheclip"]["requested_ratio"] == 0.3
+    assert llm.complete(prompt, max_tokens=2).raw["usage"]["completion_tokens"] == 2
+    assert llm.complete(prompt, method="naive").raw["cacheclip"]["method"] == "naive"
+    assert llm.complete(prompt, method="naive").raw["cacheclip"]["recomputed"] == 0
+    stop = plain.text[9:12]
+    assert llm.complete(prompt, stop=[stop]).text == plain.text[: plain.text.index(stop)]
+    torch.manual_seed(1)
+    assert len({llm.complete(prompt, temperature=5.0, top_k=0).text for _ in range(3)}) > 1
+    assert llm.complete(prompt, top_p=0.5).text == plain.text  # greedy stays greedy
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"temperature": True},
+        {"top_p": 2},
+        {"max_new_tokens": 0},
+        {"max_tokens": "many"},
+        {"stop": 3},
+        {"recompute_ratio": 1.5},
+        {"method": "magic"},
+        {"temprature": 0.5},
+        {"recompute_ration": 0.5},
+    ],
+)
+@pytest.mark.parametrize("ask", ["complete", "stream_complete"])
+def test_nonsense_is_refused_at_once(llm: CacheClipLLM, ask: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        getattr(llm, ask)("Hello.", **options)
+
+
+def test_foreign_keywords_are_left_out(llm: CacheClipLLM) -> None:
+    assert llm.complete("Hello.", tools=[], response_format={"type": "json"}).text == llm.complete("Hello.").text
+
+
+@pytest.mark.parametrize("fields", [{"method": "magic"}, {"recompute_ratio": 7}])
+def test_nonsense_fields_are_refused_before_weights_are_loaded(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        CacheClipLLM(model_name="there-is-no-such-model", **fields)
+
+
+def test_images_are_refused(llm: CacheClipLLM) -> None:
+    with pytest.raises(PromptError, match="ImageBlock"):
+        llm.chat([ChatMessage(blocks=[ImageBlock(image=b"0")])])
+
+
+def test_metadata(llm: CacheClipLLM, engine: Engine) -> None:
+    assert llm.metadata.context_window == engine.backbone.window == 4096
+    assert llm.metadata.num_output == 6 and llm.metadata.is_chat_model
+    assert CacheClipLLM.from_engine(engine, context_window=1000).metadata.context_window == 1000
+    assert llm.tokenizer_fn("two words") == engine.backbone.tokenizer("two words", add_special_tokens=False).input_ids
+
+
+def test_a_model_without_chat_template_gets_the_bare_text(tiny_backbone: Backbone, recorder: Any) -> None:
+    tokenizer = type(tiny_backbone.tokenizer).from_pretrained(resolve("smollm2-135m-instruct"))
+    tokenizer.chat_template = None
+    with Engine(Backbone(tiny_backbone.model, tokenizer), method="query_guided") as engine:
+        calls = recorder(engine)
+        llm = CacheClipLLM.from_engine(engine, max_new_tokens=2)
+        assert not llm.metadata.is_chat_model
+        llm.complete("Once upon a time")
+        assert calls.prompts == ["Once upon a time"]
+
+
+async def test_one_event_and_the_right_count_per_call(llm: CacheClipLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = TokenCountingHandler(tokenizer=lambda text: pytest.fail("counted by hand"))
+    monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([handler]))
+    llm.callback_manager = CallbackManager([handler])
+    message = [ChatMessage("Count me.")]
+
+    async def drained(stream: Any) -> None:
+        async for _ in stream:
+            pass
+
+    for ask in [
+        lambda: llm.complete("Count me."),
+        lambda: llm.chat(message),
+        lambda: list(llm.stream_complete("Count me.")),
+        lambda: list(llm.stream_chat(message)),
+        lambda: llm.acomplete("Count me."),
+        lambda: llm.achat(message),
+        lambda: llm.astream_complete("Count me."),
+        lambda: llm.astream_chat(message),
+    ]:
+        handler.reset_counts()
+        result = ask()
+        if hasattr(result, "__await__"):
+            result = await result
+        if hasattr(result, "__aiter__"):
+            await drained(result)
+        report = llm.last_report()
+        assert report is not None and len(handler.llm_token_counts) == 1
+        assert handler.prompt_llm_token_count == report.prompt_tokens
+        assert handler.completion_llm_token_count == report.completion_tokens == 6
+
+
+async def test_a_prompt_beyond_the_window_is_an_error_and_the_next_one_is_served(narrow_backbone: Backbone) -> None:
+    with Engine(narrow_backbone, method="query_guided") as engine:
+        llm, long = CacheClipLLM.from_engine(engine, max_new_tokens=4), "word " * 200
+        expected = llm.complete("Hello.").text
+        with pytest.raises(PromptError, match="window"):
+            llm.complete(long)
+        with pytest.raises(PromptError, match="window"):
+            list(llm.stream_complete(long))
+        with pytest.raises(PromptError, match="window"):
+            await llm.acomplete(long)
+        with pytest.raises(PromptError, match="window"):
+            [_ async for _ in await llm.astream_complete(long)]
+        assert llm.complete("Hello.").text == expected
