@@ -56,7 +56,7 @@ def test_block_by_block_rows_see_what_they_see_altogether(seed: int, window: int
         assert start == last < stop and (first_slot, last_slot) == (int(rows[start]), int(rows[stop - 1]))
         reach = slice(0 if window is None else max(0, first_slot - window + 1), last_slot + 1)
         for _ in range(2):  # the second time, it is remembered
-            bias = sparse.bias(start, stop, reach, window, torch.float32)
+            bias = sparse.bias(start, stop, reach, 1, window, torch.float32)
             assert set(bias.unique().tolist()) <= {0.0, -math.inf}
             seen[start:stop, reach] = (bias == 0).float()
         last = stop

@@ -43,24 +43,26 @@ class Sparse:
         ]
         self.dense = slots[0] == 0 and slots[-1] == len(slots) - 1
         """Whether the rows are all slots from 0 on: then the mask is an ordinary triangle."""
-        self._biases: dict[tuple[int, int, int | None], Tensor] = {}
+        self._biases: dict[tuple[int, int, int, int | None], Tensor] = {}
 
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Show the probe, if there is one for this layer, what the layer attends with."""
         if self.probe is not None and layer in self.probe.layers:
             self.probe(layer, query, key, self.rows, scaling)
 
-    def bias(self, start: int, stop: int, keys: slice, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of rows ``[start, stop)`` over the slots ``keys``: 0 or -inf, ``[rows, keys]``.
+    def bias(self, start: int, stop: int, keys: slice, groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of rows ``[start, stop)`` over the slots ``keys``: 0 or -inf.
 
-        Layers of one forward share it. It is additive because the CPU's fused kernel turns a boolean mask into this at
-        every call, which takes nearly as long as the attention.
+        ``[groups * rows, keys]``, the rows once for each of ``groups`` query heads. Layers of one forward share it. It
+        is additive because the CPU's fused kernel turns a boolean mask into this at every call, which takes nearly as
+        long as the attention.
         """
-        name = (start, keys.start, window)
+        name = (start, keys.start, groups, window)
         if name not in self._biases:
             seen = visible(self.rows[start:stop] - keys.start, keys.stop - keys.start, window)
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-            if len(self.rows) * keys.stop > _KEEP:
+            bias = bias.repeat(groups, 1)
+            if groups * len(self.rows) * keys.stop > _KEEP:
                 return bias
             self._biases[name] = bias
         return self._biases[name]

@@ -20,8 +20,8 @@ class AttentionProbe:
     ``"chunk"``: the columns of each group by themselves, so that every chunk gets the same mass (FusionRAG).
     ``groups [C]`` int64 numbers the chunks from 0 and is needed for ``"chunk"`` only.
 
-    `scores` is ``[C]`` float32, the mean over layers, heads and rows. Rows must stand behind the columns, and layers must
-    be full-attention ones (`Backbone.full_layers`): a sliding window is not applied.
+    `scores` is ``[C]`` float32, the mean over layers, heads and rows. Rows must stand behind the columns, and layers
+    must be full-attention ones (`Backbone.full_layers`): a sliding window is not applied.
     """
 
     def __init__(

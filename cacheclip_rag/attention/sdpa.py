@@ -28,7 +28,8 @@ def sdpa_attention(
     """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
 
     Rows are sorted, so a block of them needs keys only from where its window begins up to its last row's slot. In
-    grouped-query models the H / Hk query heads of a KV head see one expanded view of its keys; nothing is repeated.
+    grouped-query models the H / Hk query heads of a KV head are folded into the rows: K and V are not repeated, and the
+    fused kernel gets the long blocks of queries that it is quick with.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
     if softcap is not None:  # the fused kernels cannot cap scores
@@ -42,19 +43,18 @@ def sdpa_attention(
 
     _, heads, length, width = query.shape
     kv_heads = key.shape[1]
-    grouped = (kv_heads, heads // kv_heads)
-    q = query[0].unflatten(0, grouped)  # [Hk, H / Hk, S, D]
-    k, v = (tensor[0].unsqueeze(1).expand(*grouped, -1, -1) for tensor in (key, value))
+    groups = heads // kv_heads
     if sparse.dense and sliding_window is None and length > 1:
-        whole = F.scaled_dot_product_attention(q, k[:, :, :length], v[:, :, :length], is_causal=True, scale=scaling)
-        return whole.flatten(0, 1).transpose(0, 1).unsqueeze(0), None
+        whole = F.scaled_dot_product_attention(
+            query, key[:, :, :length], value[:, :, :length], is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )
+        return whole.transpose(1, 2), None
     output = torch.empty(1, length, heads, width, dtype=query.dtype, device=query.device)
     for start, stop, first, last in sparse.blocks:
         keys = slice(0 if sliding_window is None else max(0, first - sliding_window + 1), last + 1)
         # A single row sees every key that is left.
-        bias = sparse.bias(start, stop, keys, sliding_window, query.dtype) if stop - start > 1 else None
-        part = F.scaled_dot_product_attention(
-            q[:, :, start:stop], k[:, :, keys], v[:, :, keys], attn_mask=bias, scale=scaling
-        )
-        output[0, start:stop] = part.flatten(0, 1).transpose(0, 1)
+        bias = sparse.bias(start, stop, keys, groups, sliding_window, query.dtype) if stop - start > 1 else None
+        folded = query[:, :, start:stop].reshape(1, kv_heads, groups * (stop - start), width)
+        part = F.scaled_dot_product_attention(folded, key[:, :, keys], value[:, :, keys], attn_mask=bias, scale=scaling)
+        output[:, start:stop] = part.reshape(1, heads, stop - start, width).transpose(1, 2)
     return output, None
