@@ -31,9 +31,9 @@ check: setup  ## style, types, and that nothing imports upward
 	@$(RUN)/mypy
 	@$(RUN)/lint-imports
 
-bench: setup  ## exactness, then speed with quality beside it (about half an hour on two cores)
+bench: setup  ## exactness, then speed with quality beside it (about forty minutes on two cores)
 	@$(RUN)/python benchmarks/exact.py --model qwen2.5-coder-0.5b-instruct
-	@$(RUN)/python benchmarks/speed.py --out $(RESULTS)/speed.jsonl
+	@$(RUN)/python benchmarks/speed.py --methods cacheclip
 	@$(RUN)/python -m cacheclip_rag.evaluation $(RESULTS)/quality-1.5b.jsonl
 
 quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; resumable)

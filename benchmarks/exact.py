@@ -36,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=600, help="context tokens a prompt")
-    parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=800, help="context tokens a prompt")
+    parser.add_argument("--new", type=int, default=16, help="answer tokens (at most)")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     args = parser.parse_args()
     for dtype in args.dtypes:

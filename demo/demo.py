@@ -126,17 +126,19 @@ def vectors(documents: list[Document]) -> ChromaVectorStore:
 def ingest(llm: CacheClipLLM, store: ChromaVectorStore, embedding: MiniLM, documents: list[Document]) -> None:
     """Fill the vector store and the KV store, or find that both are filled."""
     transform = CacheClipTransform(llm)
-    if not store.client.count():
-        console.print(f"\nFirst run: reading {len(documents)} documents once.")
-        pipeline = IngestionPipeline(
-            transformations=[SentenceSplitter(chunk_size=CHUNK, chunk_overlap=20), embedding], disable_cache=True
-        )
-        with stage("splitting and embedding"):
-            nodes = pipeline.run(documents=documents)
-        encode(llm, transform, nodes)
-        store.add(list(nodes))  # last, so that an interrupted first run is taken up where it ended
-    else:
+    if store.client.count():
         encode(llm, transform, store.get_nodes(node_ids=None))
+        return
+    console.print(f"\nFirst run: reading {len(documents)} documents once.")
+    # The vector store is filled last, so that an interrupted first run is taken up where it ended.
+    splitter = SentenceSplitter(chunk_size=CHUNK, chunk_overlap=20)
+    pipeline = IngestionPipeline(
+        transformations=[splitter, embedding, transform], vector_store=store, disable_cache=True
+    )
+    start = time.perf_counter()
+    nodes = pipeline.run(documents=documents)
+    seconds = time.perf_counter() - start
+    console.print(f"{len(nodes)} chunks embedded, their KV computed and kept in {STORE / 'kv'}: {seconds:.0f} s")
 
 
 def encode(llm: CacheClipLLM, transform: CacheClipTransform, nodes: list[BaseNode]) -> None:
