@@ -30,6 +30,8 @@ class _Known:
     text: str
     nbytes: int
     used: float
+    stamped: float
+    """When the file last said so: other processes see this."""
 
 
 class DiskStore:
@@ -174,7 +176,7 @@ class DiskStore:
             self._stats.reject("unreadable")
         else:
             with self._lock:
-                self._index[key] = _Known(text, stat.st_size, stat.st_mtime)
+                self._index[key] = _Known(text, stat.st_size, stat.st_mtime, stat.st_mtime)
             return True
         return False
 
@@ -212,8 +214,9 @@ class DiskStore:
         known = self._index.get(key)
         if known is None:
             return
-        before, known.used = known.used, time.time()
-        if known.used - before > _STAMP_EVERY:
+        known.used = time.time()
+        if known.used - known.stamped > _STAMP_EVERY:
+            known.stamped = known.used
             try:
                 files.touch(self._file(key))
             except OSError:

@@ -104,8 +104,12 @@ def test_options_reach_the_engine(informed: Engine, prompt: str) -> None:
     plain = llm.complete(prompt)
     assert plain.raw["cacheclip"]["requested_ratio"] == 0.3
     assert llm.complete(prompt, max_tokens=2).raw["usage"]["completion_tokens"] == 2
-    assert llm.complete(prompt, method="naive").raw["cacheclip"]["method"] == "naive"
-    assert llm.complete(prompt, method="naive").raw["cacheclip"]["recomputed"] == 0
+    naive = llm.complete(prompt, method="naive").raw["cacheclip"]
+    assert (naive["method"], naive["requested_ratio"], naive["recomputed"]) == (
+        "naive",
+        0,
+        0,
+    )  # the fields' is not for it
     stop = plain.text[9:12]
     assert llm.complete(prompt, stop=[stop]).text == plain.text[: plain.text.index(stop)]
     torch.manual_seed(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import uuid
@@ -85,13 +84,6 @@ def _forget_all() -> None:
     _given.clear()
 
 
-def _close_all() -> None:
-    """Background encoding must not run on into the interpreter's end, which kills threads inside torch."""
-    for engine in _engines.values():
-        engine.close()
-
-
-atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
