@@ -76,8 +76,12 @@ class CacheClipTransform(TransformComponent):
 
     def _encode(self, engine: Engine, texts: list[str]) -> None:
         bar = tqdm(total=len(texts), desc="KV of chunks", unit="chunk", delay=1, disable=not self.show_progress)
+
+        def progress(done: int) -> None:
+            bar.update(done - bar.n)
+
         with bar:
-            result = engine.ensure(texts, progress=lambda done: bar.update(done - bar.n))
+            result = engine.ensure(texts, progress=progress)
         log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
         for text, reason in result.skipped:
             log.debug("no KV of %r: %s", text, reason)
@@ -98,7 +102,7 @@ class CacheClipTransform(TransformComponent):
                 known[self._name, document] = frozenset(keys)
             if gone:
                 gone.difference_update(*known.values())
-        engine.forget([text for key in gone if (text := engine.index.text(key)) is not None])
+        engine.forget([old for key in gone if (old := engine.index.text(key)) is not None])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore(self, state)
