@@ -235,8 +235,6 @@ class Backbone:
         prompt_ids: Tensor,
         logits: Tensor,
         step: Callable[[Tensor, int], Tensor],
-        *,
-        stopping_criteria: StoppingCriteriaList | None = None,
         **options: Any,
     ) -> Iterator[int]:
         """Decode after a prefill: yields token ids until transformers says stop.
@@ -274,7 +272,6 @@ class Backbone:
             prompt_ids.to(self.device)[None],
             attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self.device),
             custom_generate=loop,
-            stopping_criteria=stopping_criteria,
             **options,
         )
 

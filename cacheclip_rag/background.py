@@ -40,6 +40,7 @@ class Background:
 
     def close(self) -> None:
         """Finish the text at hand, drop the rest."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             self._waiting.clear()

@@ -263,6 +263,9 @@ class Engine:
                         break
                 else:
                     report.finish_reason = "length" if report.completion_tokens >= length else "stop"
+            except Exception:
+                report.finish_reason = "error"
+                raise
             finally:
                 self._active -= 1
                 report.finish_reason = report.finish_reason or "cancelled"

@@ -214,6 +214,13 @@ def test_a_prompt_beyond_the_window_is_refused_and_the_next_one_served(engine):
     assert engine.generate("hello", max_new_tokens=2).ids
 
 
+def test_a_request_that_fails_says_so_in_its_report(engine):
+    stream = engine.stream("x" * 5000)
+    with pytest.raises(PromptError):
+        next(stream)
+    assert stream.report.finish_reason == "error"
+
+
 def test_generation_ends_at_the_window(engine):
     answer = engine.generate("x" * 4090, max_new_tokens=100, eos_token_id=-1)
     assert len(answer.ids) == 6 and answer.report.finish_reason == "length"

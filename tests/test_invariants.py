@@ -154,8 +154,6 @@ def test_every_method_at_ratio_one_gives_transformers_greedy_answer(kind, method
     with torch.inference_mode():
         model = tiny_model(kind)
         expected = model.generate(ids[None], max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-    if method == "naive":  # has no ratio: asked for 1 it is full prefill like the others
-        pass
     answer = engine.generate(prompt, method=method, recompute_ratio=1.0, max_new_tokens=12)
     assert list(answer.ids) == expected
 
