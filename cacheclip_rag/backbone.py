@@ -26,7 +26,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .attention import SDPA, Sparse
+from .attention import SDPA, Enough, Shape, Sparse
 from .attention.mask import Probe
 from .canvas import Canvas
 from .errors import NotComposable, PromptError, WeightsError
@@ -70,7 +70,8 @@ class Backbone:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._opening = self._begin_of_sequence()
-        self._views: dict[int, nn.Module] = {}
+        self._views: dict[tuple[int, int, bool], nn.Module] = {}
+        self._head_views: dict[int, nn.Module] = {}
         self.obstacle: str | None = self._find_obstacle()
         """Why chunks cannot be composed with this model, or None."""
         if self.obstacle is None:
@@ -180,55 +181,119 @@ class Backbone:
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
-    def canvas(self, capacity: int) -> Canvas:
-        return Canvas(self.layers, self.kv_heads, self.head_dim, capacity, dtype=self.dtype, device=self.device)
+    def canvas(self, capacity: int, layers: int | None = None) -> Canvas:
+        """An empty canvas; of fewer ``layers`` for a forward that does not go deeper."""
+        return Canvas(
+            layers or self.layers, self.kv_heads, self.head_dim, capacity, dtype=self.dtype, device=self.device
+        )
 
     @torch.inference_mode()
     def forward(
         self,
-        ids: Tensor,
+        x: Tensor,
         rows: Tensor,
         canvas: Canvas,
         *,
         positions: Tensor | None = None,
         logits: int = 1,
         probe: Probe | None = None,
+        shape: Shape | None = None,
+        first: int = 0,
         depth: int | None = None,
     ) -> Tensor | None:
-        """Compute ``ids [S]`` at canvas ``rows [S]`` (strictly increasing), writing their KV before it is attended to.
+        """Compute the tokens ``x [S]`` at canvas ``rows [S]`` (strictly increasing); their KV is written before it is
+        attended to.
 
         This one primitive is full prefill (all rows on an empty canvas), selective recompute (scattered rows over
         placed chunks) and a decoding step (one row). Returns the last ``logits`` rows' logits ``[logits, vocabulary]``
-        in float32, or None for ``logits=0``, which spares the language-model head. ``depth`` runs the first layers only
-        (no logits). ``positions [S]`` are the RoPE positions where they differ from the slots.
+        in float32, or None for ``logits=0``, which spares the language-model head, and for a probe that had `Enough`.
+        ``depth`` runs the first layers only (no logits). ``first``: start at this layer, from the residual stream
+        ``x [S, d]`` that `advance` returned. ``positions [S]`` are the RoPE positions where they differ from the slots;
+        ``shape`` changes how rows weigh what they see.
         Source: the sparse prefill of CacheBlend and EPIC, with the exact causal mask.
         """
-        sparse = Sparse(rows, self.device, probe)
-        canvas.aim(sparse)
-        kwargs: dict[str, Any] = dict(
-            input_ids=ids.to(self.device)[None],
-            position_ids=sparse.rows[None] if positions is None else positions.to(self.device)[None],
-            past_key_values=canvas,
-            use_cache=True,
-            cacheclip=sparse,
-        )
-        if logits and depth is None:
-            output = self.model(**kwargs, logits_to_keep=logits)
-            return output.logits[0].float()
-        self._view(depth)(**kwargs)
+        kwargs = self._inputs(x, rows, canvas, positions, probe, shape)
+        try:
+            if logits and depth is None:
+                output = self._head_view(first)(**kwargs, logits_to_keep=logits)
+                return output.logits[0].float()
+            self._view(first, depth or self.layers)(**kwargs)
+        except Enough:
+            pass
         return None
 
-    def _view(self, depth: int | None) -> nn.Module:
-        """The decoder without its head, cut to its first ``depth`` layers; the weights are shared."""
+    @torch.inference_mode()
+    def advance(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        canvas: Canvas,
+        first: int,
+        last: int,
+        *,
+        positions: Tensor | None = None,
+        probe: Probe | None = None,
+        shape: Shape | None = None,
+    ) -> Tensor:
+        """The layers ``[first, last)`` only: returns the residual stream ``[S, d]`` that enters layer ``last``.
+
+        ``x`` is ``ids [S]`` for ``first=0``, else the residual stream entering layer ``first``; other arguments as in
+        `forward`. Methods that change their rows half way through the model (DroidSpeak) go in such stages.
+        """
+        kwargs = self._inputs(x, rows, canvas, positions, probe, shape)
+        return self._view(first, last, norm=False)(**kwargs).last_hidden_state[0]
+
+    def _inputs(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        canvas: Canvas,
+        positions: Tensor | None,
+        probe: Probe | None,
+        shape: Shape | None,
+    ) -> dict[str, Any]:
+        sparse = Sparse(rows, self.device, probe, shape)
+        canvas.aim(sparse)
+        return {
+            "inputs_embeds" if x.is_floating_point() else "input_ids": x.to(self.device)[None],
+            "position_ids": sparse.rows[None] if positions is None else positions.to(self.device)[None],
+            "past_key_values": canvas,
+            "use_cache": True,
+            "cacheclip": sparse,
+        }
+
+    def _view(self, first: int, last: int, norm: bool = True) -> nn.Module:
+        """The decoder without its head, cut to the layers ``[first, last)``; the weights are shared.
+
+        Without ``norm`` it returns the residual stream as it is.
+        """
         decoder = self.model.base_model
-        if depth is None or depth >= self.layers:
+        if (first, last, norm) == (0, self.layers, True):
             return decoder
-        if depth not in self._views:
+        name = (first, last, norm)
+        if name not in self._views:
             view = copy.copy(decoder)
             view._modules = dict(decoder._modules)
-            view.layers = decoder.layers[:depth]
-            self._views[depth] = view
-        return self._views[depth]
+            view.layers = decoder.layers[first:last]
+            view.config = copy.copy(decoder.config)
+            view.config.num_hidden_layers = last - first
+            if types := getattr(self.config, "layer_types", None):
+                view.config.layer_types = types[first:last]  # some models look kinds up by place, not by layer
+            if not norm:
+                view.norm = nn.Identity()
+            self._views[name] = view
+        return self._views[name]
+
+    def _head_view(self, first: int) -> nn.Module:
+        """The whole model from layer ``first`` on."""
+        if first == 0:
+            return self.model
+        if first not in self._head_views:
+            view = copy.copy(self.model)
+            view._modules = dict(self.model._modules)
+            setattr(view, self.model.base_model_prefix, self._view(first, self.layers))
+            self._head_views[first] = view
+        return self._head_views[first]
 
     def generate(
         self,
@@ -275,11 +340,18 @@ class Backbone:
             **options,
         )
 
-    def on_canvas(self, canvas: Canvas) -> Callable[[Tensor, int], Tensor]:
-        """The decoding step of `generate` that appends to ``canvas``."""
+    def on_canvas(
+        self, canvas: Canvas, *, shift: int = 0, shape: Shape | None = None
+    ) -> Callable[[Tensor, int], Tensor]:
+        """The decoding step of `generate` that appends to ``canvas``: ``step(ids [n], row)`` gives logits ``[n, V]``.
 
-        def step(token: Tensor, row: int) -> Tensor:
-            logits = self.forward(token, torch.tensor([row]), canvas)
+        Positions are the rows plus ``shift``.
+        """
+
+        def step(tokens: Tensor, row: int) -> Tensor:
+            rows = torch.arange(row, row + len(tokens))
+            positions = rows + shift if shift else None
+            logits = self.forward(tokens, rows, canvas, positions=positions, logits=len(tokens), shape=shape)
             assert logits is not None
             return logits
 

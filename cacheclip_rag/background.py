@@ -6,26 +6,30 @@ import atexit
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
 
 log = logging.getLogger("cacheclip_rag")
 
 
-class Background:
-    """One daemon thread that calls ``work(text)`` for every text it is given, each once, in order."""
+Task = TypeVar("Task", bound=Hashable)
 
-    def __init__(self, work: Callable[[str], None]) -> None:
+
+class Background(Generic[Task]):
+    """One daemon thread that calls ``work(task)`` for every task it is given, each once, in order."""
+
+    def __init__(self, work: Callable[[Task], None]) -> None:
         self._work = work
-        self._waiting: OrderedDict[str, None] = OrderedDict()
+        self._waiting: OrderedDict[Task, None] = OrderedDict()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._busy = self._closed = False
 
-    def add(self, texts: Iterable[str]) -> None:
+    def add(self, tasks: Iterable[Task]) -> None:
         with self._changed:
             if self._closed:
                 return
-            self._waiting.update(dict.fromkeys(texts))
+            self._waiting.update(dict.fromkeys(tasks))
             if self._waiting and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="cacheclip-background", daemon=True)
                 self._thread.start()
@@ -39,7 +43,7 @@ class Background:
             self._changed.wait_for(lambda: self._closed or not (self._waiting or self._busy))
 
     def close(self) -> None:
-        """Finish the text at hand, drop the rest."""
+        """Finish the task at hand, drop the rest."""
         atexit.unregister(self.close)
         with self._changed:
             self._closed = True
@@ -54,11 +58,11 @@ class Background:
                 self._changed.wait_for(lambda: self._closed or self._waiting)
                 if self._closed:
                     return
-                text, _ = self._waiting.popitem(last=False)
+                task, _ = self._waiting.popitem(last=False)
                 self._busy = True
             try:
-                self._work(text)
-            except BaseException:  # whatever it was, the next text must not wait for it
+                self._work(task)
+            except BaseException:  # whatever it was, the next task must not wait for it
                 log.exception("background encoding failed")
             finally:
                 with self._changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -47,9 +47,9 @@ class ChunkKV:
     """One chunk's KV cache as it is stored.
 
     ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` int64 and ``offsets [n, 2]`` int64 (character span in ``text``) are
-    the tokenisation the KV belongs to. Keys are rotated: token j stands at RoPE position ``position + j``. Keeping the
-    position they were computed at, instead of rotating back to 0, spares a rounding, and a chunk that is placed where
-    it was encoded is copied bit for bit.
+    the tokenisation the KV belongs to; ``extra`` is what an encoder keeps beside it, tensors ``[n, ...]`` by name. Keys
+    are rotated: token j stands at RoPE position ``position + j``. Keeping the position they were computed at, instead
+    of rotating back to 0, spares a rounding, and a chunk that is placed where it was encoded is copied bit for bit.
     """
 
     text: str
@@ -58,10 +58,12 @@ class ChunkKV:
     keys: Tensor
     values: Tensor
     position: int
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.ids, self.offsets, self.keys, self.values))
+        tensors = (self.ids, self.offsets, self.keys, self.values, *self.extra.values())
+        return sum(t.numel() * t.element_size() for t in tensors)

@@ -21,7 +21,10 @@ from .backbone import Backbone
 from .background import Background
 from .chunks import Namespace
 from .decoding import TextStream
+from .encode import Encoder, Harvested, Isolated
 from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError
+from .exact import ExactCache, ExactReuse
+from .harvesting import Harvesting
 from .library import Library
 from .methods import Method
 from .prefill import Prefill, Reuse
@@ -105,16 +108,18 @@ class Engine:
             raise NotComposable(f'{self.backbone.obstacle}; on_uncomposable="prefill" serves it without reuse')
         self.composable = self.backbone.obstacle is None
         self.index = ChunkIndex()
+        self._tenant = tenant
         self.auxiliary: Auxiliary | None = None
-        self._reuse: Reuse | None = None
+        self._rooms: dict[Encoder, Reuse] = {}
+        self._exact: dict[ExactReuse, ExactCache] = {}
+        self._rooms_lock = threading.Lock()
         if self.composable:
             self.library = Library(self.backbone, self.method.encode, self._open_store, tenant)
-            self._reuse = Reuse(self.library, self.index)
-            for entry in self.library.store.entries():
-                self.index.add(entry.key, entry.text)
+            self._room(self.method)
             if auxiliary is not None:
                 helper = _backbone(auxiliary, dtype, device)
-                self.auxiliary = Auxiliary(Library(helper, self.method.encode, self._open_store, tenant))
+                # It only looks, so its chunks stand behind the shared prefix whatever becomes of the primary's.
+                self.auxiliary = Auxiliary(Library(helper, Isolated(prefix), self._open_store, tenant))
         self._turns = Turns()
         self._hints: OrderedDict[tuple[str, frozenset[str]], None] = OrderedDict()
         self._hints_lock = threading.Lock()
@@ -125,32 +130,26 @@ class Engine:
 
     # ---- ingestion ------------------------------------------------------------------------------------------------
 
-    def ensure(self, texts: Iterable[str], progress: Callable[[int], None] | None = None) -> Ensured:
+    def ensure(
+        self, texts: Iterable[str], progress: Callable[[int], None] | None = None, *, method: str | Method | None = None
+    ) -> Ensured:
         """Keep the KV of these chunks: encode what is missing, leave what is there.
 
-        Never raises for a chunk: one that cannot be encoded or kept is listed with the reason, and prompts that contain
-        it are prefilled as usual. Interrupting it loses nothing that was finished. ``progress(done)`` is called after
-        each chunk.
+        Encoded as the engine's method wants it, or as ``method`` does. Never raises for a chunk: one that cannot be
+        encoded or kept is listed with the reason, and prompts that contain it are prefilled as usual. Interrupting it
+        loses nothing that was finished. ``progress(done)`` is called after each chunk.
         """
         result = Ensured()
+        chosen = self.method if method is None else methods.resolve(method)
         for done, text in enumerate(texts, start=1):
             try:
-                key = self.library.key(text) if self.composable else ""
                 if not self.composable:
                     result.skipped.append((text[:40], f"{self.backbone.obstacle}"))
-                elif self.index.text(key) is not None and key in self.library.store:
-                    self._ensure_auxiliary(text)
-                    result.keys.append(key)
-                else:
-                    with self._turns:
-                        chunk = self.library.ensure(text)
-                    self._ensure_auxiliary(text)
-                    if key in self.library.store:
-                        self.index.add(key, chunk.text)
-                        result.keys.append(key)
-                        result.encoded += 1
-                    else:
-                        result.skipped.append((text[:40], "the store did not keep it"))
+                elif chosen.ahead:
+                    self._ensure(text, self._room(chosen).library, result)
+                else:  # nothing to compute before the first prompt, but to be recognised there
+                    self.index.add(self.library.key(text), text)
+                    result.keys.append(self.library.key(text))
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
                 log.warning("chunk not encoded: %s", error)
                 result.skipped.append((text[:40], str(error)))
@@ -158,10 +157,26 @@ class Engine:
                 progress(done)
         return result
 
+    def _ensure(self, text: str, library: Library, result: Ensured) -> None:
+        key, name = library.key(text), self.library.key(text)
+        if self.index.text(name) is not None and key in library.store:
+            self._ensure_auxiliary(text)
+            result.keys.append(key)
+            return
+        with self._turns:
+            chunk = library.ensure(text)
+        self._ensure_auxiliary(text)
+        if key in library.store:
+            self.index.add(name, chunk.text)
+            result.keys.append(key)
+            result.encoded += 1
+        else:
+            result.skipped.append((text[:40], "the store did not keep it"))
+
     def ensure_later(self, texts: Iterable[str]) -> None:
         """Like `ensure`, in the background, while no request is being served."""
         if self.composable:
-            self._background.add(texts)
+            self._background.add((text, None) for text in texts)
 
     def flush(self) -> None:
         """Wait until everything asked of `ensure_later` is done."""
@@ -172,15 +187,18 @@ class Engine:
         if not self.composable:
             return
         for text in texts:
-            key = self.library.key(text)
-            self.index.remove(key)
-            self.library.store.delete([key])
+            name = self.library.key(text)
+            self.index.remove(name)
+            for room in self._opened():
+                room.forget(text, name)
             if self.auxiliary is not None:
                 self.auxiliary.library.store.delete([self.auxiliary.library.key(text)])
 
     def knows(self, text: str) -> bool:
         """Whether the KV of this chunk is kept."""
-        return self.composable and text in self.library
+        if not self.composable:
+            return False
+        return text in self.library if self.method.ahead else self.library.key(text) in self.index
 
     def hint(self, texts: Sequence[str], question: str | None = None) -> None:
         """Advice from a retriever: these chunks and this question are about to come in a prompt.
@@ -326,15 +344,20 @@ class Engine:
         if not prompt:
             raise PromptError("the prompt is empty")
         with self._turns:
-            if self._reuse is None:
+            if not self.composable:
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
                 return prefill.native(self.backbone, prompt, report)
             self._follow_store()
+            if method.exact is not None:
+                if method.exact not in self._exact:
+                    self._exact[method.exact] = method.exact.open()
+                cache = self._exact[method.exact]
+                return prefill.exact(self.backbone, self.index, cache, prompt, room, report)
             if isinstance(method.select, Everything) or ratio >= 1.0:
                 return prefill.full(self.backbone, self.index, prompt, room, report)
             hints, announced = self._hinted(prompt)
             try:
-                result = self._reuse(
+                result = self._room(method)(
                     prompt,
                     method,
                     ratio,
@@ -350,8 +373,9 @@ class Engine:
                 log.exception("reuse failed; prefilling the whole prompt")
                 report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
                 return prefill.full(self.backbone, self.index, prompt, room, report)
-        gone = [use.key for use in report.chunks if use.missing]
-        self.ensure_later([text for key in gone if (text := self.index.text(key)) is not None])
+        gone = [text for use in report.chunks if use.missing and (text := self.index.text(use.key)) is not None]
+        if gone:
+            self._background.add((text, method) for text in gone)
         return result
 
     def _hinted(self, prompt: str) -> tuple[frozenset[str], str | None]:
@@ -362,9 +386,32 @@ class Engine:
         return keys, next((question for question, _ in hints if question and question in prompt), None)
 
     def _follow_store(self) -> None:
-        if self.library.store.refresh():
-            for entry in self.library.store.entries():
-                self.index.add(entry.key, entry.text)
+        for room in self._opened():
+            if room.library.store.refresh():
+                self._know(room.library)
+
+    def _know(self, library: Library) -> None:
+        """Recognise in prompts what this library has. One index serves all: a chunk's name is its text's."""
+        for entry in library.store.entries():
+            self.index.add(self.library.key(entry.text), entry.text)
+
+    def _room(self, method: Method) -> Reuse:
+        """Reuse of chunks encoded as this method wants them; other encodings are other chunks."""
+        with self._rooms_lock:
+            if method.encode not in self._rooms:
+                own = method.encode == self.library.encoder
+                library = self.library if own else Library(self.backbone, method.encode, self._open_store, self._tenant)
+                self._rooms[method.encode] = (
+                    Harvesting(library, self.index, method.encode)
+                    if isinstance(method.encode, Harvested)
+                    else Reuse(library, self.index)
+                )
+                self._know(library)
+            return self._rooms[method.encode]
+
+    def _opened(self) -> list[Reuse]:
+        with self._rooms_lock:
+            return list(self._rooms.values())
 
     def _in_turn(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
         def turn(token: Tensor, row: int) -> Tensor:
@@ -384,11 +431,12 @@ class Engine:
             with self._turns:
                 self.auxiliary.ensure(text)
 
-    def _encode_later(self, text: str) -> None:
+    def _encode_later(self, task: tuple[str, Method | None]) -> None:
+        text, method = task
         patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up
         while self._active and time.monotonic() < patience:
             time.sleep(0.02)
-        self.ensure([text])
+        self.ensure([text], method=method)
 
 
 def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:

@@ -26,8 +26,7 @@ class Library:
         self, backbone: Backbone, encoder: Encoder, open_store: Callable[[Namespace], ChunkStore], tenant: str = ""
     ) -> None:
         self.backbone, self.encoder = backbone, encoder
-        self.prefix = backbone.shared_prefix() if encoder.prefix is None else encoder.prefix
-        self.prefix_ids: Tensor = backbone.tokenise_prompt(self.prefix).ids
+        self.prefix_ids: Tensor = encoder.prefix_ids(backbone)
         self.namespace = Namespace(
             {
                 "format": FORMAT,

@@ -5,41 +5,87 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from .encode import Encoder, Isolated
+from .attend import Attend, Plain, Scaled, SelectedChunks
+from .encode import Blanks, Encoder, Harvested, Isolated, WithActivations
 from .errors import ConfigurationError
-from .select import CacheClip, Everything, Nothing, QueryGuided, Selector
+from .exact import DocumentTree, ExactReuse, PrefixBlocks
+from .recompute import EarlyStop, Once, Recompute, Reselect
+from .select import (
+    CacheClip,
+    ChunkHeads,
+    Everything,
+    KeyDeviation,
+    LeanedTokens,
+    Nothing,
+    QueryGuided,
+    Random,
+    Selector,
+)
+
+Positions = Literal["global", "shared"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe. ``recompute_ratio``: the share of context tokens to recompute unless a request asks for another."""
+    """A recipe: how chunks are encoded, which tokens are chosen, how they are recomputed, how the question attends.
+
+    ``positions``: ``"global"``, every token at its place in the prompt; ``"shared"``, all chunks from the same position
+    on, and the question behind the longest (APE). ``exact``: reuse only what stood in the same place behind the same
+    tokens, and compute the rest; the other parts are then idle. ``recompute_ratio``: the share of context tokens to
+    recompute unless a request asks for another.
+    """
 
     name: str
     select: Selector
     encode: Encoder = field(default_factory=Isolated)
+    recompute: Recompute = field(default_factory=Once)
+    attend: Attend = field(default_factory=Plain)
+    positions: Positions = "global"
+    exact: ExactReuse | None = None
     recompute_ratio: float = 0.2
 
+    @property
+    def ahead(self) -> bool:
+        """Whether chunks are encoded ahead of the prompts they come in."""
+        return self.exact is None and not isinstance(self.encode, Harvested)
+
+
+_PARTS = ("select", "encode", "recompute", "attend", "exact")
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in [
         Method("full", Everything(), recompute_ratio=1.0),
+        Method("prefix-cache", Everything(), exact=PrefixBlocks(), recompute_ratio=0.0),
+        Method("ragcache", Everything(), exact=DocumentTree(), recompute_ratio=0.0),
         Method("naive", Nothing(), recompute_ratio=0.0),
+        Method("promptcache", Nothing(), Isolated(prefix=""), recompute_ratio=0.0),
+        Method("link0", Nothing(), Blanks(), recompute_ratio=0.0),
+        Method("random", Random(), recompute_ratio=0.15),
+        Method("epic", ChunkHeads(), Isolated(prefix=""), recompute_ratio=0.15),
+        Method("legolink", ChunkHeads(tokens=16), Isolated(prefix=""), recompute_ratio=0.15),
+        Method("cacheblend", KeyDeviation(), Isolated(prefix=""), recompute_ratio=0.15),
+        Method("droidspeak", KeyDeviation(), WithActivations(prefix=""), Reselect(), recompute_ratio=0.15),
+        Method("cachecraft", LeanedTokens(), Harvested(), EarlyStop()),
         Method("cacheclip", CacheClip()),
         Method("query_guided", QueryGuided()),
         Method("fusionrag_selection", QueryGuided("last", "chunk", window=1), recompute_ratio=0.15),
         Method("prophetkv", QueryGuided("all", "context", window=1)),
         Method("infoflow", QueryGuided((0.69, 0.83), "row", window=1), recompute_ratio=0.15),
+        Method("ape", Nothing(), attend=Scaled(), positions="shared", recompute_ratio=0.0),
+        Method("sel", Nothing(), attend=SelectedChunks(), recompute_ratio=0.0),
+        Method("psr", KeyDeviation(), Blanks(), attend=Scaled(first=1), recompute_ratio=0.15),
     ]
 }
 
 
 def resolve(method: str | Method, **changes: Any) -> Method:
-    """The recipe called ``method``, with selector or encoder parameters changed by name.
+    """The recipe called ``method``, with parameters of its parts changed by name.
 
-    ``resolve("cacheclip", window=16)``. Raises `ConfigurationError` naming what is valid.
+    ``resolve("cacheclip", window=16)``. A parameter that several parts share is changed in all of them. Raises
+    `ConfigurationError` naming what is valid.
     """
     if isinstance(method, str):
         if method not in METHODS:
@@ -47,16 +93,19 @@ def resolve(method: str | Method, **changes: Any) -> Method:
             hint = f'; did you mean "{close[0]}"?' if close else ""
             raise ConfigurationError(f'unknown method "{method}"{hint} Known: {", ".join(METHODS)}')
         method = METHODS[method]
+    own = {"positions", "recompute_ratio"}
+    parts = {part: getattr(method, part) for part in _PARTS if getattr(method, part) is not None}
+    fields = {part: {f.name for f in dataclasses.fields(value)} for part, value in parts.items()}
     for name, value in changes.items():
-        for part in ("select", "encode"):
-            component: Any = getattr(method, part)
-            if name in {f.name for f in dataclasses.fields(component)}:
-                method = dataclasses.replace(method, **{part: dataclasses.replace(component, **{name: value})})
-                break
-        else:
-            parts: list[Any] = [method.select, method.encode]
-            valid = sorted(f.name for part in parts for f in dataclasses.fields(part))
-            raise ConfigurationError(f'method "{method.name}" has no parameter "{name}"; it has: {", ".join(valid)}')
+        takers = [part for part in parts if name in fields[part]]
+        if not takers and name not in own:
+            valid = ", ".join(sorted(own.union(*fields.values())))
+            raise ConfigurationError(f'method "{method.name}" has no parameter "{name}"; it has: {valid}')
+        changed = {part: dataclasses.replace(getattr(method, part), **{name: value}) for part in takers}
+        method = dataclasses.replace(method, **(changed or {name: value}))
+    if method.positions not in ("global", "shared"):
+        raise ConfigurationError(f'positions must be "global" or "shared", not {method.positions!r}')
+    check_ratio(method.recompute_ratio)
     return method
 
 

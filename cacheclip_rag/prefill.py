@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .backbone import Backbone, Tokens
 from .canvas import Canvas
 from .chunks import ChunkKV
 from .errors import ConfigurationError, PromptError
+from .exact import ExactCache
 from .library import Library
 from .methods import Method
 from .prefixes import PrefixCache
@@ -38,7 +40,7 @@ class Prefill:
 
 def native(backbone: Backbone, prompt: str, report: Report) -> Prefill:
     """Full prefill with transformers' own attention and cache."""
-    tokens = _fitting(backbone, backbone.tokenise_prompt(prompt))
+    tokens = fitting(backbone, backbone.tokenise_prompt(prompt))
     logits, step = backbone.native_prefill(tokens.ids)
     report.prompt_tokens = report.fresh = len(tokens)
     return Prefill(align(prompt, tokens.ids, tokens.offsets, [], []), None, logits, report, step)
@@ -48,7 +50,7 @@ def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: 
     """Full prefill on a canvas. Chunks are still recognised: control tokens inside documents stay text."""
     with report.timed("tokenise"):
         documents = [(span.start, span.end) for span in index.find(prompt)]
-        tokens = _fitting(backbone, backbone.tokenise_prompt(prompt, documents))
+        tokens = fitting(backbone, backbone.tokenise_prompt(prompt, documents))
     canvas = backbone.canvas(len(tokens) + room)
     with report.timed("recompute"):
         logits = backbone.forward(tokens.ids, torch.arange(len(tokens)), canvas)
@@ -59,11 +61,38 @@ def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: 
     return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
 
+def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str, room: int, report: Report) -> Prefill:
+    """Full prefill behind the longest beginning that an earlier prompt left in ``cache``: the same KV."""
+    with report.timed("recognise"):
+        spans = index.find(prompt)
+    with report.timed("tokenise"):
+        tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
+        layout = align(prompt, tokens.ids, tokens.offsets, spans, [None] * len(spans))
+        starts = torch.searchsorted(tokens.offsets[:, 0].contiguous(), torch.tensor([s.start for s in spans]))
+        ends = torch.searchsorted(tokens.offsets[:, 0].contiguous(), torch.tensor([s.end for s in spans[-1:]]))
+        borders = sorted({*starts.tolist(), *ends.tolist()})
+    count, known = len(tokens), 0
+    canvas = backbone.canvas(count + room)
+    with report.timed("place"):
+        for keys, values in cache.longest(tokens.ids, borders):
+            keys, values = keys[:, :, : count - 1 - known], values[:, :, : count - 1 - known]
+            canvas.write(known, keys, values)
+            known += keys.shape[2]
+    with report.timed("recompute"):
+        logits = backbone.forward(tokens.ids[known:], torch.arange(known, count), canvas)
+    assert logits is not None
+    with report.timed("keep"):
+        cache.keep(tokens.ids, borders, canvas, report.seconds["recompute"] / (count - known))
+    report.prompt_tokens, report.prefix, report.fresh = count, known, count - known
+    report.canvas_bytes = canvas.nbytes
+    return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
+
+
 class Reuse:
     """Prefill from stored chunks. Not for two threads at once; the engine's turns see to that."""
 
     def __init__(self, library: Library, index: ChunkIndex) -> None:
-        self._library, self._index = library, index
+        self.library, self._index = library, index
         self._backbone = library.backbone
         self._rotary = library.backbone.rotary
         self._prefixes = PrefixCache()
@@ -93,7 +122,7 @@ class Reuse:
             asked = find_question(prompt, spans, question, backbone.control_tokens, backbone.closing)
         scores = self._auxiliary_scores(auxiliary, method, ratio, spans, asked.text)
         with report.timed("tokenise"):
-            tokens = _fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
+            tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
         with report.timed("load"):
             chunks, missing = self._load(span.key for span in spans)
         with report.timed("tokenise"):
@@ -101,11 +130,12 @@ class Reuse:
             layout = align(prompt, tokens.ids, tokens.offsets, spans, stored)
 
         count = len(layout)
+        positions = shared_positions(layout) if method.positions == "shared" else torch.arange(count)
         canvas = backbone.canvas(count + max(room, 64))
         with report.timed("place"):
             prefix = self._place_prefix(layout, canvas)
             for number, row, part in layout.runs():
-                canvas.place(chunks[spans[number].key], part, row, self._rotary)
+                canvas.place(chunks[spans[number].key], part, row, self._rotary, int(positions[row]))
             exact = self._exact_rows(layout)
 
         held = layout.reusable.clone()
@@ -113,25 +143,26 @@ class Reuse:
         rows = (held & ~exact).nonzero()[:, 0]
         fresh = (~held).nonzero()[:, 0]
         fresh = fresh[fresh >= prefix]
+        request = Request(
+            layout=layout,
+            positions=positions,
+            chunks=tuple(chunks.get(span.key) for span in spans),
+            canvas=canvas,
+            backbone=backbone,
+            auxiliary=scores,
+            rows=rows,
+            groups=layout.chunk[rows],
+            fresh=fresh,
+            question=asked.text,
+            question_rows=asked.rows(layout),
+        )
         chosen = rows[:0]
         if budget := int(ratio * len(rows) + 1e-9):
             with report.timed("select"):
-                request = Request(
-                    layout=layout,
-                    canvas=canvas,
-                    backbone=backbone,
-                    auxiliary=scores,
-                    rows=rows,
-                    groups=layout.chunk[rows],
-                    fresh=fresh,
-                    question=asked.text,
-                    question_rows=asked.rows(layout),
-                )
                 chosen = method.select.select(request, budget)
         with report.timed("recompute"):
-            compute = torch.cat([fresh, chosen]).sort().values
-            logits = backbone.forward(layout.ids[compute], compute, canvas)
-        assert logits is not None
+            shape = method.attend.shape(request, chosen)
+            logits, chosen = method.recompute.run(request, chosen, shape)
         self._prefixes.keep(layout.ids, _first(layout.reusable, 0), canvas)
 
         report.prompt_tokens, report.prefix = count, prefix
@@ -141,14 +172,19 @@ class Reuse:
         report.canvas_bytes = canvas.nbytes
         report.chunks = [self._use(layout, n, chosen, held, exact, missing) for n in range(len(spans))]
         report.fallbacks += [f"chunk {key[:12]} prefilled: {reason}" for key, reason in missing.items()]
-        return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
+        step = backbone.on_canvas(canvas, shift=int(positions[-1]) + 1 - count, shape=shape)
+        return Prefill(layout, canvas, logits, report, step)
+
+    def forget(self, text: str, name: str) -> None:
+        """Drop what is kept of a chunk; ``name`` is its key in the index."""
+        self.library.store.delete([self.library.key(text)])
 
     def _load(self, keys: Iterable[str]) -> tuple[dict[str, ChunkKV], dict[str, str]]:
         """The chunks that are there, and for the others the reason why not."""
         chunks: dict[str, ChunkKV] = {}
         missing: dict[str, str] = {}
         for key in dict.fromkeys(keys):
-            chunk = self._library.get(key)
+            chunk = self.library.get(self.library.key(self._index.text(key) or ""))
             if chunk is None:
                 missing[key] = "its stored KV is gone or damaged"
             else:
@@ -168,7 +204,7 @@ class Reuse:
     def _exact_rows(self, layout: Layout) -> Tensor:
         """``[T]`` bool: chunk tokens that follow the very prefix they were encoded behind; their KV is right."""
         exact = torch.zeros(len(layout), dtype=torch.bool)
-        prefix = self._library.prefix_ids
+        prefix = self.library.prefix_ids
         for _, row, part in layout.runs()[:1]:
             if part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
                 exact[row : row + part.stop] = True
@@ -209,7 +245,29 @@ class Reuse:
         )
 
 
-def _fitting(backbone: Backbone, tokens: Tokens) -> Tokens:
+def shared_positions(layout: Layout) -> Tensor:
+    """APE's positions ``[T]``: every chunk begins where the first one does, the text behind the last one comes after
+    the longest. What stands between two chunks goes on from the one before it.
+    """
+    positions = torch.arange(len(layout))
+    runs = layout.runs()
+    if not runs:
+        return positions
+    start, reach = runs[0][1], 0
+    rows = layout.reusable.nonzero()[:, 0]
+    firsts: dict[int, int] = {}
+    for row, span in zip(rows.tolist(), layout.chunk[rows].tolist(), strict=True):
+        firsts.setdefault(span, row)
+    borders = [*sorted(firsts.values()), int(rows[-1]) + 1]
+    for first, stop in pairwise(borders):
+        positions[first:stop] -= first - start
+        reach = max(reach, stop - first)
+    positions[borders[-1] :] -= borders[-1] - (start + reach)
+    return positions
+
+
+def fitting(backbone: Backbone, tokens: Tokens) -> Tokens:
+    """The tokens, or a `PromptError` when there are none or more than the model's window."""
     if not len(tokens):
         raise PromptError("the prompt is empty")
     if len(tokens) >= backbone.window:

@@ -74,7 +74,7 @@ def test_a_part_of_a_chunk_is_placed_where_it_stands(engine, cut, whole):
 
 def test_the_beginning_of_a_chunk_behind_its_prefix_is_exact(engine):
     """Causal KV of a chunk's beginning does not depend on what was cut off behind it."""
-    prompt = engine.library.prefix + PASSAGES[0][:120] + "\n\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = engine.backbone.shared_prefix() + PASSAGES[0][:120] + "\n\nWho?<|im_end|>\n<|im_start|>assistant\n"
     naive, full = (engine.prefill(prompt, method=m) for m in ("naive", "full"))
     assert naive.report.reused == 120 and distance(naive.logits, full.logits) < 1e-4
 

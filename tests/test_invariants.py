@@ -162,17 +162,18 @@ def test_every_method_at_ratio_one_gives_transformers_greedy_answer(kind, method
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.33, 0.9])
 def test_every_prompt_token_is_accounted_for_exactly_once(method, ratio):
     engine = engine_with_auxiliary("qwen2")
-    engine.ensure(PASSAGES[:4])
+    engine.ensure(PASSAGES[:4], method=method)
     prompt = prompt_of(engine.backbone, PASSAGES)
     report = engine.generate(prompt, method=method, recompute_ratio=ratio, max_new_tokens=2).report
     assert report.fallbacks == []
     assert report.prompt_tokens == len(engine.backbone.tokenise(prompt))
     assert report.prompt_tokens == report.prefix + report.reused + report.recomputed + report.fresh
-    if method != "full":
+    if METHODS[method].ahead and method != "full":
         known = sum(use.reused + use.recomputed for use in report.chunks)
         assert len(report.chunks) == 4 and known == report.reused + report.recomputed
         assert known == sum(len(p) for p in PASSAGES[:4]), "one byte, one token: every byte of a known chunk is reused"
-        assert report.recomputed == (0 if method == "naive" else int(ratio * known))
+        if method not in ("legolink", "droidspeak"):  # a fixed number of tokens; two selections
+            assert report.recomputed == (0 if METHODS[method].recompute_ratio == 0 else int(ratio * known))
 
 
 @pytest.mark.parametrize("method", ["cacheclip", "query_guided", "naive"])
@@ -195,7 +196,7 @@ def test_the_store_is_bit_identical_after_requests(method):
 def test_a_prompt_that_begins_with_the_shared_prefix_and_one_chunk_is_exact_without_recompute():
     engine = engine_with_auxiliary("llama")
     engine.ensure(PASSAGES[:1])
-    prompt = engine.library.prefix + PASSAGES[0] + "\n\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = engine.backbone.shared_prefix() + PASSAGES[0] + "\n\nWho?<|im_end|>\n<|im_start|>assistant\n"
     naive = engine.prefill(prompt, method="naive")
     full = engine.prefill(prompt, method="full")
     assert naive.report.chunks[0].exact and naive.report.reused == len(PASSAGES[0])

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from transformers import AttentionInterface
 
-from .mask import Sparse, visible
-from .probe import AttentionProbe
+from .mask import Enough, Shape, Sparse, visible
+from .probe import AttentionProbe, StopAt
 from .reference import reference_attention
+from .scaled import ScaledContext
 from .sdpa import sdpa_attention
+from .top_chunks import TopChunks
 
 SDPA = "cacheclip_sdpa"
 REFERENCE = "cacheclip_reference"
@@ -21,4 +23,17 @@ REFERENCE = "cacheclip_reference"
 AttentionInterface.register(SDPA, sdpa_attention)
 AttentionInterface.register(REFERENCE, reference_attention)
 
-__all__ = ["REFERENCE", "SDPA", "AttentionProbe", "Sparse", "reference_attention", "sdpa_attention", "visible"]
+__all__ = [
+    "REFERENCE",
+    "SDPA",
+    "AttentionProbe",
+    "Enough",
+    "ScaledContext",
+    "Shape",
+    "Sparse",
+    "StopAt",
+    "TopChunks",
+    "reference_attention",
+    "sdpa_attention",
+    "visible",
+]

@@ -1,20 +1,43 @@
-"""Which keys a row may see."""
+"""What one forward tells the attention function: which keys a row may see, who looks on, who weighs."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Enough(Exception):
+    """Raised by a probe that has seen what it came for: the forward ends there, without logits."""
+
+
 class Probe(Protocol):
-    """Looks on while a forward runs; must not change anything."""
+    """Looks on while a forward runs; must not change anything, but may end it by raising `Enough`."""
 
     layers: frozenset[int]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
         """``query [1, H, S, D]`` (rotated), ``key [1, Hk, N, D]`` (rotated, all slots), ``rows [S]`` int64."""
+
+
+class Shape(Protocol):
+    """How rows weigh the slots they see. ``first``: the layer from which on it holds; below it attention is plain."""
+
+    first: int
+
+    def survey(self, blocks: Iterator[tuple[Tensor, Tensor]]) -> Any:
+        """Called once a layer and forward, before any `weigh`, with its ``(logits, rows)`` block by block.
+
+        What it returns is handed to `weigh`.
+        """
+
+    def weigh(self, logits: Tensor, rows: Tensor, plan: Any) -> Tensor:
+        """Probabilities ``[Hk, G, R, N]`` float32 from ``logits`` of that shape, -inf where a row may not look.
+
+        ``rows [R]`` int64 are the slots of the queries.
+        """
 
 
 BLOCK = 128
@@ -33,9 +56,15 @@ class Sparse:
     device to tell.
     """
 
-    def __init__(self, rows: Tensor, device: torch.device | str, probe: Probe | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        device: torch.device | str,
+        probe: Probe | None = None,
+        shape: Shape | None = None,
+    ) -> None:
         slots = rows.tolist()
-        self.rows, self.probe = rows.to(device), probe
+        self.rows, self.probe, self.shape = rows.to(device), probe, shape
         self.blocks = [
             (start, stop, slots[start], slots[stop - 1])
             for start in range(0, len(slots), BLOCK)
@@ -49,6 +78,10 @@ class Sparse:
         """Show the probe, if there is one for this layer, what the layer attends with."""
         if self.probe is not None and layer in self.probe.layers:
             self.probe(layer, query, key, self.rows, scaling)
+
+    def shape_of(self, layer: int) -> Shape | None:
+        """How this layer's rows weigh what they see, or None for plain attention."""
+        return self.shape if self.shape is not None and layer >= self.shape.first else None
 
     def bias(self, start: int, stop: int, keys: slice, groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to the scores of rows ``[start, stop)`` over the slots ``keys``: 0 or -inf.

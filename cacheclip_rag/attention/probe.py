@@ -1,4 +1,4 @@
-"""How much chosen rows attend to chosen columns, summed up while a forward runs and without keeping it."""
+"""Onlookers of a forward: attention summed up without keeping it, and an early end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .mask import Enough
 
 Normalise = Literal["row", "context", "chunk"]
 
@@ -60,6 +62,16 @@ class AttentionProbe:
         if self.groups is None:
             raise ValueError('normalise="chunk" needs groups, the chunk number of every column')
         return self.groups
+
+
+class StopAt:
+    """Ends a forward at a layer, when its keys are written and before they are attended to."""
+
+    def __init__(self, layer: int) -> None:
+        self.layers = frozenset([layer])
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
+        raise Enough
 
 
 def _softmax_by_group(logits: Tensor, groups: Tensor) -> Tensor:

@@ -30,11 +30,18 @@ def reference_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
     sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
-    sparse.observe(int(module.layer_idx), query, key, scaling)
+    layer = int(module.layer_idx)
+    sparse.observe(layer, query, key, scaling)
     scores = query.float() @ key.float().repeat_interleave(groups, dim=1).mT * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     mask = visible(sparse.rows, key.shape[2], sliding_window)
-    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if (shape := sparse.shape_of(layer)) is None:
+        probabilities = scores.softmax(dim=-1)
+    else:
+        grouped = scores[0].unflatten(0, (key.shape[1], groups))
+        probabilities = shape.weigh(grouped, sparse.rows, shape.survey(iter([(grouped, sparse.rows)])))
+        probabilities = probabilities.flatten(0, 1)[None]
     output = probabilities @ value.float().repeat_interleave(groups, dim=1)
     return output.to(query.dtype).transpose(1, 2).contiguous(), probabilities

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .mask import Sparse, trailing
 from .reference import reference_attention
+from .shape import shaped_attention
 
 
 def sdpa_attention(
@@ -32,14 +33,18 @@ def sdpa_attention(
     fused kernel gets the long blocks of queries that it is quick with.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
+    layer = int(module.layer_idx)
+    if (shape := sparse.shape_of(layer)) is not None:
+        sparse.observe(layer, query, key, scaling)
+        return shaped_attention(shape, sparse, query, key, value, scaling, sliding_window, softcap), None
     if softcap is not None:  # the fused kernels cannot cap scores
         output, _ = reference_attention(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, cacheclip, **kwargs
         )
         return output, None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
-    sparse.observe(int(module.layer_idx), query, key, scaling)
+    sparse.observe(layer, query, key, scaling)
 
     _, heads, length, width = query.shape
     kv_heads = key.shape[1]

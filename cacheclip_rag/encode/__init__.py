@@ -1,5 +1,9 @@
-"""Offline: ways of computing a chunk's KV once, at ingestion."""
+"""Offline: ways of computing a chunk's KV once, at ingestion. One encoder a file."""
 
-from .isolated import Encoder, Isolated
+from .activations import WithActivations
+from .base import Encoder
+from .blanks import Blanks
+from .harvested import Harvested, Variants
+from .isolated import Isolated
 
-__all__ = ["Encoder", "Isolated"]
+__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Variants", "WithActivations"]

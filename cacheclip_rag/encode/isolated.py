@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ..backbone import Backbone, Tokens
 from ..chunks import ChunkKV
-
-
-class Encoder(Protocol):
-    """One way of encoding. Frozen dataclasses, so that their fields are part of a chunk's identity."""
-
-    @property
-    def prefix(self) -> str | None:
-        """The text chunks are encoded behind; None for the model's chat-template start."""
-
-    def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: tuple[Tensor, Tensor] | None) -> ChunkKV:
-        """KV of ``tokens`` (those of ``text``) behind the shared prefix, whose KV ``[L, Hk, P, D]`` is given."""
+from .base import PrefixKV, behind
 
 
 @dataclass(frozen=True)
@@ -34,12 +22,8 @@ class Isolated:
 
     prefix: str | None = None
 
-    def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: tuple[Tensor, Tensor] | None) -> ChunkKV:
-        start = 0 if prefix is None else prefix[0].shape[2]
-        canvas = backbone.canvas(start + len(tokens))
-        if prefix is not None:
-            canvas.write(0, *prefix)
-        rows = torch.arange(start, start + len(tokens))
-        backbone.forward(tokens.ids, rows, canvas, logits=0)
-        keys, values = canvas.read(slice(start, start + len(tokens)))
-        return ChunkKV(text, tokens.ids, tokens.offsets, keys.cpu(), values.cpu(), position=start)
+    def prefix_ids(self, backbone: Backbone) -> Tensor:
+        return backbone.tokenise_prompt(backbone.shared_prefix() if self.prefix is None else self.prefix).ids
+
+    def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: PrefixKV | None) -> ChunkKV:
+        return behind(backbone, text, tokens, prefix)

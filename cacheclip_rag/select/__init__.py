@@ -2,9 +2,26 @@
 
 from .base import Request, Selector
 from .budget import top, windows
+from .cacheblend import KeyDeviation
 from .cacheclip import CacheClip
+from .cachecraft import LeanedTokens
+from .epic import ChunkHeads
 from .everything import Everything
 from .nothing import Nothing
 from .query_guided import QueryGuided
+from .random import Random
 
-__all__ = ["CacheClip", "Everything", "Nothing", "QueryGuided", "Request", "Selector", "top", "windows"]
+__all__ = [
+    "CacheClip",
+    "ChunkHeads",
+    "Everything",
+    "KeyDeviation",
+    "LeanedTokens",
+    "Nothing",
+    "QueryGuided",
+    "Random",
+    "Request",
+    "Selector",
+    "top",
+    "windows",
+]

@@ -58,10 +58,12 @@ def question_scores(
     """
     backbone, canvas, layout = request.backbone, request.canvas, request.layout
     rows, ids, scored = request.fresh, layout.ids[request.fresh], request.question_rows
+    positions = request.positions[rows]
     if len(scored) == 0 or int(scored[0]) < int(request.rows[-1]):
         copy = backbone.tokenise("\n\n" + request.question, plain=True).ids[: canvas.capacity - len(layout)]
         scored = torch.arange(len(layout), len(layout) + len(copy))
         rows, ids = torch.cat([rows, scored]), torch.cat([ids, copy])
+        positions = torch.cat([positions, scored - len(layout) + int(request.positions[-1]) + 1])
     groups = torch.unique(request.groups, return_inverse=True)[1] if normalise == "chunk" else None
     device = backbone.device
     probe = AttentionProbe(
@@ -72,6 +74,6 @@ def question_scores(
         None if groups is None else groups.to(device),
     )
     length = canvas.length
-    backbone.forward(ids, rows, canvas, logits=0, probe=probe, depth=max(layers) + 1)
+    backbone.forward(ids, rows, canvas, positions=positions, logits=0, probe=probe, depth=max(layers) + 1)
     canvas.length = length  # the pass leaves nothing behind that the recompute does not overwrite
     return probe.scores

@@ -1,8 +1,9 @@
 """The file of one chunk's KV: safetensors with a self-describing, checksummed header.
 
-Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64. Metadata (strings): ``format``,
-``key`` (the digest that names the file), ``namespace`` (JSON of everything the KV depends on), ``text``, ``position``,
-and ``checksum``, the xxh3-128 of all that and the tensors' bytes. One file alone suffices to rebuild the index.
+Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64; ``extra.NAME [n, ...]``, what an
+encoder keeps beside them. Metadata (strings): ``format``, ``key`` (the digest that names the file), ``namespace`` (JSON
+of everything the KV depends on), ``text``, ``position``, and ``checksum``, the xxh3-128 of all that and the tensors'
+bytes. One file alone suffices to rebuild the index.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MAX_HEADER = 16 << 20  # bytes; a header is a chunk's text and a few hundred byt
 
 _METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
+_EXTRA = "extra."
 
 
 class Rejected(Exception):
@@ -31,7 +33,9 @@ class Rejected(Exception):
 
 def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
     """The file's bytes. Raises UnicodeEncodeError for a text that is no valid Unicode (lone surrogates)."""
-    tensors = {name: getattr(chunk, name).detach().cpu().contiguous() for name in _TENSORS}
+    tensors = {name: getattr(chunk, name) for name in _TENSORS}
+    tensors |= {_EXTRA + name: tensor for name, tensor in chunk.extra.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "key": key,
@@ -79,9 +83,12 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
         position = int(metadata["position"])
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise Rejected("damaged") from error
-    if set(tensors) != set(_TENSORS) or _checksum(tensors, metadata) != checksum:
+    extra = {name.removeprefix(_EXTRA): tensors[name] for name in tensors if name.startswith(_EXTRA)}
+    if len(tensors) != len(_TENSORS) + len(extra) or _checksum(tensors, metadata) != checksum:
         raise Rejected("checksum")
-    chunk = ChunkKV(text=text, position=position, **tensors)
+    if not set(_TENSORS) <= set(tensors):
+        raise Rejected("damaged")
+    chunk = ChunkKV(text=text, position=position, extra=extra, **{name: tensors[name] for name in _TENSORS})
     _check_shapes(chunk)
     return chunk
 
@@ -98,6 +105,7 @@ def _check_shapes(chunk: ChunkKV) -> None:
         and chunk.keys.dtype == chunk.values.dtype
         and chunk.keys.shape == chunk.values.shape
         and chunk.keys.shape[2] == count
+        and all(tensor.shape[:1] == (count,) for tensor in chunk.extra.values())
     )
     if not good:
         raise Rejected("shapes")
