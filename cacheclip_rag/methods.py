@@ -33,8 +33,9 @@ class Method:
 
     ``positions``: ``"global"``, every token at its place in the prompt; ``"shared"``, all chunks from the same position
     on, and the question behind the longest (APE). ``exact``: reuse only what stood in the same place behind the same
-    tokens, and compute the rest; the other parts are then idle. ``recompute_ratio``: the share of context tokens to
-    recompute unless a request asks for another.
+    tokens, and compute the rest; the other parts are then idle. ``reorder``: put the chunks the question attends to
+    most next to it before anything is recomputed (InfoFlow's option; which end is our reading). ``recompute_ratio``:
+    the share of context tokens to recompute unless a request asks for another.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     attend: Attend = field(default_factory=Plain)
     positions: Positions = "global"
     exact: ExactReuse | None = None
+    reorder: bool = False
     recompute_ratio: float = 0.2
 
     @property
@@ -93,7 +95,7 @@ def resolve(method: str | Method, **changes: Any) -> Method:
             hint = f'; did you mean "{close[0]}"?' if close else ""
             raise ConfigurationError(f'unknown method "{method}"{hint} Known: {", ".join(METHODS)}')
         method = METHODS[method]
-    own = {"positions", "recompute_ratio"}
+    own = {"positions", "recompute_ratio", "reorder"}
     parts = {part: getattr(method, part) for part in _PARTS if getattr(method, part) is not None}
     fields = {part: {f.name for f in dataclasses.fields(value)} for part, value in parts.items()}
     for name, value in changes.items():

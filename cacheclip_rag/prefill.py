@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .prefixes import PrefixCache
 from .prompt import ChunkIndex, Layout, Span, align, find_question
 from .report import ChunkUse, Report
 from .select import Request
+from .select.query_guided import question_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +158,11 @@ class Reuse:
             question=asked.text,
             question_rows=asked.rows(layout),
         )
+        if method.reorder and len(request.groups.unique()) > 1:
+            with report.timed("reorder"):
+                prompt = _reordered(request)
+            method = dataclasses.replace(method, reorder=False)
+            return self(prompt, method, ratio, room, report, auxiliary=auxiliary, question=asked.text, hints=hints)
         chosen = rows[:0]
         if budget := int(ratio * len(rows) + 1e-9):
             with report.timed("select"):
@@ -243,6 +250,22 @@ class Reuse:
             exact=bool((exact & mine).any()),
             missing=missing.get(span.key),
         )
+
+
+def _reordered(request: Request) -> str:
+    """The prompt with its chunks in the order of the attention the question pays to them, the most attended one last.
+
+    Texts trade places; what stands between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
+    """
+    layout = request.layout
+    flow = torch.zeros(len(layout.spans))
+    flow.index_add_(0, request.groups, question_scores(request, request.backbone.full_layers).cpu())
+    texts = [layout.prompt[span.start : span.end] for span in layout.spans]
+    prompt, last = "", 0
+    for span, number in zip(layout.spans, flow.argsort(stable=True).tolist(), strict=True):
+        prompt += layout.prompt[last : span.start] + texts[number]
+        last = span.end
+    return prompt + layout.prompt[last:]
 
 
 def shared_positions(layout: Layout) -> Tensor:

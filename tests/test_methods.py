@@ -123,6 +123,21 @@ def test_forgetting_covers_every_encoding():
         assert all(entry.text != PASSAGES[0] for entry in room.library.store.entries())
 
 
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_reordering_puts_the_chunk_the_question_asks_for_last(engine):
+    engine.ensure(PASSAGES)
+    plain = engine.prefill(prompt(engine), method="infoflow")
+    moved = engine.prefill(prompt(engine), method=resolve("infoflow", reorder=True))
+    keys = [[use.key for use in prefill.report.chunks] for prefill in (plain, moved)]
+    assert sorted(keys[0]) == sorted(keys[1]) and keys[0] != keys[1]
+    assert moved.layout.prompt != plain.layout.prompt
+    for passage in PASSAGES:
+        assert moved.layout.prompt.count(passage) == 1
+    assert len(moved.layout.prompt) == len(plain.layout.prompt)
+
+
 # ---- reductions ------------------------------------------------------------------------------------------------------
 
 
