@@ -58,12 +58,14 @@ class Auxiliary:
         except PromptError:
             pass
 
-    def layers(self, which: str) -> list[int]:
-        """``"last"``: the published choice; ``"upper"``: the upper half, averaged."""
+    def layers(self, which: str | int) -> list[int]:
+        """``"last"``: the published choice; ``"upper"``: the upper half, averaged; a number: that layer."""
         full = self.backbone.full_layers
+        if isinstance(which, int):
+            return [which]
         return full[-1:] if which == "last" else full[len(full) // 2 :]
 
-    def score(self, texts: Sequence[str], question: str, layers: str = "last") -> list[CharacterScores]:
+    def score(self, texts: Sequence[str], question: str, layers: str | int = "last") -> list[CharacterScores]:
         """Attention from the question to every chunk: mean over heads, question tokens and ``layers``.
 
         Softmax probabilities over everything the question sees.
@@ -93,7 +95,7 @@ class Auxiliary:
                 size += len(chunks[number])
         return results
 
-    def _pass(self, chunks: Sequence[ChunkKV], question: torch.Tensor, layers: str) -> list[np.ndarray]:
+    def _pass(self, chunks: Sequence[ChunkKV], question: torch.Tensor, layers: str | int) -> list[np.ndarray]:
         if not chunks:
             return []
         start = len(self.library.prefix_ids)

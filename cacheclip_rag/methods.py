@@ -7,6 +7,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from . import spec
 from .attend import Attend, Plain, Scaled, SelectedChunks
 from .encode import Blanks, Encoder, Harvested, Isolated, WithActivations
 from .errors import ConfigurationError
@@ -55,6 +56,7 @@ class Method:
 
 
 _PARTS = ("select", "encode", "recompute", "attend", "exact")
+_OWN = ("positions", "recompute_ratio", "reorder")
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -86,29 +88,36 @@ METHODS: dict[str, Method] = {
 def resolve(method: str | Method, **changes: Any) -> Method:
     """The recipe called ``method``, with parameters of its parts changed by name.
 
-    ``resolve("cacheclip", window=16)``. A parameter that several parts share is changed in all of them. Raises
-    `ConfigurationError` naming what is valid.
+    ``resolve("cacheclip", window=16)``, or all in one string, ``resolve("cacheclip:window=16")``, which works wherever
+    a method's name does. A parameter that several parts share is changed in all of them. Raises `ConfigurationError`
+    naming what is valid.
     """
     if isinstance(method, str):
-        if method not in METHODS:
-            close = difflib.get_close_matches(method, METHODS, n=1)
+        name, written = spec.parse(method)
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1)
             hint = f'; did you mean "{close[0]}"?' if close else ""
-            raise ConfigurationError(f'unknown method "{method}"{hint} Known: {", ".join(METHODS)}')
-        method = METHODS[method]
-    own = {"positions", "recompute_ratio", "reorder"}
-    parts = {part: getattr(method, part) for part in _PARTS if getattr(method, part) is not None}
-    fields = {part: {f.name for f in dataclasses.fields(value)} for part, value in parts.items()}
+            raise ConfigurationError(f'unknown method "{name}"{hint} Known: {", ".join(METHODS)}')
+        method = METHODS[name]
+        changes = {name: spec.value(name, text) for name, text in written.items()} | changes
     for name, value in changes.items():
-        takers = [part for part in parts if name in fields[part]]
-        if not takers and name not in own:
-            valid = ", ".join(sorted(own.union(*fields.values())))
-            raise ConfigurationError(f'method "{method.name}" has no parameter "{name}"; it has: {valid}')
-        changed = {part: dataclasses.replace(getattr(method, part), **{name: value}) for part in takers}
-        method = dataclasses.replace(method, **(changed or {name: value}))
-    if method.positions not in ("global", "shared"):
-        raise ConfigurationError(f'positions must be "global" or "shared", not {method.positions!r}')
+        method = _changed(method, name, value)
     check_ratio(method.recompute_ratio)
     return method
+
+
+def _changed(method: Method, name: str, value: Any) -> Method:
+    parts = {part: getattr(method, part) for part in _PARTS if getattr(method, part) is not None}
+    takers = {p: v for p, v in parts.items() if name in {f.name for f in dataclasses.fields(v)}}
+    if not takers and name not in _OWN:
+        valid = ", ".join(sorted({*_OWN, *spec.parameters(list(parts.values()))}))
+        raise ConfigurationError(f'method "{method.name}" has no parameter "{name}"; it has: {valid}')
+    for part in takers.values() or [method]:
+        spec.check(method.name, name, value, part)
+    if not takers:
+        return dataclasses.replace(method, **{name: value})
+    changed: dict[str, Any] = {p: dataclasses.replace(v, **{name: value}) for p, v in takers.items()}
+    return dataclasses.replace(method, **changed)
 
 
 def check_ratio(ratio: float) -> float:

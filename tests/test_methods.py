@@ -80,6 +80,21 @@ def test_unknown_names_and_parameters_name_the_valid_ones():
         resolve("ape", positions="local")
 
 
+def test_a_method_with_parameters_is_one_string():
+    assert resolve("cacheclip:window=16,layers=upper") == resolve("cacheclip", window=16, layers="upper")
+    assert resolve("infoflow:layers=(0.5, 0.7),reorder=True").select.layers == (0.5, 0.7)
+    assert resolve("epic:prefix=system").encode.prefix is None
+    for wrong in (
+        "cacheclip:window",
+        "cacheclip:window=wide",
+        "cacheclip:layers=first",
+        "epic:prefix=no",
+        "sel:keep=(1",
+    ):
+        with pytest.raises(ConfigurationError):
+            resolve(wrong)
+
+
 def test_a_parameter_that_parts_share_changes_in_all_of_them():
     method = resolve("droidspeak", transition_layer=2)
     assert (method.encode.transition_layer, method.recompute.transition_layer) == (2, 2)

@@ -56,7 +56,10 @@ def encoding_of(method: str | None) -> str | None:
     from cacheclip_rag.encode import Isolated
     from cacheclip_rag.methods import resolve
 
-    return None if resolve(method).encode == Isolated() else method
+    encode, name = resolve(method).encode, method.partition(":")[0]
+    if encode == Isolated():
+        return None
+    return name if resolve(name).encode == encode else method
 
 
 _engines: dict[EngineSettings, Engine] = {}
