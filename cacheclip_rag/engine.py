@@ -40,6 +40,10 @@ log = logging.getLogger("cacheclip_rag")
 GIB = 1 << 30
 
 
+class _Cancelled(Exception):
+    """The caller no longer wants the answer."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """A finished request: the ``text``, its token ``ids``, and the `Report`."""
@@ -123,7 +127,7 @@ class Engine:
         self._turns = Turns()
         self._hints: OrderedDict[tuple[str, frozenset[str]], None] = OrderedDict()
         self._hints_lock = threading.Lock()
-        self._active = 0
+        self._active, self._active_lock = 0, threading.Lock()
         self._background = Background(self._encode_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self.last_report: Report | None = None
@@ -254,15 +258,17 @@ class Engine:
             raise PromptError("the prompt is empty")
         if options.get("temperature") and "do_sample" not in options:
             options["do_sample"] = True
+        if options.get("do_sample") and options.get("temperature") == 0:
+            raise ConfigurationError("do_sample=True needs a temperature above 0; greedy decoding is do_sample=False")
         if not options.setdefault("do_sample", False):
             options.update(temperature=None, top_p=None, top_k=None)
         report = Report(chosen.name, ratio)
 
         def run() -> Iterator[int]:
             start = time.perf_counter()
-            self._active += 1
+            self._count(1)
             try:
-                ready = self._prefill(prompt, chosen, ratio, question, max_new_tokens, report)
+                ready = self._prefill(prompt, chosen, ratio, question, max_new_tokens, report, cancel)
                 length = min(max_new_tokens, self.backbone.window - len(ready.layout))
                 steps = self.backbone.generate(
                     ready.layout.ids,
@@ -281,11 +287,13 @@ class Engine:
                         break
                 else:
                     report.finish_reason = "length" if report.completion_tokens >= length else "stop"
+            except _Cancelled:
+                return
             except Exception:
                 report.finish_reason = "error"
                 raise
             finally:
-                self._active -= 1
+                self._count(-1)
                 report.finish_reason = report.finish_reason or "cancelled"
                 report.total = time.perf_counter() - start
                 self.last_report = report
@@ -339,11 +347,20 @@ class Engine:
             )
 
     def _prefill(
-        self, prompt: str, method: Method, ratio: float, question: str | None, room: int, report: Report
+        self,
+        prompt: str,
+        method: Method,
+        ratio: float,
+        question: str | None,
+        room: int,
+        report: Report,
+        cancel: threading.Event | None = None,
     ) -> Prefill:
         if not prompt:
             raise PromptError("the prompt is empty")
         with self._turns:
+            if cancel is not None and cancel.is_set():
+                raise _Cancelled  # while it waited for its turn
             if not self.composable:
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
                 return prefill.native(self.backbone, prompt, report)
@@ -412,6 +429,10 @@ class Engine:
     def _opened(self) -> list[Reuse]:
         with self._rooms_lock:
             return list(self._rooms.values())
+
+    def _count(self, change: int) -> None:
+        with self._active_lock:
+            self._active += change
 
     def _in_turn(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
         def turn(token: Tensor, row: int) -> Tensor:

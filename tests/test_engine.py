@@ -406,6 +406,13 @@ def test_closing_or_cancelling_a_stream_ends_the_request(engine):
         next(stream)
     assert stream.report.finish_reason == "cancelled" and engine._active == 0
     cancel = threading.Event()
+    cancel.set()
+    stream = engine.stream(prompt, cancel=cancel)
+    assert list(stream) == [] and stream.report.finish_reason == "cancelled"
+    assert stream.report.prompt_tokens == 0, "nothing was computed for a request nobody waits for"
+    with pytest.raises(ConfigurationError, match="temperature above 0"):
+        engine.stream(prompt, do_sample=True, temperature=0.0)
+    cancel = threading.Event()
     stream = engine.stream(prompt, max_new_tokens=500, eos_token_id=-1, cancel=cancel)
     next(stream)
     cancel.set()
