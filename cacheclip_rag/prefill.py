@@ -70,9 +70,7 @@ def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str,
     with report.timed("tokenise"):
         tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
         layout = align(prompt, tokens.ids, tokens.offsets, spans, [None] * len(spans))
-        starts = torch.searchsorted(tokens.offsets[:, 0].contiguous(), torch.tensor([s.start for s in spans]))
-        ends = torch.searchsorted(tokens.offsets[:, 0].contiguous(), torch.tensor([s.end for s in spans[-1:]]))
-        borders = sorted({*starts.tolist(), *ends.tolist()})
+        borders = document_borders(tokens, spans)
     count, known = len(tokens), 0
     canvas = backbone.canvas(count + room)
     with report.timed("place"):
@@ -88,6 +86,13 @@ def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str,
     report.prompt_tokens, report.prefix, report.fresh = count, known, count - known
     report.canvas_bytes = canvas.nbytes
     return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
+
+
+def document_borders(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
+    """The rows at which the prompt's documents begin, and where the last one ends, sorted."""
+    firsts = tokens.offsets[:, 0].contiguous()
+    characters = torch.tensor([*(span.start for span in spans), *(span.end for span in spans[-1:])], dtype=torch.long)
+    return sorted(set(torch.searchsorted(firsts, characters).tolist()))
 
 
 class Reuse:
