@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test check bench quality clean
+.PHONY: setup demo test check bench quality results clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,19 @@ bench: setup  ## exactness, then speed with quality beside it (about forty minut
 
 quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; resumable)
 	@$(RUN)/python benchmarks/quality.py $(DATA) --out $(RESULTS)/quality-1.5b.jsonl
+
+# All methods at one ratio; every system and set once, whatever was done before.
+COMPARED = naive promptcache link0 random epic legolink cacheblend cacheblend:prefix=system droidspeak cachecraft \
+	cacheclip cacheclip:layers=upper cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct query_guided \
+	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr
+SETS = $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion \
+	"ruler_2k=$(DATA)/ruler_niah?approx_tokens=2000" "ruler_4k=$(DATA)/ruler_niah?approx_tokens=4000" \
+	$(DATA)/kv_retrieval_75 $(DATA)/musique_cacheblend
+
+results: setup  ## DATA=folder: every method on every set, 20 items each (hours; resumable)
+	@$(RUN)/cacheclip eval $(SETS) --methods $(COMPARED) --ratio 0.15 --items 20 \
+		--out $(RESULTS)/methods-1.5b.jsonl --no-table
+	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

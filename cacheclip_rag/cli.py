@@ -7,10 +7,11 @@ line and exits with code 2.
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .catalogue import CATALOGUE
 from .errors import CacheClipError
@@ -26,6 +27,23 @@ class _Group(TyperGroup):
         except CacheClipError as error:
             typer.echo(f"cacheclip: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+
+
+class _Lists(TyperCommand):
+    """Lets options that may be repeated take several values at once: ``--methods naive cacheclip``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        spread: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("-"):
+                name, value, _ = word.partition("=")
+                option, values = name if name in repeated else "", len(value)
+            elif option and (values := values + 1) > 1:
+                spread.append(option)
+            spread.append(word)
+        return super().parse_args(ctx, spread)
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
@@ -64,6 +82,93 @@ def pull(
         raise typer.BadParameter("give at least one NAME, or --list")
     for name in names or ():
         typer.echo(resolve(name, progress=not quiet))
+
+
+@app.command("eval", cls=_Lists)
+def evaluate(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA...", help="[name=]FILE.jsonl, a folder with a qa.jsonl, or ruler:TASK:TOKENS."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model that answers.")] = "qwen2.5-coder-1.5b-instruct",
+    auxiliary: Annotated[
+        str, typer.Option(help="The auxiliary model, loaded where a method needs one.")
+    ] = "smollm2-135m-instruct",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD...", help="name[@ratio][:param=value,...]; default: naive query_guided cacheclip."
+        ),
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Recompute ratio of the methods that are not given one.")] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PARAM=VALUE,...", help="One system a value: ratio=0.05,0.1 window=4,8 prefix=none,system."
+        ),
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="Items of each data set, spread over it.")] = 20,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 32; 64 for RULER tasks.")] = None,
+    out: Annotated[Path, typer.Option(help="Rows are appended here; what is there is not run again.")] = Path(
+        "rows.jsonl"
+    ),
+    references: Annotated[
+        Path | None, typer.Option(help="Folder of full prefill's answers; default: references/ beside the rows.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder that keeps chunk KV; default: memory only.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Also print each system's difference from this one.")] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Answer, or only print what is there.")] = True,
+    table: Annotated[bool, typer.Option("--table/--no-table", help="Print tables at the end.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Compare methods with full prefill. Exit code 1: some answers failed; 2: bad input."""
+    from .evaluation import command  # torch is slow to import
+
+    code = 0
+    if run:
+        plan = command.plan(
+            data or [],
+            methods or ["naive", "query_guided", "cacheclip"],
+            ratio=ratio,
+            sweeps=sweep or [],
+            model=model,
+            auxiliary=auxiliary,
+            out=out,
+            items=items,
+            length=max_new_tokens,
+            references=references,
+            store=store,
+            baseline=baseline,
+        )
+        code = command.execute(plan)
+    if table and code != command.INTERRUPTED:
+        typer.echo(command.render(out, baseline, as_json), nl=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def analyse(
+    question: Annotated[
+        str, typer.Argument(help="agreement, deviation or hits (run a model); pareto, sweep or length (draw rows).")
+    ],
+    data: Annotated[list[str] | None, typer.Argument(metavar="DATA...", help="As for eval.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Rows of eval, for pareto, sweep and length.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The figure, .svg or .png; default: the question's name.")] = None,
+    model: Annotated[str, typer.Option(help="The model that answers.")] = "qwen2.5-coder-1.5b-instruct",
+    auxiliary: Annotated[list[str] | None, typer.Option(help="For agreement; default: smollm2-135m-instruct.")] = None,
+    method: Annotated[str, typer.Option(help="For deviation: how chunks are encoded.")] = "naive",
+    by: Annotated[str, typer.Option(help="For sweep: the parameter; for length: prompt_tokens or chunks.")] = "",
+    measure: Annotated[str, typer.Option(help="kl, score, adjusted, agree.")] = "kl",
+    items: Annotated[int, typer.Option(min=1, help="Items of each data set.")] = 10,
+) -> None:
+    """Draw one figure that answers one question, and keep its numbers beside it as JSONL."""
+    from .evaluation import analyse as work
+
+    figure = out or Path(f"{question}.svg")
+    helpers = auxiliary or ["smollm2-135m-instruct"]
+    for line in work.answer(question, data or [], rows, figure, model, helpers, method, by, measure, items):
+        typer.echo(line)
 
 
 def _print_catalogue() -> None:

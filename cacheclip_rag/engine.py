@@ -121,9 +121,7 @@ class Engine:
             self.library = Library(self.backbone, self.method.encode, self._open_store, tenant)
             self._room(self.method)
             if auxiliary is not None:
-                helper = _backbone(auxiliary, dtype, device)
-                # It only looks, so its chunks stand behind the shared prefix whatever becomes of the primary's.
-                self.auxiliary = Auxiliary(Library(helper, Isolated(prefix), self._open_store, tenant))
+                self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
         self._turns = Turns()
         self._hints: OrderedDict[tuple[str, frozenset[str]], None] = OrderedDict()
         self._hints_lock = threading.Lock()
@@ -131,6 +129,24 @@ class Engine:
         self._background = Background(self._encode_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self.last_report: Report | None = None
+
+    def open_auxiliary(
+        self,
+        model: str | Path | Backbone,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "auto",
+        prefix: str | None = None,
+    ) -> Auxiliary:
+        """Load a model to select tokens with; assign it to `auxiliary` to use it.
+
+        It only looks, so its chunks stand behind the shared prefix whatever becomes of the primary's.
+        """
+        library = Library(_backbone(model, dtype, device), Isolated(prefix), self._open_store, self._tenant)
+        return Auxiliary(library)
+
+    def library_of(self, method: str | Method) -> Library:
+        """Where the chunks are kept that are encoded as ``method`` wants them."""
+        return self._room(methods.resolve(method)).library
 
     # ---- ingestion ------------------------------------------------------------------------------------------------
 

@@ -63,9 +63,21 @@ def check(method: str, name: str, given: Any, part: Any) -> None:
         raise ConfigurationError(f'method "{method}": {name} must be {wanted}, not {given!r}')
 
 
+def describe(part: Any) -> str:
+    """A dataclass and what of it differs from its defaults; a field that is added later changes no description."""
+    changed = []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value != default:
+            inner = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            changed.append(f"{field.name}={describe(value) if inner else repr(value)}")
+    return f"{type(part).__name__}({', '.join(changed)})"
+
+
 def parameters(parts: list[Any]) -> list[str]:
     """The names of all parameters of a method's parts."""
-    return sorted({f.name for part in parts if part is not None for f in dataclasses.fields(part)})
+    return sorted({f.name for part in parts if dataclasses.is_dataclass(part) for f in dataclasses.fields(part)})
 
 
 def _fits(given: Any, hint: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Reading data, scoring answers, resuming runs, and the tables."""
+"""Reading data and scoring answers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import logging
 import math
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from cacheclip_rag.chunks import Namespace
-from cacheclip_rag.evaluation import Item, Passage, System, exact_match, f1, kl, read, recall, run, spread, summarise
-from cacheclip_rag.evaluation import runner as runner_module
+from cacheclip_rag.evaluation import (
+    Item,
+    Passage,
+    bootstrap,
+    exact_match,
+    f1,
+    kl,
+    normalised_f1,
+    paired,
+    read,
+    recall,
+    spread,
+)
 from cacheclip_rag.evaluation.metrics import normalise
-from cacheclip_rag.report import Report
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -181,105 +190,70 @@ def test_kl_is_zero_for_equal_and_positive_for_different_distributions() -> None
     assert kl(p.bfloat16(), p.bfloat16()) == 0.0
 
 
-# ---- the runner --------------------------------------------------------------------------------------------------
-
-MODEL = Namespace({"model": "m"})
-IDENTITY = MODEL.digest[:16]
-
-
-def row(**changes: Any) -> dict[str, Any]:
-    numbers = {"score": 1.0, "em": 1.0, "agree": 1.0, "kl": 0.0, "ratio": 0.0}
-    return {"dataset": "d", "model": IDENTITY, "id": "1", "system": "full", "answer": "x", **numbers} | changes
+def test_normalised_f1_by_hand() -> None:
+    # FusionRAG eq. 11: of the 0.4 that lie between plain reuse and full prefill, 0.3 came back.
+    assert normalised_f1(0.5, naive=0.2, full=0.6) == pytest.approx(75.0)
+    assert normalised_f1(0.2, naive=0.2, full=0.6) == 0.0 and normalised_f1(0.6, naive=0.2, full=0.6) == 100.0
+    assert normalised_f1(0.7, naive=0.2, full=0.6) == pytest.approx(125.0)
+    assert normalised_f1(0.1, naive=0.2, full=0.6) == pytest.approx(-25.0)
+    assert normalised_f1(0.5, naive=0.6, full=0.6) is None
 
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
+def test_f1_is_rouge_1_over_normal_forms() -> None:
+    # Unigrams "cat sat on mat" and "cat lay on red mat": three in common, precision 3/4, recall 3/5.
+    precision, recall_ = 3 / 4, 3 / 5
+    rouge = 2 * precision * recall_ / (precision + recall_)
+    assert f1("The cat sat on the mat.", ["a cat lay on the red mat"]) == pytest.approx(rouge)
 
 
-def engine() -> Any:
-    """An engine that must not be asked for anything but its identity."""
-    return SimpleNamespace(library=SimpleNamespace(namespace=MODEL))
+def test_the_bootstrap_interval_of_a_known_distribution() -> None:
+    # The mean of n normal values has standard error s / sqrt(n), and 95 % of a normal lie within 1.96 of those.
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    low, high = bootstrap(values.tolist())
+    error = 1.96 * values.std() / math.sqrt(400)
+    assert low == pytest.approx(values.mean() - error, abs=0.02) and high == pytest.approx(
+        values.mean() + error, abs=0.02
+    )
+    narrow = bootstrap(values.tolist(), level=0.5)
+    assert low < narrow[0] < values.mean() < narrow[1] < high
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * values.std() / math.sqrt(400), abs=0.02)
 
 
-ITEM = Item("1", "Who?", ("Otto",), (Passage("", "text"),))
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(2)
+    hits = 0
+    for _ in range(300):
+        low, high = bootstrap(generator.binomial(1, 0.4, size=60).tolist(), resamples=500)
+        hits += low <= 0.4 <= high
+    assert 0.89 <= hits / 300 <= 0.99
 
 
-def test_rows_of_an_earlier_run_are_not_repeated(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", row(), row(system="clip"))
-    before = path.read_bytes()
-    run(engine(), [ITEM], [System("clip", "cacheclip")], path, dataset="d")
-    assert path.read_bytes() == before
-    for other in ({"dataset": "e"}, {"items": [Item("2", "", (), ())]}, {"systems": [System("new", "cacheclip")]}):
-        arguments: dict[str, Any] = {"items": [ITEM], "systems": [System("clip", "x")], "dataset": "d"} | other
-        with pytest.raises(AttributeError):  # this is to do, so the engine is asked
-            run(engine(), path=path, **arguments)
+def test_the_interval_is_the_same_every_time_and_however_many_items_there_are() -> None:
+    values = np.random.default_rng(4).random(12).tolist()
+    assert bootstrap(values) == bootstrap(values) != bootstrap(values, seed=1)
+    assert bootstrap([0.3] * 9) == (pytest.approx(0.3), pytest.approx(0.3))
+    many = np.random.default_rng(0).random(30_000).tolist()  # more than are drawn at a time
+    low, high = bootstrap(many, resamples=100)
+    assert low < np.mean(many) < high and high - low < 0.01
+    assert all(math.isnan(bound) for values in ([], [1.0]) for bound in bootstrap(values))
 
 
-def test_a_file_of_another_model_s_rows_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", row(), row(model="0123456789abcdef", id="2"))
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"another model.*0123456789abcdef"):
-        run(engine(), [ITEM], [System("clip", "cacheclip")], path, dataset="d")
-    assert path.read_bytes() == before
+def test_pairs_show_what_the_spread_between_items_hides() -> None:
+    generator = np.random.default_rng(3)
+    hard = generator.random(50)
+    noise = generator.normal(0, 0.02, size=50)
+    better = paired((hard + 0.05 + noise).tolist(), hard.tolist())
+    assert better.found and better.low < 0.05 < better.high and better.items == 50
+    worse = paired(hard.tolist(), (hard + 0.05 + noise).tolist())
+    assert worse.found and worse.difference == pytest.approx(-better.difference)
+    assert not paired((hard + noise).tolist(), hard.tolist()).found
+    assert not paired((hard + 0.05).tolist(), generator.permutation(hard).tolist()).found  # the same values, unpaired
 
 
-def test_a_row_that_a_kill_cut_short_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", row())
-    with path.open("a") as file:
-        file.write(json.dumps(row(id="2"))[:30])
-    with pytest.raises(ValueError, match="line 2"):
-        run(engine(), [ITEM], [System("clip", "cacheclip")], path, dataset="d")
-
-
-def test_a_run_that_has_nothing_to_do_makes_its_folder(tmp_path: Path) -> None:
-    run(engine(), [], [System("clip", "cacheclip")], tmp_path / "a" / "rows.jsonl", dataset="d")
-    assert (tmp_path / "a" / "rows.jsonl").read_text() == ""
-
-
-def made(item: Item, text: str, full: str) -> dict[str, Any]:
-    report = Report("m", 0.2, prompt_tokens=100, reused=60, recomputed=20, fresh=20)
-    prefill: Any = SimpleNamespace(report=report)
-    return runner_module._row(item, "s", prefill, text, full, 0.5)
-
-
-def test_a_row_scores_the_answer_and_its_agreement_with_full_prefill() -> None:
-    plain = made(Item("1", "Who?", ("Otto", "Bo Otto"), ()), "Otto", "Otto Bo")
-    assert (plain["score"], plain["em"], plain["kl"]) == (1.0, 1.0, 0.5)
-    assert plain["agree"] == pytest.approx(2 / 3)
-    assert (plain["ratio"], plain["reused"], plain["computed"], plain["prompt_tokens"]) == (0.25, 60, 40, 100)
-    every = made(Item("1", "Who?", ("Otto", "Bo"), (), all_answers=True), "Otto", "Otto")
-    assert every["score"] == 0.5 and every["agree"] == 1.0
-    json.dumps(plain)
-
-
-@pytest.mark.parametrize("answer", ["", "A", "The", "?", "Otto"])
-def test_equal_answers_agree(answer: str) -> None:
-    assert made(ITEM, answer, answer)["agree"] == 1.0  # "A" is what multiple choice is answered with
-
-
-@pytest.mark.parametrize("pair", [("", "Otto"), ("Otto", ""), ("A", "B")])
-def test_different_answers_do_not_agree(pair: tuple[str, str]) -> None:
-    assert made(ITEM, *pair)["agree"] == 0.0
-
-
-# ---- tables ------------------------------------------------------------------------------------------------------
-
-
-def test_the_table(tmp_path: Path) -> None:
-    rows = [
-        row(id="1", score=1.0),
-        row(id="2", score=0.0),
-        row(id="1", system="clip", score=0.5, agree=0.25, kl=0.2, ratio=0.1),
-        row(id="2", system="clip", score=1.0, agree=0.75, kl=0.4, ratio=0.3),
-        row(id="9", system="clip", score=1.0, agree=1.0, kl=9.0, ratio=1.0),  # full prefill has no such item
-        row(id="1", dataset="e", score=0.0),
-        row(id="1", dataset="e", system="none", score=1.0, agree=0.0, kl=1.5),
-    ]
-    table = summarise(write(tmp_path / "rows.jsonl", *rows))
-    first, second = table.split("### e")
-    assert first.startswith("### d\n\n| system | items | score | adjusted | agree | KL | ratio |\n|---")
-    assert "| full | 2 | 0.500 | 1.000 (1) | 1.000 | 0.000 | 0.000 |" in first
-    assert "| clip | 2 | 0.750 | 0.500 (1) | 0.500 | 0.300 | 0.200 |" in first
-    assert "| none | 1 | 1.000 | – (0) | 0.000 | 1.500 | 0.000 |" in second
-    assert "clip" not in second and table.endswith("|\n")
+def test_a_few_items_show_no_difference() -> None:
+    assert not paired([1.0] * 5, [0.0] * 5).found  # five of a kind are chance once in sixteen times
+    assert paired([1.0] * 6, [0.0] * 6).found
+    assert not paired([1.0], [0.0]).found
+    for a, b in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="pairs"):
+            paired(a, b)

@@ -1,21 +1,30 @@
 """Quality against full prefill: data, metrics, and a runner that can be stopped and resumed."""
 
 from .data import Item, Passage, prompt, read, spread
-from .metrics import exact_match, f1, kl, recall
-from .runner import System, run
-from .tables import summarise
+from .figures import comparison, summary
+from .metrics import Paired, bootstrap, exact_match, f1, kl, normalised_f1, paired, recall
+from .runner import run
+from .systems import System
+from .tables import compare, summarise
 
 __all__ = [
     "Item",
+    "Paired",
     "Passage",
     "System",
+    "bootstrap",
+    "compare",
+    "comparison",
     "exact_match",
     "f1",
     "kl",
+    "normalised_f1",
+    "paired",
     "prompt",
     "read",
     "recall",
     "run",
     "spread",
     "summarise",
+    "summary",
 ]

@@ -1,10 +1,11 @@
-"""``python -m cacheclip_rag.evaluation ROWS.jsonl``: the tables of a run."""
+"""``python -m cacheclip_rag.evaluation ROWS.jsonl``: the tables of a run, as ``cacheclip eval`` prints them."""
 
 import sys
-from pathlib import Path
 
+from ..errors import CacheClipError
 from .tables import summarise
 
-if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
-    sys.exit("usage: python -m cacheclip_rag.evaluation ROWS.jsonl (rows come from `make quality DATA=folder`)")
-print(summarise(sys.argv[1]))
+try:
+    print(summarise(sys.argv[1]), end="")
+except (IndexError, CacheClipError) as error:
+    sys.exit(f"usage: python -m cacheclip_rag.evaluation ROWS.jsonl ({error})")

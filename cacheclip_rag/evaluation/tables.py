@@ -2,43 +2,90 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
+
+from .figures import comparison, summary
+
+Record = dict[str, Any]
+
+_COLUMNS: dict[str, Callable[[Record], str]] = {
+    "system": lambda r: r["system"].replace("|", "\\|"),
+    "items": lambda r: f"{r['items']} ({r['failed']} failed)" if r["failed"] else str(r["items"]),
+    "score": lambda r: _mean(r, "score"),
+    "adjusted": lambda r: f"{_mean(r, 'adjusted')} ({r['solved']})",
+    "normalised": lambda r: _number(r["normalised"], ".0f"),
+    "agree": lambda r: _mean(r, "agree"),
+    "KL": lambda r: _mean(r, "kl"),
+    "ratio": lambda r: _number(r["ratio"]),
+    "TTFT": lambda r: _number(r["ttft"], ".2f"),
+    "bytes/token": lambda r: _number(r["bytes_per_token"], ",.0f"),
+}
+
+_DIFFERENCES: dict[str, Callable[[Record], str]] = {
+    "system": _COLUMNS["system"],
+    "items": lambda r: str(r["items"]),
+    "score": lambda r: _difference(r["score"]),
+    "adjusted": lambda r: _difference(r["adjusted"]) + (f" ({r['adjusted']['items']})" if r["adjusted"] else ""),
+    "agree": lambda r: _difference(r["agree"]),
+    "KL": lambda r: _difference(r["kl"]),
+}
 
 
 def summarise(path: str | Path) -> str:
-    """A Markdown table a data set: score, adjusted score, agreement and KL against full prefill, realised ratio."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """A Markdown table a data set, of what `figures.summary` says: mean [95 % bootstrap interval]; – for no number.
+
+    *adjusted* has the number of items behind it, *normalised* is 0 for plain reuse and 100 for full prefill, *ratio* is
+    realised, *TTFT* relative to full prefill. Systems that fell back are named below. The same rows give the same text.
+    """
     parts = []
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        mine = [row for row in rows if row["dataset"] == dataset]
-        full = {row["id"]: row for row in mine if row["system"] == "full"}
-        head = "| system | items | score | adjusted | agree | KL | ratio |\n|---|---|---|---|---|---|---|"
-        lines = [
-            _line(system, [row for row in mine if row["system"] == system and row["id"] in full], full)
-            for system in dict.fromkeys(row["system"] for row in mine)
-        ]
-        parts.append(f"### {dataset}\n\n" + "\n".join([head, *lines]))
+    for dataset, records in _grouped(summary(path)).items():
+        parts.append(f"### {dataset}\n\n{_table(_COLUMNS, records)}")
+        if fell := [f"{r['system']} on {r['fell_back']}" for r in records if r["fell_back"]]:
+            parts.append(f"Items on which reuse was given up, wholly or for a chunk: {', '.join(fell)}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _line(system: str, rows: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> str:
-    solved = [row for row in rows if full[row["id"]]["score"] > 0]
-    cells = [
-        system,
-        str(len(rows)),
-        _number(row["score"] for row in rows),
-        f"{_number(row['score'] for row in solved)} ({len(solved)})",
-        _number(row["agree"] for row in rows),
-        _number(row["kl"] for row in rows),
-        _number(row["ratio"] for row in rows),
+def compare(path: str | Path, baseline: str) -> str:
+    """A Markdown table a data set: each system minus ``baseline`` on the same items, [95 % bootstrap interval].
+
+    "none" stands where the interval contains 0, or the items are too few to tell. Raises ConfigurationError for an
+    unknown baseline.
+    """
+    parts = [
+        f"### {dataset}, minus {baseline}\n\n{_table(_DIFFERENCES, records)}"
+        for dataset, records in _grouped(comparison(path, baseline)).items()
     ]
-    return "| " + " | ".join(cells) + " |"
+    return "\n\n".join(parts) + "\n"
 
 
-def _number(values: Iterable[float]) -> str:
-    values = list(values)
-    return f"{mean(values):.3f}" if values else "–"
+def _grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["dataset"], []).append(record)
+    return groups
+
+
+def _table(columns: dict[str, Callable[[Record], str]], records: Sequence[Record]) -> str:
+    lines = [list(columns), *([cell(record) for cell in columns.values()] for record in records)]
+    head, *body = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
+
+
+def _mean(record: Record, name: str) -> str:
+    bounds = record[f"{name}_interval"]
+    return _number(record[name]) + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
+
+
+def _difference(result: Record | None) -> str:
+    if result is None:
+        return "–"
+    bounds = result["interval"]
+    return (f"{result['difference']:+.3f}" if result["found"] else "none") + (
+        f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else ""
+    )
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,116 @@
+"""The work of ``cacheclip eval``: from what was written on the command line to rows and tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engine import Engine
+from ..errors import ConfigurationError
+from . import rows
+from .figures import comparison, summary
+from .runner import run
+from .sources import Source, max_new_tokens, sources
+from .systems import System, parse
+from .tables import compare, summarise
+
+FAILED, INTERRUPTED = 1, 130
+"""Exit codes: some answers failed; stopped by Ctrl-C, as shells count it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. ``items`` of each data set at most; ``length``: tokens of an answer, None for the data set's own."""
+
+    sources: Sequence[Source]
+    systems: Sequence[System]
+    model: str
+    auxiliary: str
+    out: Path
+    items: int
+    length: int | None = None
+    references: Path | None = None
+    store: Path | None = None
+
+
+def plan(
+    data: Sequence[str],
+    methods: Sequence[str],
+    *,
+    ratio: float | None = None,
+    sweeps: Sequence[str] = (),
+    model: str,
+    auxiliary: str,
+    out: Path,
+    items: int,
+    length: int | None = None,
+    references: Path | None = None,
+    store: Path | None = None,
+    baseline: str | None = None,
+) -> Plan:
+    """Everything that can be wrong without a model is found here, before one is loaded.
+
+    Raises ConfigurationError.
+    """
+    if not data:
+        raise ConfigurationError("give at least one data set, before the options: FILE, FOLDER or ruler:TASK:TOKENS")
+    found = Plan(sources(data), parse(methods, ratio, sweeps), model, auxiliary, out, items, length, references, store)
+    if not auxiliary and (
+        needy := [s.label for s in found.systems if s.recipe.select.needs_auxiliary and not s.helper]
+    ):
+        raise ConfigurationError(f"{', '.join(needy)} need an auxiliary model: --auxiliary NAME")
+    rows.prepare(out)
+    labels = ["full", *(system.label for system in found.systems), *(system for _, _, system in rows.read(out))]
+    if baseline is not None and baseline not in labels:
+        raise ConfigurationError(f'no system is called "{baseline}"; there are: {", ".join(dict.fromkeys(labels))}')
+    return found
+
+
+def execute(plan: Plan) -> int:
+    """Run a plan; 0, or `FAILED` or `INTERRUPTED`. Progress goes to stderr.
+
+    Raises ConfigurationError for rows of another model or configuration, and what `Engine` raises.
+    """
+    helped = any(system.recipe.select.needs_auxiliary and not system.helper for system in plan.systems)
+    failed = 0
+    try:
+        with Engine(plan.model, auxiliary=plan.auxiliary if helped else None, store=plan.store) as engine:
+            systems = _helped(engine, plan.systems)
+            for source in plan.sources:
+                items = source.items(plan.items, engine.backbone)
+                failed += run(
+                    engine,
+                    items,
+                    systems,
+                    plan.out,
+                    dataset=source.name,
+                    max_new_tokens=plan.length or max_new_tokens(items),
+                    references=plan.references,
+                )
+    except KeyboardInterrupt:
+        print(f"stopped: {plan.out} keeps what is done, and the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    if failed:
+        print(f"{failed} answers failed; {plan.out} says why, and the same command tries them again", file=sys.stderr)
+    return FAILED if failed else 0
+
+
+def _helped(engine: Engine, systems: Sequence[System]) -> list[System]:
+    """The systems with their own auxiliary models loaded, each once."""
+    loaded = {name: engine.open_auxiliary(name) for name in {s.helper for s in systems if s.helper}}
+    return [dataclasses.replace(s, auxiliary=loaded[s.helper]) if s.helper else s for s in systems]
+
+
+def render(path: Path, baseline: str | None = None, as_json: bool = False) -> str:
+    """The summary of a file of rows, and the differences from ``baseline``, in Markdown or JSON.
+
+    Raises ConfigurationError for a file that holds something else, and for an unknown baseline.
+    """
+    if as_json:
+        parts = {"summary": summary(path)} | ({"comparison": comparison(path, baseline)} if baseline else {})
+        return json.dumps(parts, indent=1)
+    return summarise(path) + ("\n" + compare(path, baseline) if baseline else "")

@@ -1,0 +1,94 @@
+"""Where items come from: files in our format, and sets generated on the spot."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..backbone import Backbone
+from ..errors import ConfigurationError
+from .data import Item, read, spread
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set by ``name``: the file ``path``, or the RULER ``task`` at a length of ``tokens``.
+
+    ``only``: a key of the items' ``meta`` and the value it must have, as text.
+    """
+
+    name: str
+    path: Path | None = None
+    task: str = ""
+    tokens: int = 0
+    only: tuple[str, str] | None = None
+
+    def items(self, count: int, backbone: Backbone) -> list[Item]:
+        """``count`` items: spread evenly over the file, or of the seeds 0.. with lengths by the model's tokenizer."""
+        if self.path is not None:
+            items = spread([item for item in read(self.path) if self._wanted(item)], count)
+        else:
+            items = [
+                _ruler().generate(
+                    self.task, tokens=self.tokens, seed=seed, count=lambda text: len(backbone.tokenise(text))
+                )
+                for seed in range(count)
+            ]
+        if not items:
+            raise ConfigurationError(f"{self.name} holds no item")
+        return items
+
+    def _wanted(self, item: Item) -> bool:
+        return self.only is None or str(item.meta.get(self.only[0])) == self.only[1]
+
+
+def max_new_tokens(items: Sequence[Item]) -> int:
+    """How long an answer may be: 32 tokens for a question's (CacheBlend's), 64 for RULER's lists."""
+    return 64 if any(item.contained for item in items) else 32
+
+
+def sources(specs: Sequence[str]) -> list[Source]:
+    """What ``specs`` name: ``[name=]FILE``, ``[name=]FOLDER`` (that holds ``qa.jsonl``), ``ruler:TASK:TOKENS``.
+
+    A file or folder may be followed by ``?key=value``: only items whose ``meta`` says so. A file is called by its stem,
+    a folder by its own name. Raises ConfigurationError for what is not there, an unknown
+    task, and two sets of one name.
+    """
+    found = [_source(spec) for spec in specs]
+    names = [source.name for source in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigurationError(f"two data sets are called {', '.join(sorted(twice))}: write name=FILE")
+    return found
+
+
+def _source(spec: str) -> Source:
+    if spec.startswith("ruler:"):
+        return _generated(spec)
+    spec, asks, condition = spec.partition("?")
+    key, _, value = condition.partition("=")
+    if asks and not (key and value):
+        raise ConfigurationError(f"{spec}?{condition}: write FILE?key=value, a key of the items' meta and its value")
+    name, _, rest = spec.rpartition("=") if not Path(spec).exists() else ("", "", spec)
+    path = Path(rest)
+    file = path / "qa.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigurationError(
+            f"there is no data {file}: give JSONL files, folders with a qa.jsonl, ruler:TASK:TOKENS"
+        )
+    name = name or (path.resolve().name if path.is_dir() else path.stem)
+    return Source(name, file, only=(key, value) if asks else None)
+
+
+def _generated(spec: str) -> Source:
+    tasks: Sequence[str] = _ruler().TASKS
+    _, task, tokens = (*spec.split(":"), "", "")[:3]
+    if task not in tasks or not tokens.isdecimal() or spec.count(":") != 2:
+        raise ConfigurationError(f"{spec}: write ruler:TASK:TOKENS, TASK being one of {', '.join(tasks)}")
+    return Source(spec, task=task, tokens=int(tokens))
+
+
+def _ruler() -> Any:
+    return importlib.import_module(".ruler", __package__)

@@ -1,0 +1,352 @@
+"""``cacheclip eval``: how systems and data are written, and whole runs on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tiny import PASSAGES, byte_tokenizer, tiny_backbone, tiny_model
+from typer.testing import CliRunner, Result
+
+from cacheclip_rag import ConfigurationError, cli
+from cacheclip_rag.evaluation import Item, Passage, command, runner
+from cacheclip_rag.evaluation.sources import max_new_tokens, sources
+from cacheclip_rag.evaluation.systems import parse
+from cacheclip_rag.methods import resolve
+from cacheclip_rag.spec import PREFIXES
+
+# ---- systems -----------------------------------------------------------------------------------------------------
+
+
+def parsed(
+    *specs: str, ratio: float | None = None, sweeps: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, float | None]]:
+    return {s.label: (s.recipe, s.ratio) for s in parse(specs, ratio, sweeps)}
+
+
+def test_a_system_is_written_as_a_name_a_ratio_and_parameters() -> None:
+    assert parsed("naive", "cacheclip@0.15", "cacheclip:layers=upper", "cacheclip@.3:window=4,layers=upper") == {
+        "naive": (resolve("naive"), None),
+        "cacheclip@0.15": (resolve("cacheclip"), 0.15),
+        "cacheclip:layers=upper": (resolve("cacheclip", layers="upper"), None),
+        "cacheclip@0.3:layers=upper,window=4": (resolve("cacheclip", window=4, layers="upper"), 0.3),
+    }
+
+
+def test_values_are_python_s_or_words_and_commas_in_brackets_and_quotes_stay() -> None:
+    (one,) = parsed("query_guided: layers = (0.5, 0.75), normalise=chunk ,prefix='Read, please: it\"s @ 5'").values()
+    assert one[0] == resolve("query_guided", layers=(0.5, 0.75), normalise="chunk", prefix='Read, please: it"s @ 5')
+
+
+def test_the_names_of_prefixes() -> None:
+    found = {
+        label: recipe.encode.prefix
+        for label, (recipe, _) in parsed("naive", sweeps=(f"prefix={','.join(PREFIXES)}",)).items()
+    }
+    assert found["naive:prefix=none"] == "" and found["naive:prefix=newline"] == "\n"
+    assert found["naive:prefix=token"] == " " and found["naive:prefix=system"] is None
+    assert len(found["naive:prefix=generic"]) > 20 and len(set(found.values())) == 5
+
+
+def test_full_is_always_there_and_a_system_comes_once() -> None:
+    assert list(parsed("full", "naive", "cacheclip@0.2", "naive", "cacheclip@.20")) == ["naive", "cacheclip@0.2"]
+
+
+def test_the_ratio_for_all_is_for_those_that_recompute_a_share_and_are_not_given_one() -> None:
+    assert list(parsed("naive", "cacheclip", "query_guided@0.5", ratio=0.1)) == [
+        "naive",
+        "cacheclip@0.1",
+        "query_guided@0.5",
+    ]
+
+
+def test_sweeps_make_one_system_a_value() -> None:
+    specs = ("naive", "cacheclip", "cacheclip@0.5", "query_guided:window=2")
+    assert list(parsed(*specs, sweeps=("ratio=0.05,.1",))) == [
+        "naive",
+        "cacheclip@0.05",
+        "cacheclip@0.1",
+        "cacheclip@0.5",
+        "query_guided@0.05:window=2",
+        "query_guided@0.1:window=2",
+    ]
+    found = parsed(*specs, sweeps=("window=4,8",), ratio=0.3)
+    assert list(found) == [
+        "naive",
+        "cacheclip@0.3:window=4",
+        "cacheclip@0.3:window=8",
+        "cacheclip@0.5:window=4",
+        "cacheclip@0.5:window=8",
+        "query_guided@0.3:window=2",
+    ]
+    assert found["cacheclip@0.5:window=4"] == (resolve("cacheclip", window=4), 0.5)
+    assert len(parsed("cacheclip", sweeps=("window=4,8,16", "ratio=0.1,0.2"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("specs", "sweeps", "said"),
+    [
+        (["cachclip"], [], 'did you mean "cacheclip".*naive'),
+        (["cacheclip:windw=3"], [], "layers, .*prefix, .*threshold, window"),
+        (["cacheclip:window=wide"], [], "window must be int, not 'wide'"),
+        (["cacheclip:window=2.5"], [], "window must be int"),
+        (["cacheclip:window=True"], [], "window must be int"),
+        (["cacheclip:layers=uper"], [], "Literal.'last', 'upper'"),
+        (["query_guided:layers=(1,2,3)"], [], "layers must be"),
+        (["cacheclip:window"], [], "parameter=value"),
+        (["cacheclip:window="], [], "parameter=value"),
+        (["cacheclip:prefix=blank"], [], "none, token, newline, generic, system"),
+        (["cacheclip:prefix=None"], [], "none, token, newline, generic, system"),
+        (["cacheclip:prefix='open"], [], "left open"),
+        (["query_guided:layers=(0.1,0.2"], [], "left open"),
+        (["cacheclip@1.5"], [], "from 0"),
+        (["cacheclip@"], [], "from 0 to 1"),
+        (["cacheclip@much"], [], "from 0 to 1"),
+        (["cacheclip"], ["ratio=0.1,2"], "from 0"),
+        (["naive"], ["ratio=0.1"], "no method is left to sweep"),
+        (["naive", "cacheclip"], ["windw=1"], "ratio, layers, prefix, threshold, window"),
+        (["cacheclip"], ["window"], "name=value"),
+        (["cacheclip"], ["window="], "name=value"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_is_valid(specs: list[str], sweeps: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        parse(specs, None, sweeps)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def ruler(**changes: Any) -> ModuleType:
+    """Stands for ``evaluation.ruler``."""
+    module = ModuleType("cacheclip_rag.evaluation.ruler")
+
+    def generate(task: str, *, tokens: int, seed: int, count: Any = None) -> Item:
+        text = (PASSAGES[0] * 40)[: tokens - len(str(seed))] + str(seed)
+        assert count(text) == tokens  # bytes are tokens here
+        return Item(f"{task}-{seed}", "Which?", (str(seed),), (Passage("", text),), meta={"all_answers_required": True})
+
+    module.__dict__.update({"TASKS": ("niah_single", "vt"), "generate": generate} | changes)
+    return module
+
+
+def data(folder: Path, *questions: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    passages = [{"title": "", "text": text} for text in PASSAGES[:2]]
+    records = [
+        {"id": str(i), "question": q, "answers": ["1874"], "passages": passages} for i, q in enumerate(questions)
+    ]
+    path = folder / "qa.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_data_are_files_folders_and_generated_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cacheclip_rag.evaluation.ruler", ruler())
+    file = data(tmp_path / "hotpot", "Who?")
+    odd = data(tmp_path / "a=b", "Who?")
+    found = sources([str(file.parent), str(file), f"mine={file}", "ruler:vt:900", str(odd.parent)])
+    assert [s.name for s in found] == ["hotpot", "qa", "mine", "ruler:vt:900", "a=b"]
+    assert [s.path for s in found] == [file, file, file, None, odd] and (found[3].task, found[3].tokens) == ("vt", 900)
+
+
+@pytest.mark.parametrize(
+    "spec", ["absent.jsonl", "x=absent", ".", "ruler:nope:900", "ruler:vt", "ruler:vt:many", "ruler:vt:9:9"]
+)
+def test_data_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    monkeypatch.setitem(sys.modules, "cacheclip_rag.evaluation.ruler", ruler())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="niah_single, vt" if "ruler" in spec else "there is no data"):
+        sources([spec])
+
+
+def test_two_sets_of_one_name(tmp_path: Path) -> None:
+    one, two = data(tmp_path / "one", "Who?"), data(tmp_path / "two", "Who?")
+    with pytest.raises(ConfigurationError, match="name=FILE"):
+        sources([str(one), str(two)])
+
+
+def test_lists_get_longer_answers() -> None:
+    question = Item("1", "", (), ())
+    assert max_new_tokens([question]) == 32
+    assert max_new_tokens([question, Item("2", "", (), (), meta={"all_answers_required": False})]) == 64
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+class Eval:
+    """The command with a model, a file to write to, and short answers."""
+
+    def __init__(self, model: str, out: Path) -> None:
+        self.model, self.out = model, out
+
+    def __call__(self, *arguments: str) -> Result:
+        fixed = ["--model", self.model, "--auxiliary", self.model, "--max-new-tokens", "3", "--out", str(self.out)]
+        return CliRunner().invoke(cli.app, ["eval", *arguments, *fixed])
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.read_text().splitlines()]
+
+
+@pytest.fixture
+def evaluate(model: str, tmp_path: Path) -> Eval:
+    return Eval(model, tmp_path / "out" / "rows.jsonl")
+
+
+def test_from_data_to_tables(evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cacheclip_rag.evaluation.ruler", ruler())
+    file = data(tmp_path / "set", "Who?", "When?", "Where?")
+    arguments = [
+        str(file.parent),
+        "ruler:vt:300",
+        "--items",
+        "2",
+        "--methods",
+        "naive",
+        "cacheclip:layers=upper",
+        "--ratio",
+        "0.3",
+    ]
+    done = evaluate(*arguments)
+    assert done.exit_code == 0, done.output
+    labels = ["full", "naive", "cacheclip@0.3:layers=upper"]
+    assert [(r["dataset"], r["id"], r["system"]) for r in evaluate.rows()] == [
+        (name, item, label)
+        for name, ids in (("set", "01"), ("ruler:vt:300", ("vt-0", "vt-1")))
+        for item in ids
+        for label in labels
+    ]
+    assert {r["requested_ratio"] for r in evaluate.rows()} == {1.0, 0.0, 0.3}
+    assert all(r["max_new_tokens"] == 3 and r["fallbacks"] == [] for r in evaluate.rows())
+    tables = done.stdout
+    assert tables.startswith("### set\n\n| system |") and "### ruler:vt:300\n" in tables and "it/s" not in tables
+    before = evaluate.out.read_bytes()
+    again = evaluate(*arguments, "--baseline", "naive")
+    assert (again.exit_code, evaluate.out.read_bytes()) == (0, before)
+    assert again.stdout.startswith(tables + "\n### set, minus naive\n")
+    printed = evaluate("--no-run", "--json", "--baseline", "naive")
+    found = json.loads(printed.stdout)
+    assert printed.exit_code == 0 and [r["system"] for r in found["summary"]] == labels * 2
+    assert [r["system"] for r in found["comparison"]] == [labels[0], labels[2]] * 2
+    assert evaluate("--no-run").stdout == tables
+    assert evaluate(*arguments, "--no-table").stdout == ""
+
+
+def test_sweeps_and_options_take_several_words_or_are_repeated(evaluate: Eval, tmp_path: Path) -> None:
+    file = data(tmp_path / "set", "Who?")
+    done = evaluate(
+        str(file),
+        "--methods=naive",
+        "query_guided",
+        "--sweep",
+        "ratio=0.1,0.3",
+        "--sweep",
+        "window=2,4",
+        "--items",
+        "1",
+    )
+    assert done.exit_code == 0, done.output
+    assert [r["system"] for r in evaluate.rows()] == [
+        "full",
+        "naive",
+        *(f"query_guided@{ratio}:window={window}" for ratio in ("0.1", "0.3") for window in (2, 4)),
+    ]
+
+
+def test_answers_that_failed_are_code_1_until_they_succeed(
+    evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = data(tmp_path / "set", "Who?")
+    with monkeypatch.context() as patch:
+        patch.setattr("cacheclip_rag.evaluation.access.ensure", lambda *_: 1 / 0)
+        done = evaluate(str(file), "--methods", "naive")
+    assert done.exit_code == 1 and "1 answers failed" in done.stderr and "| naive | 0 (1 failed) |" in done.stdout
+    done = evaluate(str(file), "--methods", "naive")
+    assert done.exit_code == 0 and "| naive | 1 |" in done.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = data(tmp_path / "set", "Who?", "When?")
+    real, seen = runner.answers, []
+
+    def stopped(engine: Any, item: Item, *rest: Any) -> Any:
+        seen.append(item.id)
+        if item.id == "1":
+            raise KeyboardInterrupt
+        return real(engine, item, *rest)
+
+    monkeypatch.setattr(runner, "answers", stopped)
+    done = evaluate(str(file), "--methods", "naive")
+    assert done.exit_code == command.INTERRUPTED and "the same command goes on" in done.stderr and done.stdout == ""
+    assert len(evaluate.rows()) == 2
+    monkeypatch.setattr(runner, "answers", real)
+    assert evaluate(str(file), "--methods", "naive").exit_code == 0 and len(evaluate.rows()) == 4
+
+
+def test_bad_input_is_one_line_before_a_model_is_loaded(
+    evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "Engine", None)
+    file = str(data(tmp_path / "set", "Who?"))
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    (tmp_path / "in-the-way").write_text("")
+    for arguments, said in [
+        ([], "at least one data set"),
+        (["--methods", "naive", file], "before the options"),
+        ([str(tmp_path / "absent")], "there is no data"),
+        ([file, "--methods", "cacheclip:windw=3"], "reorder, threshold, window"),
+        ([file, "--sweep", "windw=3"], "window"),
+        ([file, "--ratio", "3"], "recompute_ratio"),
+        ([file, "--methods", "naive", "--baseline", "nave"], "full, naive"),
+        ([file, "--no-run"], "no rows"),
+    ]:
+        done = evaluate(*arguments)
+        assert done.exit_code == 2 and said in done.stderr and done.stderr.startswith("cacheclip: "), arguments
+        assert done.stderr.count("\n") == 1 and done.stdout == ""
+        evaluate.out.unlink(missing_ok=True)
+    for out, said in [("bad.jsonl", "line 1"), ("in-the-way/rows.jsonl", "cannot be written")]:
+        evaluate.out = tmp_path / out
+        done = evaluate(file)
+        assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_rows_of_another_model_are_bad_input(evaluate: Eval, tmp_path: Path) -> None:
+    file = str(data(tmp_path / "set", "Who?"))
+    evaluate.out.parent.mkdir()
+    evaluate.out.write_text(json.dumps({"dataset": "set", "id": "0", "system": "full", "model": "another"}) + "\n")
+    done = evaluate(file, "--methods", "naive")
+    assert done.exit_code == 2 and "belongs to another model" in done.stderr
+
+
+def test_an_auxiliary_model_is_asked_for_where_it_is_needed(evaluate: Eval, tmp_path: Path) -> None:
+    file = str(data(tmp_path / "set", "Who?"))
+    arguments = ["eval", file, "--model", evaluate.model, "--auxiliary", "", "--out", str(evaluate.out)]
+    done = CliRunner().invoke(cli.app, [*arguments, "--methods", "naive", "cacheclip"])
+    assert done.exit_code == 2 and "cacheclip need an auxiliary model" in done.stderr
+    done = CliRunner().invoke(cli.app, [*arguments, "--methods", "naive", "--max-new-tokens", "2"])
+    assert done.exit_code == 0
+
+
+def test_a_file_can_be_narrowed_by_its_meta(tmp_path: Path) -> None:
+    file = tmp_path / "qa.jsonl"
+    record = {"question": "?", "answers": ["a"], "passages": [{"title": "", "text": "text"}]}
+    file.write_text("".join(json.dumps({**record, "id": i, "meta": {"size": 2000 + i % 2}}) + "\n" for i in range(6)))
+    (source,) = sources([f"small={file}?size=2000"])
+    assert source.name == "small" and [item.id for item in source.items(9, tiny_backbone())] == ["0", "2", "4"]
+    with pytest.raises(ConfigurationError, match="holds no item"):
+        sources([f"{file}?size=3"])[0].items(9, tiny_backbone())
+    with pytest.raises(ConfigurationError, match="key=value"):
+        sources([f"{file}?size"])
