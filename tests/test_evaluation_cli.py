@@ -350,3 +350,42 @@ def test_a_file_can_be_narrowed_by_its_meta(tmp_path: Path) -> None:
         sources([f"{file}?size=3"])[0].items(9, tiny_backbone())
     with pytest.raises(ConfigurationError, match="key=value"):
         sources([f"{file}?size"])
+
+
+# ---- analyse -----------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_by_a_figure_and_its_numbers(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = data(tmp_path / "set", "Who?", "When?")
+
+    def analyse(*arguments: str) -> Result:
+        fixed = ["--model", model, "--auxiliary", model, "--out", str(tmp_path / "figure.svg")]
+        return CliRunner().invoke(cli.app, ["analyse", *arguments, *fixed])
+
+    done = analyse("agreement", str(file))
+    assert done.exit_code == 0 and "</svg>" in (tmp_path / "figure.svg").read_text()
+    numbers = [json.loads(line) for line in (tmp_path / "figure.jsonl").read_text().splitlines()]
+    assert {row["model"] for row in numbers} == {"primary", model} and {row["id"] for row in numbers} == {"0", "1"}
+    assert analyse("deviation", str(file), "--method", "link0").exit_code == 0
+    shares = analyse("hits", str(file)).stdout
+    assert "prefix-cache: " in shares and "% of the prompt tokens of 2 questions" in shares
+    for arguments, said in [
+        (["agreemnt", str(file)], "agreement, deviation, hits, pareto"),
+        (["agreement"], "needs a data set"),
+        (["pareto"], "--rows FILE"),
+        (["deviation", str(file), "--method", "linko"], 'did you mean "link0"'),
+    ]:
+        done = analyse(*arguments)
+        assert done.exit_code == 2 and said in done.stderr, arguments
+
+
+def test_rows_are_drawn(evaluate: Eval, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = data(tmp_path / "set", "Who?", "When?")
+    assert evaluate(str(file), "--methods", "naive", "query_guided", "--sweep", "ratio=0.1,0.5").exit_code == 0
+    for question in ("pareto", "sweep", "length"):
+        figure = tmp_path / f"{question}.png"
+        arguments = ["analyse", question, "--rows", str(evaluate.out), "--out", str(figure)]
+        done = CliRunner().invoke(cli.app, arguments)
+        assert done.exit_code == 0 and figure.read_bytes().startswith(b"\x89PNG"), done.output
