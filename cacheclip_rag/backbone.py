@@ -238,10 +238,29 @@ class Backbone:
         """The layers ``[first, last)`` only: returns the residual stream ``[S, d]`` that enters layer ``last``.
 
         ``x`` is ``ids [S]`` for ``first=0``, else the residual stream entering layer ``first``; other arguments as in
-        `forward`. Methods that change their rows half way through the model (DroidSpeak) go in such stages.
+        `forward`. Methods that change their rows half way through the model (DroidSpeak) go in such stages. Raises
+        `NotComposable` for a model that cannot.
         """
+        if not self._stages:
+            raise NotComposable(f"{self.config.model_type} does something to its input that stages would repeat")
         kwargs = self._inputs(x, rows, canvas, positions, probe, shape)
         return self._view(first, last, norm=False)(**kwargs).last_hidden_state[0]
+
+    @cached_property
+    def _stages(self) -> bool:
+        """Whether the layers in two stages give what they give in one; not so where embeddings are scaled on entering.
+
+        Tried, like everything else about an architecture.
+        """
+        if self.layers < 2:
+            return True
+        rows, half = torch.arange(12), self.layers // 2
+        ids = rows % self.config.vocab_size
+        once, staged = self.canvas(12), self.canvas(12)
+        self.forward(ids, rows, once, logits=0)
+        stream = self._view(0, half, norm=False)(**self._inputs(ids, rows, staged, None, None, None))
+        self.forward(stream.last_hidden_state[0], rows, staged, first=half, logits=0)
+        return _relative(staged.values, once.values) < 0.1
 
     def _inputs(
         self,
@@ -398,6 +417,12 @@ class Backbone:
         """The layers that attend to the whole context (the others see a sliding window)."""
         types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.layers
         return [i for i, kind in enumerate(types) if kind == "full_attention"] or list(range(self.layers))
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How far the `full_layers` see, in tokens; None for everything. Only where every layer has a window."""
+        types = getattr(self.config, "layer_types", None) or []
+        return None if "full_attention" in types else getattr(self.config, "sliding_window", None)
 
     def _find_obstacle(self) -> str | None:
         """Why this model cannot be composed, or None: first by its configuration, then by trying it on a few tokens.

@@ -203,16 +203,19 @@ class Engine:
         self._background.flush()
 
     def forget(self, texts: Iterable[str]) -> None:
-        """Drop the KV of these chunks, the auxiliary model's included."""
+        """Drop the KV of these chunks, the auxiliary model's included, and all that exact reuse keeps of prompts."""
         if not self.composable:
             return
-        for text in texts:
-            name = self.library.key(text)
-            self.index.remove(name)
-            for room in self._opened():
-                room.forget(text, name)
-            if self.auxiliary is not None:
-                self.auxiliary.library.store.delete([self.auxiliary.library.key(text)])
+        gone = list(texts)
+        with self._turns:  # a prompt on its way would leave behind what it harvests
+            self._exact.clear()
+            for text in gone:
+                name = self.library.key(text)
+                self.index.remove(name)
+                for room in self._opened():
+                    room.forget(text, name)
+                if self.auxiliary is not None:
+                    self.auxiliary.library.store.delete([self.auxiliary.library.key(text)])
 
     def knows(self, text: str) -> bool:
         """Whether the KV of this chunk is kept."""
@@ -381,15 +384,15 @@ class Engine:
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
                 return prefill.native(self.backbone, prompt, report)
             self._follow_store()
-            if method.exact is not None:
-                if method.exact not in self._exact:
-                    self._exact[method.exact] = method.exact.open()
-                cache = self._exact[method.exact]
-                return prefill.exact(self.backbone, self.index, cache, prompt, room, report)
-            if isinstance(method.select, Everything) or ratio >= 1.0:
+            if method.exact is None and (isinstance(method.select, Everything) or ratio >= 1.0):
                 return prefill.full(self.backbone, self.index, prompt, room, report)
             hints, announced = self._hinted(prompt)
             try:
+                if method.exact is not None:
+                    if method.exact not in self._exact:
+                        self._exact[method.exact] = method.exact.open()
+                    cache = self._exact[method.exact]
+                    return prefill.exact(self.backbone, self.index, cache, prompt, room, report)
                 result = self._room(method)(
                     prompt,
                     method,

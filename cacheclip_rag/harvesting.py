@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +44,9 @@ class Harvesting(Reuse):
         for number, span in enumerate(spans):
             groups[(tokens.offsets[:, 0] >= span.start) & (tokens.offsets[:, 1] <= span.end)] = number
         canvas = backbone.canvas(len(tokens) + max(room, 64))
-        probe = ChunkMass(groups.to(backbone.device), frozenset(backbone.full_layers)) if spans else None
+        probe: ChunkMass | None = None
+        if spans:
+            probe = ChunkMass(groups.to(backbone.device), frozenset(backbone.full_layers), backbone.sliding_window)
         with report.timed("recompute"):
             logits = backbone.forward(tokens.ids, torch.arange(len(tokens)), canvas, probe=probe)
         assert logits is not None
@@ -63,15 +65,15 @@ class Harvesting(Reuse):
         report.canvas_bytes = canvas.nbytes
         return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
-    def _load(self, keys: Iterable[str]) -> tuple[dict[str, ChunkKV], dict[str, str]]:
-        chunks: dict[str, ChunkKV] = {}
-        before: list[str] = []
-        for key in keys:
-            if key not in chunks and (found := self.variants.best(key, before)) is not None:
-                variant, overhead = found
-                extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead)}
-                chunks[key] = replace(variant.kv, extra=extra)
-            before.append(key)
+    def _load(self, keys: Sequence[str]) -> tuple[list[ChunkKV | None], dict[str, str]]:
+        chunks: list[ChunkKV | None] = []
+        for number, key in enumerate(keys):
+            if (found := self.variants.best(key, keys[:number])) is None:
+                chunks.append(None)
+                continue
+            variant, overhead = found
+            extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead)}
+            chunks.append(replace(variant.kv, extra=extra))
         return chunks, {}
 
     def _exact_rows(self, layout: Any) -> torch.Tensor:

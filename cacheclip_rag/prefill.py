@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -131,9 +131,9 @@ class Reuse:
         with report.timed("tokenise"):
             tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
         with report.timed("load"):
-            chunks, missing = self._load(span.key for span in spans)
+            chunks, missing = self._load([span.key for span in spans])
         with report.timed("tokenise"):
-            stored = [(chunks[s.key].ids, chunks[s.key].offsets) if s.key in chunks else None for s in spans]
+            stored = [None if chunk is None else (chunk.ids, chunk.offsets) for chunk in chunks]
             layout = align(prompt, tokens.ids, tokens.offsets, spans, stored)
 
         count = len(layout)
@@ -142,7 +142,9 @@ class Reuse:
         with report.timed("place"):
             prefix = self._place_prefix(layout, canvas)
             for number, row, part in layout.runs():
-                canvas.place(chunks[spans[number].key], part, row, self._rotary, int(positions[row]))
+                chunk = chunks[number]
+                assert chunk is not None
+                canvas.place(chunk, part, row, self._rotary, int(positions[row]))
             exact = self._exact_rows(layout)
 
         held = layout.reusable.clone()
@@ -153,7 +155,7 @@ class Reuse:
         request = Request(
             layout=layout,
             positions=positions,
-            chunks=tuple(chunks.get(span.key) for span in spans),
+            chunks=tuple(chunks),
             canvas=canvas,
             backbone=backbone,
             auxiliary=scores,
@@ -184,24 +186,19 @@ class Reuse:
         report.canvas_bytes = canvas.nbytes
         report.chunks = [self._use(layout, n, chosen, held, exact, missing) for n in range(len(spans))]
         report.fallbacks += [f"chunk {key[:12]} prefilled: {reason}" for key, reason in missing.items()]
-        step = backbone.on_canvas(canvas, shift=int(positions[-1]) + 1 - count, shape=shape)
+        step = backbone.on_canvas(canvas, shift=int(positions.max()) + 1 - count, shape=shape)
         return Prefill(layout, canvas, logits, report, step)
 
     def forget(self, text: str, name: str) -> None:
         """Drop what is kept of a chunk; ``name`` is its key in the index."""
         self.library.store.delete([self.library.key(text)])
+        self._prefixes = PrefixCache()  # a chunk whose KV was missing was part of a prompt's head
 
-    def _load(self, keys: Iterable[str]) -> tuple[dict[str, ChunkKV], dict[str, str]]:
-        """The chunks that are there, and for the others the reason why not."""
-        chunks: dict[str, ChunkKV] = {}
-        missing: dict[str, str] = {}
-        for key in dict.fromkeys(keys):
-            chunk = self.library.get(self.library.key(self._index.text(key) or ""))
-            if chunk is None:
-                missing[key] = "its stored KV is gone or damaged"
-            else:
-                chunks[key] = chunk
-        return chunks, missing
+    def _load(self, keys: Sequence[str]) -> tuple[list[ChunkKV | None], dict[str, str]]:
+        """Each span's chunk, if it is there, and by key the reason why others are not."""
+        chunks = {key: self.library.get(self.library.key(self._index.text(key) or "")) for key in dict.fromkeys(keys)}
+        missing = {key: "its stored KV is gone or damaged" for key, chunk in chunks.items() if chunk is None}
+        return [chunks[key] for key in keys], missing
 
     def _place_prefix(self, layout: Layout, canvas: Canvas) -> int:
         """Put the KV of the prompt's head on the canvas, where an earlier request left it; the number of its rows."""

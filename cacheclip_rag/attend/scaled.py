@@ -19,7 +19,7 @@ class Scaled:
     The context is every token whose stored KV is used as it is: what is recomputed or fresh is not scaled, as PSR has
     it; APE recomputes nothing. ``mass=None`` takes S T for the published ``scale`` S, which is what the released code
     multiplies by (its paper says S; methods.md A12). ``rows``: ``"all"`` scales for every computed row, ``"question"``
-    only for those behind the last context token (A15). ``first``: layers below attend plainly.
+    only for those behind the last chunk (A15). ``first``: layers below attend plainly.
     Source: APE (arXiv 2502.05431), PSR (arXiv 2603.20218).
     """
 
@@ -41,8 +41,8 @@ class Scaled:
             return None
         context = request.layout.reusable.clone()
         context[request.fresh] = False
+        start = int(context.nonzero()[-1]) + 1 if self.rows == "question" and bool(context.any()) else 0
         context[chosen] = False
         if not bool(context.any()):
             return None
-        start = int(context.nonzero()[-1]) + 1 if self.rows == "question" else 0
         return ScaledContext(context.to(request.backbone.device), self.temperature, mass, first=self.first, start=start)

@@ -15,8 +15,9 @@ from .isolated import Isolated
 class WithActivations(Isolated):
     """`Isolated`, and ``extra["activations"] [n, d]``: the raw residual stream that enters ``transition_layer``.
 
-    It costs ``d`` numbers a token beside the KV's ``2 Hk D L``. Source: DroidSpeak (arXiv 2411.02820), "E cache", in
-    the study's adaptation to chunks (2603.20218).
+    That is the last layer but one at most, so that a layer is left to compare. It costs ``d`` numbers a token beside
+    the KV's ``2 Hk D L``. Source: DroidSpeak (arXiv 2411.02820), "E cache", in the study's adaptation to chunks
+    (2603.20218).
     """
 
     prefix: str | None = None
@@ -29,4 +30,4 @@ class WithActivations(Isolated):
             )
 
     def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: PrefixKV | None) -> ChunkKV:
-        return behind(backbone, text, tokens, prefix, activations=min(self.transition_layer, backbone.layers - 1))
+        return behind(backbone, text, tokens, prefix, activations=min(self.transition_layer, backbone.layers - 2))

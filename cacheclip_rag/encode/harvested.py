@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..attention import visible
 from ..backbone import Backbone, Tokens
 from ..chunks import ChunkKV
 from ..errors import PromptError
@@ -62,14 +63,16 @@ class Variants:
         return name in self._kept
 
     def best(self, name: str, before: Sequence[str]) -> tuple[Variant, float] | None:
-        """The variant with the lowest fix-up overhead behind these chunks, and that overhead."""
+        """The variant with the lowest fix-up overhead behind these chunks, and that overhead.
+
+        Of equal ones the variant that saw most of them wins: one that had nothing before it always scores 0.
+        """
         if name not in self._kept:
             return None
         self._kept.move_to_end(name)
         alpha = self._recipe.alpha
-        scored = [(fix_overhead(v.cci, v.inter, v.before, before, alpha), i) for i, v in enumerate(self._kept[name])]
-        overhead, number = min(scored)
-        chosen = self._kept[name][number]
+        scored = [(fix_overhead(v.cci, v.inter, v.before, before, alpha), v) for v in self._kept[name]]
+        overhead, chosen = min(scored, key=lambda pair: (pair[0], -len(set(before) & set(pair[1].before))))
         chosen.uses += 1
         return chosen, overhead
 
@@ -109,9 +112,9 @@ def fix_overhead(
     ``beta' = beta (1 - gamma)``: ``beta`` is the share of the attention paid to old chunks whose receivers are in front
     again (1 if there were none), ``gamma`` the share of their pairs that stand in the other order.
     """
-    common = [name for name in new if name in inter]
+    common = [name for name in dict.fromkeys(new) if name in inter]
     total = sum(inter.values())
-    overlap = sum(inter[name] for name in dict.fromkeys(common)) / total if total > 0 else 1.0
+    overlap = sum(inter[name] for name in common) / total if total > 0 else 1.0
     places = [list(old).index(name) for name in common]
     pairs = [(a, b) for i, a in enumerate(places) for b in places[i + 1 :]]
     disorder = sum(a > b for a, b in pairs) / len(pairs) if pairs else 0.0
@@ -123,11 +126,12 @@ class ChunkMass:
     """A probe that sums, for every row, the attention it pays to each chunk: ``mass [T, chunks]`` float32.
 
     ``groups [T]`` int64: the chunk of every slot, -1 for none. The mean over heads and the layers looked at.
-    Rows come in blocks, so that no whole attention matrix exists.
+    Rows come in blocks, so that no whole attention matrix exists. ``window``: the layers' sliding window, if any.
     """
 
     groups: Tensor
     layers: frozenset[int]
+    window: int | None = None
     mass: Tensor = field(init=False)
     block: int = 128
 
@@ -138,11 +142,14 @@ class ChunkMass:
     def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
         queries = query[0].float().unflatten(0, (key.shape[1], -1))
         keys = key[0].float().unsqueeze(1)
-        slots = torch.arange(key.shape[2], device=rows.device)
         for start in range(0, len(rows), self.block):
             mine = rows[start : start + self.block]
             logits = queries[:, :, start : start + self.block] @ keys.mT * scaling
-            paid = logits.masked_fill_(slots > mine[:, None], float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+            paid = (
+                logits.masked_fill_(~visible(mine, key.shape[2], self.window), float("-inf"))
+                .softmax(dim=-1)
+                .mean(dim=(0, 1))
+            )
             self.mass[mine] += paid @ self._one_hot[: key.shape[2]] / len(self.layers)
 
 

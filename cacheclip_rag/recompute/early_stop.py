@@ -37,7 +37,9 @@ class EarlyStop:
         looked = [i for i in backbone.full_layers if i < layer]
         question = request.question_rows if len(request.question_rows) else request.fresh[-1:]
         behind = len(request.rows) and int(question[0]) > int(request.rows[-1])
-        probe = AttentionProbe(question.to(device), request.rows.to(device), looked) if looked and behind else None
+        probe = None
+        if looked and behind and self.share < 1:
+            probe = AttentionProbe(question.to(device), request.rows.to(device), looked)
         stream = backbone.advance(
             request.layout.ids[rows],
             rows,

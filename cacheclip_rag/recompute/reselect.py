@@ -12,6 +12,7 @@ from ..errors import ConfigurationError
 from ..select import Request, top
 from ..select.cacheblend import deviation
 from .base import both
+from .once import Once
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class Reselect:
     transition_layer: int = 4
 
     def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
+        if not len(chosen):
+            return Once().run(request, chosen, shape)
         backbone, canvas, layout = request.backbone, request.canvas, request.layout
-        layer = min(self.transition_layer + 1, backbone.layers - 1)
+        layer = min(self.transition_layer, backbone.layers - 2) + 1
         rows = both(request, chosen)
         fresh = backbone.advance(
             layout.ids[rows], rows, canvas, 0, layer - 1, positions=request.positions[rows], shape=shape

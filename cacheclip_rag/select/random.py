@@ -24,5 +24,7 @@ class Random:
 
     def select(self, request: Request, budget: int) -> Tensor:
         weights = torch.arange(1, len(request.layout) + 1)
-        generator = torch.Generator().manual_seed((self.seed << 32) + int((request.layout.ids * weights).sum()) % 2**32)
+        # The CPU's generator looks at the lowest 32 bits of a seed only, so both must be in them.
+        seed = int((request.layout.ids * weights).sum()) + 0x9E3779B1 * self.seed
+        generator = torch.Generator().manual_seed(seed % 2**32)
         return request.rows[torch.randperm(len(request.rows), generator=generator)[:budget].sort().values]
