@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test check bench quality results clean
+.PHONY: setup demo test torture check bench quality results clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,9 @@ demo: setup  ## real documents, real questions, with and without reuse
 test: setup  ## the whole suite; the weights it needs are SmolLM2's and MiniLM's
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
 	@$(RUN)/python -m pytest
+
+torture: setup  ## break the chunk store on purpose, at length (some ten minutes; ROUNDS=20000 for a night)
+	@$(RUN)/python tests/torture.py --rounds $(or $(ROUNDS),200)
 
 check: setup  ## style, types, and that nothing imports upward
 	@$(RUN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,14 +24,20 @@ def canonical(text: str) -> str:
 class Namespace:
     """Everything, beside the text, that a chunk's KV depends on. Another value anywhere is another namespace.
 
-    ``fields`` is JSON-like; `digest` is the sha256 of its canonical form, in hex.
+    ``fields`` is JSON-like; `digest` is the sha256 of its canonical form, in hex. With a ``secret``, the names of
+    chunks are keyed digests and their files are authenticated by it: who does not know it cannot tell from a name which
+    text is stored, nor put a chunk in its place. Another secret is another namespace.
     """
 
     fields: Mapping[str, Any]
+    secret: bytes = field(default=b"", repr=False)
 
     @property
     def json(self) -> str:
-        return json.dumps(dict(self.fields), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        fields = dict(self.fields)
+        if self.secret:
+            fields["keyed"] = hmac.new(self.secret, b"cacheclip-rag namespace", hashlib.sha256).hexdigest()[:32]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @property
     def digest(self) -> str:
@@ -39,7 +46,7 @@ class Namespace:
     def key(self, text: str) -> str:
         """The digest (hex) under which the KV of a chunk with this text is stored."""
         joined = self.digest.encode() + b"\0" + canonical(text).encode("utf-8", "surrogatepass")
-        return hashlib.sha256(joined).hexdigest()
+        return (hmac.new(self.secret, joined, hashlib.sha256) if self.secret else hashlib.sha256(joined)).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from . import store_cli
 from .catalogue import CATALOGUE
 from .errors import CacheClipError
 from .pull import is_pulled, resolve
@@ -47,6 +48,7 @@ class _Lists(TyperCommand):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
+app.add_typer(store_cli.app, name="store")
 
 
 def _print_version(wanted: bool) -> None:

@@ -32,7 +32,7 @@ from .prompt import ChunkIndex
 from .pull import resolve as resolve_weights
 from .report import Report
 from .select import Everything
-from .store import ChunkStore, DiskStore, MemoryStore, TieredStore
+from .store import ChunkStore, DiskStore, MemoryStore, Remote, RemoteStore, TieredStore
 from .turns import Turns
 
 log = logging.getLogger("cacheclip_rag")
@@ -84,6 +84,8 @@ class Engine:
         disk_bytes: int = 32 * GIB,
         prefix: str | None = None,
         tenant: str = "",
+        secret: bytes | str = b"",
+        remote: str | Remote | None = None,
         dtype: torch.dtype | str = "auto",
         device: str | torch.device = "auto",
         on_uncomposable: Literal["error", "prefill"] = "error",
@@ -94,8 +96,11 @@ class Engine:
         ``recompute_ratio`` (0..1) can be overridden by each request. ``store``: the folder that keeps chunk KV; None
         keeps it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers. ``prefix``: the text chunks are
         encoded behind, by default what precedes the user's text in the model's chat template. ``tenant`` separates
-        chunk KV of different owners. ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise
-        `NotComposable`, or serve it by plain prefill.
+        chunk KV of different owners; set it from what you know of the caller, not from what the caller says. ``secret``
+        keys the names of files and authenticates them, for a folder that others can write to. ``remote``: an fsspec url
+        (``"s3://bucket/folder"``) or a `Remote`, asked for what is not here and given a copy of what is new.
+        ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
+        plain prefill.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -113,12 +118,15 @@ class Engine:
         self.composable = self.backbone.obstacle is None
         self.index = ChunkIndex()
         self._tenant = tenant
+        self._secret = secret.encode() if isinstance(secret, str) else secret
+        self._remote = Remote(remote) if isinstance(remote, str) else remote
+        self._uploading: list[RemoteStore] = []
         self.auxiliary: Auxiliary | None = None
         self._rooms: dict[Encoder, Reuse] = {}
         self._exact: dict[ExactReuse, ExactCache] = {}
         self._rooms_lock = threading.Lock()
         if self.composable:
-            self.library = Library(self.backbone, self.method.encode, self._open_store, tenant)
+            self.library = self._library(self.backbone, self.method.encode)
             self._room(self.method)
             if auxiliary is not None:
                 self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
@@ -141,8 +149,7 @@ class Engine:
 
         It only looks, so its chunks stand behind the shared prefix whatever becomes of the primary's.
         """
-        library = Library(_backbone(model, dtype, device), Isolated(prefix), self._open_store, self._tenant)
-        return Auxiliary(library)
+        return Auxiliary(self._library(_backbone(model, dtype, device), Isolated(prefix)))
 
     def library_of(self, method: str | Method) -> Library:
         """Where the chunks are kept that are encoded as ``method`` wants them."""
@@ -199,8 +206,10 @@ class Engine:
             self._background.add((text, None) for text in texts)
 
     def flush(self) -> None:
-        """Wait until everything asked of `ensure_later` is done."""
+        """Wait until everything asked of `ensure_later` is done, and is at the remote store if there is one."""
         self._background.flush()
+        for store in self._uploading:
+            store.flush()
 
     def forget(self, texts: Iterable[str]) -> None:
         """Drop the KV of these chunks, the auxiliary model's included, and all that exact reuse keeps of prompts."""
@@ -338,8 +347,10 @@ class Engine:
         return result
 
     def close(self) -> None:
-        """Stop background work. The engine goes on answering."""
+        """Stop background work, but for uploads, which are waited for. The engine goes on answering."""
         self._background.close()
+        for store in self._uploading:
+            store.flush()
 
     def __enter__(self) -> Engine:
         return self
@@ -436,7 +447,7 @@ class Engine:
         with self._rooms_lock:
             if method.encode not in self._rooms:
                 own = method.encode == self.library.encoder
-                library = self.library if own else Library(self.backbone, method.encode, self._open_store, self._tenant)
+                library = self.library if own else self._library(self.backbone, method.encode)
                 self._rooms[method.encode] = (
                     Harvesting(library, self.index, method.encode)
                     if isinstance(method.encode, Harvested)
@@ -460,11 +471,20 @@ class Engine:
 
         return turn
 
+    def _library(self, backbone: Backbone, encoder: Encoder) -> Library:
+        return Library(backbone, encoder, self._open_store, self._tenant, self._secret)
+
     def _open_store(self, namespace: Namespace) -> ChunkStore:
         memory = MemoryStore(self._memory_bytes)
-        if self._store_folder is None:
+        if self._store_folder is None and self._remote is None:
             return memory
-        return TieredStore(memory, DiskStore(self._store_folder, namespace, self._disk_bytes))
+        tiers: list[ChunkStore] = [memory]
+        if self._store_folder is not None:
+            tiers.append(DiskStore(self._store_folder, namespace, self._disk_bytes))
+        if self._remote is None:
+            return TieredStore(*tiers)
+        self._uploading.append(RemoteStore(self._remote, namespace))
+        return TieredStore(*tiers, remote=self._uploading[-1])
 
     def _ensure_auxiliary(self, text: str) -> None:
         if self.auxiliary is not None and text not in self.auxiliary.library:

@@ -19,11 +19,17 @@ from .store.format import FORMAT
 class Library:
     """The chunks of one `Namespace`: a backbone, a way of encoding, and the store that keeps the results.
 
-    ``open_store(namespace)`` makes the store; the namespace is known only once the model is.
+    ``open_store(namespace)`` makes the store; the namespace is known only once the model is. ``tenant`` and ``secret``
+    set its chunks apart (see `Namespace`).
     """
 
     def __init__(
-        self, backbone: Backbone, encoder: Encoder, open_store: Callable[[Namespace], ChunkStore], tenant: str = ""
+        self,
+        backbone: Backbone,
+        encoder: Encoder,
+        open_store: Callable[[Namespace], ChunkStore],
+        tenant: str = "",
+        secret: bytes = b"",
     ) -> None:
         self.backbone, self.encoder = backbone, encoder
         self.prefix_ids: Tensor = encoder.prefix_ids(backbone)
@@ -34,7 +40,8 @@ class Library:
                 "prefix": self.prefix_ids.tolist(),
                 "encoder": repr(encoder),
                 "tenant": tenant,
-            }
+            },
+            secret,
         )
         self.open_store = open_store
         self.store = open_store(self.namespace)

@@ -3,6 +3,7 @@
 from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
 from .memory import MemoryStore
+from .remote import Remote, RemoteStore
 from .tiered import TieredStore
 
-__all__ = ["ChunkStore", "DiskStore", "Entry", "MemoryStore", "StoreStats", "TieredStore"]
+__all__ = ["ChunkStore", "DiskStore", "Entry", "MemoryStore", "Remote", "RemoteStore", "StoreStats", "TieredStore"]

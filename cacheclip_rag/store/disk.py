@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,12 @@ from ..chunks import ChunkKV, Namespace
 from ..errors import StoreError
 from . import files, format
 from .base import Entry, StoreStats
+from .cap import Found, SharedCap
 
 log = logging.getLogger("cacheclip_rag")
 
 _STAMP_EVERY = 60.0  # seconds between two "last used" stamps of a file
-_STALE = 3600.0  # seconds after which temporary files are taken for a crashed process's, and damaged ones are dropped
 _TICK = 2_000_000_000  # nanoseconds between two times of change that a file system tells apart, at worst
-_LOW_WATER = 0.9  # eviction goes down to this share of the cap, so that it does not run at every put
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Known:
 
 
 class DiskStore:
-    """A `ChunkStore` in ``folder/<namespace digest>/<key>.safetensors``, at most ``cap`` bytes for this namespace.
+    """A `ChunkStore` in ``folder/<namespace digest>/<key>.safetensors``; all below ``folder`` is at most ``cap`` bytes.
 
     The files are the truth: the index in memory is rebuilt from their headers on opening and follows the folder when
     another process changes it. A file that is damaged, foreign or unreadable is a miss, and a damaged one is set aside
@@ -43,20 +43,25 @@ class DiskStore:
     """
 
     def __init__(self, folder: str | Path, namespace: Namespace, cap: int, *, sync: bool = True) -> None:
-        """Raises `StoreError` when ``folder`` is no folder and cannot be made one."""
+        """``sync``: what was kept survives a power cut too, not only the end of the process.
+
+        Raises `StoreError` when ``folder`` is no folder and cannot be made one.
+        """
         self.namespace, self.cap, self.sync = namespace, cap, sync
-        self.path = Path(folder).expanduser() / namespace.digest[:32]
+        self.folder = Path(folder).expanduser()
+        self.path = self.folder / namespace.digest[:32]
         self._index: dict[str, _Known] = {}
+        self._reading: Counter[Path] = Counter()
+        self._vanished: deque[str] = deque(maxlen=1 << 16)
         self._stats = StoreStats()
         self._lock, self._writing = threading.RLock(), threading.Lock()
         self._seen = -1
+        self._shared = SharedCap(self.folder, cap)
         self.writable = True
         try:
-            files.make_directory(self.path)
-            if not (self.path / "namespace.json").exists():
-                files.publish(self.path / "namespace.json", json.dumps(namespace.fields, indent=1).encode(), sync)
+            self._make_folder()
         except OSError as error:
-            if not os.path.isdir(self.path) and error.errno not in (
+            if not _is_folder(self.path) and error.errno not in (
                 errno.EROFS,
                 errno.EACCES,
                 errno.ENOSPC,
@@ -65,47 +70,85 @@ class DiskStore:
                 raise StoreError(f"{folder} cannot be used as a chunk store: {error.strerror or error}") from error
             self.writable = False
             log.warning("chunk store %s is not writable (%s): nothing new will be kept", folder, error.strerror)
-        self._sweep()
+        try:
+            self._shared.count()
+        except TimeoutError:
+            log.warning("chunk store %s is being cleared up by another process", folder)
         self.refresh()
 
     def refresh(self) -> bool:
         """Take note of what other processes added or removed; one `stat` call when nothing changed."""
         with self._lock:
             try:
-                changed = self.path.stat().st_mtime_ns
+                changed = files.changed(self.path)
                 if changed == self._seen:
                     return False
                 listed = time.time_ns()
                 found = {entry.name[: -len(format.SUFFIX)]: entry for entry in files.listing(self.path)}
+            except FileNotFoundError:  # another process cleared the store
+                changed = listed = -1
+                found = {}
             except OSError:
                 return False
             found = {key: entry for key, entry in found.items() if _is_key(key) and entry.name == key + format.SUFFIX}
             gone, new = set(self._index) - set(found), set(found) - set(self._index)
             for key in gone:
                 del self._index[key]
+            self._vanished += gone
             adopted = [key for key in new if self._adopt(key)]
             # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
             self._seen = changed if listed - changed > _TICK else -1
             return bool(gone or adopted)
 
+    def vanished(self) -> list[str]:
+        """Keys that other processes removed, as `refresh` found, since this was asked last."""
+        with self._lock:
+            gone = list(self._vanished)
+            self._vanished.clear()
+            return gone
+
     def get(self, key: str) -> ChunkKV | None:
         if key not in self._index:
-            self._stats.misses += 1
+            self._count(misses=1)
             return None
+        path = self._file(key)
+        with self._lock:
+            self._reading[path] += 1
         try:
-            chunk = format.load(files.read(self._file(key)), key, self.namespace)
+            chunk = self._load(key, path)
+        finally:
+            with self._lock:
+                self._reading[path] -= 1
+                self._reading += Counter()  # drops zeros
+        self._count(hits=chunk is not None, misses=chunk is None)
+        return chunk
+
+    def _load(self, key: str, path: Path) -> ChunkKV | None:
+        self.touch(key)  # before the file is opened: what is being read is not what was used longest ago
+        status: os.stat_result | None = None
+        try:
+            status = files.status(path)
+            return format.load(files.read(path, self.cap), key, self.namespace)
         except format.Rejected as reason:
-            self._set_aside(key, str(reason))
+            self._set_aside(key, str(reason), status)
         except FileNotFoundError:
             self._forget(key, "vanished")
         except (OSError, MemoryError):
-            self._stats.reject("unreadable")
-        else:
-            self._stats.hits += 1
-            self._stamp(key)
-            return chunk
-        self._stats.misses += 1
+            self._reject("unreadable")
         return None
+
+    def touch(self, key: str) -> None:
+        """Note that the chunk was used, though it may have been served by a nearer tier."""
+        known = self._index.get(key)
+        if known is None:
+            return
+        known.used = time.time()
+        if known.used - known.stamped > _STAMP_EVERY:
+            known.stamped = known.used
+            try:
+                files.touch(self._file(key))
+            except OSError:
+                pass
 
     def put(self, key: str, chunk: ChunkKV) -> bool:
         if not _is_key(key):
@@ -114,30 +157,45 @@ class DiskStore:
             data = format.dump(key, chunk, self.namespace)
         except UnicodeEncodeError:
             return self._not_kept("text is not valid Unicode")
-        with self._writing:  # one at a time, so that the cap holds
+        except MemoryError:
+            return self._not_kept("out of memory")
+        with self._writing:
             return self._put(key, data)
 
     def _put(self, key: str, data: bytes) -> bool:
-        if self._file(key).exists() and self._adopt(key):
+        path = self._file(key)
+        if _exists(path) and self._adopt(key):
             return True
         if len(data) > self.cap:
             return self._not_kept(f"larger than the store's cap of {self.cap:,} bytes")
-        self._make_room(len(data))
-        for attempt in range(2):
-            try:
-                files.publish(self._file(key), data, self.sync)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT) and attempt == 0 and self._index:
-                    self._evict(len(data))  # once: a disk that others fill is not ours to clear
-                    continue
-                return self._not_kept(error.strerror or str(error))
-            return self._adopt(key)
+        try:
+            if not self._make_room(len(data)):
+                return self._not_kept("no room could be made")
+            for attempt in range(2):
+                try:
+                    files.publish(path, data, self.sync)
+                    kept = self._adopt(key)
+                    self.touch(key)
+                    return kept
+                except FileNotFoundError:  # the folder: another process cleared the store
+                    if attempt:
+                        raise
+                    self._make_folder()
+                except OSError as error:  # once: a disk that others fill is not ours to clear
+                    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                    if attempt or not full or not self._evict(len(data)):
+                        raise
+        except TimeoutError:
+            return self._not_kept("another process keeps the store busy")
+        except OSError as error:
+            return self._not_kept(error.strerror or str(error))
         return False
 
     def delete(self, keys: Collection[str]) -> None:
-        for key in keys:
+        for key in filter(_is_key, keys):
             try:
                 files.remove(self._file(key))
+                files.remove(self._file(key).with_suffix(".bad"))
             except OSError as error:
                 log.warning("could not delete stored chunk %s: %s", key[:12], error)
                 continue
@@ -166,17 +224,28 @@ class DiskStore:
     def _file(self, key: str) -> Path:
         return self.path / f"{key}{format.SUFFIX}"
 
+    def _make_folder(self) -> None:
+        files.make_directory(self.folder)
+        files.make_directory(self.path)
+        if not _exists(self.path / "namespace.json"):
+            described = json.dumps(json.loads(self.namespace.json), indent=1)
+            files.publish(self.path / "namespace.json", described.encode(), self.sync)
+
     def _adopt(self, key: str) -> bool:
         """Take a file into the index, by its header; False when it is none of ours."""
+        status: os.stat_result | None = None
         try:
-            text, stat = self._head(key)["text"], self._file(key).stat()
+            status = files.status(self._file(key))
+            text = self._head(key)["text"]
         except format.Rejected as reason:
-            self._set_aside(key, str(reason))
+            self._set_aside(key, str(reason), status)
+        except FileNotFoundError:
+            pass  # evicted meanwhile
         except OSError:
-            self._stats.reject("unreadable")
+            self._reject("unreadable")
         else:
             with self._lock:
-                self._index[key] = _Known(text, stat.st_size, stat.st_mtime, stat.st_mtime)
+                self._index[key] = _Known(text, status.st_size, status.st_mtime, status.st_mtime)
             return True
         return False
 
@@ -193,15 +262,32 @@ class DiskStore:
     def _forget(self, key: str, reason: str | None = None) -> None:
         with self._lock:
             self._index.pop(key, None)
-            if reason:
-                self._stats.reject(reason)
+        if reason:
+            self._reject(reason)
 
-    def _set_aside(self, key: str, reason: str) -> None:
+    def _reject(self, reason: str) -> None:
+        with self._lock:
+            self._stats.reject(reason)
+
+    def _count(self, hits: int = 0, misses: int = 0) -> None:
+        with self._lock:
+            self._stats.hits += hits
+            self._stats.misses += misses
+
+    def _set_aside(self, key: str, reason: str, seen: os.stat_result | None) -> None:
+        """Take a damaged file out of the way, unless another process has replaced it since it was ``seen``."""
         log.warning("stored chunk %s is not served: %s", key[:12], reason)
         self._forget(key, reason)
+        path, bad = self._file(key), self._file(key).with_suffix(".bad")
         try:
-            files.rename(self._file(key), self._file(key).with_suffix(".bad"))
-        except OSError:
+            now = files.status(path)
+            if seen is None or (now.st_dev, now.st_ino) != (seen.st_dev, seen.st_ino):
+                return
+            files.rename(path, bad)
+            # A file that took the other's place, and its number with it, is good: then it goes back.
+            format.load(files.read(bad, self.cap), key, self.namespace)
+            files.rename(bad, path)
+        except (format.Rejected, OSError, MemoryError):
             pass
 
     def _not_kept(self, reason: str) -> bool:
@@ -210,48 +296,51 @@ class DiskStore:
         log.warning("chunk KV could not be kept: %s", reason)
         return False
 
-    def _stamp(self, key: str) -> None:
-        known = self._index.get(key)
-        if known is None:
-            return
-        known.used = time.time()
-        if known.used - known.stamped > _STAMP_EVERY:
-            known.stamped = known.used
-            try:
-                files.touch(self._file(key))
-            except OSError:
-                pass
+    def _make_room(self, size: int) -> bool:
+        gone = self._shared.reserve(size, self._last_used)
+        self._note_evicted(gone or ())
+        return gone is not None
 
-    def _make_room(self, size: int) -> None:
-        self.refresh()
+    def _evict(self, size: int) -> bool:
+        """Free ``size`` bytes, the least recently used chunks first."""
+        gone = self._shared.free(size, self._last_used)
+        self._note_evicted(gone)
+        return bool(gone)
+
+    def _last_used(self, file: Found) -> float | None:
+        """When a file was last used, to the moment where it was by this process; None for what is being read."""
         with self._lock:
-            total = sum(known.nbytes for known in self._index.values())
-        if total + size > self.cap:
-            self._evict(total + size - int(self.cap * _LOW_WATER))
+            if file.path in self._reading:
+                return None
+            known = self._index.get(file.path.stem) if file.path.parent == self.path else None
+            return file.used if known is None else max(file.used, known.used)
 
-    def _evict(self, size: int) -> None:
-        """Delete the least recently used chunks until ``size`` bytes are freed. Readers keep what they opened."""
+    def _note_evicted(self, gone: Collection[Found]) -> None:
         with self._lock:
-            oldest = sorted(self._index.items(), key=lambda item: item[1].used)
-        freed = 0
-        for key, known in oldest:
-            if freed >= size:
-                break
-            self.delete([key])
-            if key not in self._index:
-                freed += known.nbytes
-                self._stats.evicted += 1
+            for file in gone:
+                self._stats.evicted += not file.garbage
+                if file.path.parent == self.path:
+                    self._index.pop(file.path.stem, None)
 
-    def _sweep(self) -> None:
-        """Remove temporary files that a crashed process left, and files that were set aside."""
-        try:
-            for entry in files.listing(self.path):
-                ours = entry.name.startswith(files.TEMPORARY) or entry.name.endswith(".bad")
-                ours = ours and entry.is_file(follow_symlinks=False)
-                if ours and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE:
-                    files.remove(Path(entry.path))
-        except OSError:
-            pass
+
+def _exists(path: Path) -> bool:
+    try:
+        files.status(path)
+    except OSError:
+        return False
+    return True
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        next(files.listing(path), None)
+    except NotADirectoryError:
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_key(key: str) -> bool:

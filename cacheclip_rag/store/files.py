@@ -1,24 +1,57 @@
-"""All file access of the store, in one place that a test can replace."""
+"""All file access of the store, in one place that a test can replace: every system call goes through this ``os``.
+
+Every function raises OSError for what the file system refuses, and nothing else.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from filelock import FileLock
+
 TEMPORARY = ".tmp-"
+# A link or a pipe under a chunk's name was not put there by us: one leads elsewhere, the other never ends.
+_CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_PIECE = 1 << 30  # bytes read at a time, at most
 
 
-def read(path: Path) -> bytes:
-    """The whole file. Plain reads, no memory map: a file cut short under a map kills the process."""
-    with open(path, "rb") as file:
-        return file.read()
+def read(path: Path, limit: int | None = None) -> bytes:
+    """The whole file. Plain reads, no memory map: a file cut short under a map kills the process.
+
+    A file of more than ``limit`` bytes is an OSError (EFBIG), and so is anything but a regular file.
+    """
+    descriptor = _open(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if limit is not None and size > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        pieces, length = list[bytes](), 0
+        while piece := os.read(descriptor, min(_PIECE, max(size - length, 1))):
+            pieces.append(piece)
+            length += len(piece)
+            if limit is not None and length > limit:  # it grows while it is read
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return b"".join(pieces)  # no copy of the usual one piece
+    finally:
+        os.close(descriptor)
 
 
 def read_head(path: Path, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read(size)
+    """The first ``size`` bytes, or what there is."""
+    descriptor = _open(path)
+    try:
+        data = b""
+        while len(data) < size and (piece := os.read(descriptor, size - len(data))):
+            data += piece
+        return data
+    finally:
+        os.close(descriptor)
 
 
 def publish(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
@@ -27,19 +60,21 @@ def publish(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
     ``sync`` makes it survive a power cut as well. Raises OSError; the temporary file is gone then.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CAREFUL, 0o600)
     try:
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            os.ftruncate(descriptor, len(data))  # so that who counts the files meanwhile counts all of this one
+            _write(descriptor, data)
             if sync:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        try:
+            os.unlink(temporary)
+        except OSError:  # it is swept later, and what went wrong first is what counts
+            pass
         raise
     if sync:
         directory = os.open(path.parent, os.O_RDONLY)
@@ -49,12 +84,46 @@ def publish(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
             os.close(directory)
 
 
+def overwrite(path: Path, data: bytes) -> None:
+    """Write a small file in place. A reader may see a part of it: for notes that are checked and can be lost."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | _CAREFUL, 0o600)
+    try:
+        _write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path, patience: float) -> AbstractContextManager[object]:
+    """Hold ``path`` against all other processes and threads; entering raises TimeoutError after ``patience`` seconds.
+
+    The lock goes with the process that holds it, however that ends.
+    """
+    return FileLock(path, timeout=patience, mode=0o600, thread_local=False, poll_interval=0.005)
+
+
 def make_directory(path: Path) -> None:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """A folder for its owner only. Folders above it are made as usual, and one that exists stays as it is."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    except FileNotFoundError:
+        os.makedirs(path.parent, exist_ok=True)
+        os.mkdir(path, 0o700)
 
 
 def remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
+    """Remove a file; that it is gone already is no error."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty folder."""
+    os.rmdir(path)
 
 
 def rename(path: Path, target: Path) -> None:
@@ -62,9 +131,39 @@ def rename(path: Path, target: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    os.utime(path)
+    os.utime(path, follow_symlinks=False)
+
+
+def status(path: Path) -> os.stat_result:
+    """Of the thing itself, not of what a link points to."""
+    return os.stat(path, follow_symlinks=False)
+
+
+def changed(path: Path) -> int:
+    """When a folder's list of names changed, in nanoseconds."""
+    return os.stat(path).st_mtime_ns
 
 
 def listing(path: Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(path) as entries:
         yield from entries
+
+
+def _open(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | _CAREFUL)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _write(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.write(descriptor, view)
+        if written <= 0:
+            raise OSError(errno.EIO, "nothing was written")
+        view = view[written:]

@@ -3,11 +3,13 @@
 Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64; ``extra.NAME [n, ...]``, what an
 encoder keeps beside them. Metadata (strings): ``format``, ``key`` (the digest that names the file), ``namespace`` (JSON
 of everything the KV depends on), ``text``, ``position``, and ``checksum``, the xxh3-128 of all that and the tensors'
-bytes. One file alone suffices to rebuild the index.
+bytes, or their HMAC-SHA256 where the namespace has a secret. One file alone suffices to rebuild the index.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 from typing import Any
 
@@ -21,6 +23,7 @@ from ..chunks import ChunkKV, Namespace
 FORMAT = "cacheclip-rag/1"
 SUFFIX = ".safetensors"
 MAX_HEADER = 16 << 20  # bytes; a header is a chunk's text and a few hundred bytes more
+MAX_TENSORS = 64
 
 _METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
@@ -44,11 +47,20 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
         "position": str(chunk.position),
     }
     chunk.text.encode()
-    return safetensors.torch.save(tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
+    metadata["checksum"] = _checksum(tensors, metadata, namespace)
+    try:
+        return safetensors.torch.save(tensors, metadata)
+    except RuntimeError:  # some of them share memory, as an extra that is a view of the keys does
+        return safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
 
 
 def header(head: bytes) -> dict[str, str]:
     """The metadata at the start of a file. Raises `Rejected`."""
+    return fields(head)["__metadata__"]
+
+
+def fields(head: bytes) -> dict[str, Any]:
+    """The header at the start of a file: dtypes and shapes by tensor, and the checked metadata. Raises `Rejected`."""
     if len(head) < 8:
         raise Rejected("truncated")
     length = int.from_bytes(head[:8], "little")
@@ -57,14 +69,17 @@ def header(head: bytes) -> dict[str, str]:
     if len(head) < 8 + length:
         raise Rejected("truncated")
     try:
-        metadata = json.loads(head[8 : 8 + length])["__metadata__"]
+        found = json.loads(head[8 : 8 + length])
+        metadata = found["__metadata__"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Rejected("damaged header") from error
+    if len(found) > MAX_TENSORS + 1:
+        raise Rejected("too many tensors")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise Rejected("other format")
     if set(metadata) != _METADATA or not all(isinstance(value, str) for value in metadata.values()):
         raise Rejected("damaged header")
-    return metadata
+    return found
 
 
 def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
@@ -84,7 +99,9 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise Rejected("damaged") from error
     extra = {name.removeprefix(_EXTRA): tensors[name] for name in tensors if name.startswith(_EXTRA)}
-    if len(tensors) != len(_TENSORS) + len(extra) or _checksum(tensors, metadata) != checksum:
+    if len(tensors) != len(_TENSORS) + len(extra) or not hmac.compare_digest(
+        _checksum(tensors, metadata, namespace).encode(), checksum.encode("utf-8", "surrogatepass")
+    ):
         raise Rejected("checksum")
     if not set(_TENSORS) <= set(tensors):
         raise Rejected("damaged")
@@ -111,9 +128,10 @@ def _check_shapes(chunk: ChunkKV) -> None:
         raise Rejected("shapes")
 
 
-def _checksum(tensors: dict[str, Any], metadata: dict[str, str]) -> str:
+def _checksum(tensors: dict[str, Any], metadata: dict[str, str], namespace: Namespace) -> str:
     """Over everything that is served: the tensors and what the header says of them."""
-    digest = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
+    digest: Any = hmac.new(namespace.secret, digestmod=hashlib.sha256) if namespace.secret else xxhash.xxh3_128()
+    digest.update(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

@@ -6,28 +6,37 @@ from collections.abc import Collection, Iterator
 
 from ..chunks import ChunkKV
 from .base import ChunkStore, Entry, StoreStats
+from .disk import DiskStore
 
 
 class TieredStore:
-    """``tiers`` from the nearest (memory) to the farthest, which is the one that keeps what the others evict."""
+    """``tiers`` from the nearest (memory) to the farthest, which is the one that keeps what the others evict.
 
-    def __init__(self, *tiers: ChunkStore) -> None:
-        self.tiers = tiers
+    ``remote`` stands behind them all: it is asked for what none of them has and given a copy of everything, but what is
+    stored, in number and size, is what the tiers hold.
+    """
+
+    def __init__(self, *tiers: ChunkStore, remote: ChunkStore | None = None) -> None:
+        self.tiers, self.remote = tiers, remote
+        self._all = tiers if remote is None else (*tiers, remote)
 
     def get(self, key: str) -> ChunkKV | None:
-        for level, tier in enumerate(self.tiers):
+        for level, tier in enumerate(self._all):
             if (chunk := tier.get(key)) is not None:
-                for nearer in self.tiers[:level]:
+                for nearer in self._all[:level]:
                     nearer.put(key, chunk)
+                for farther in self._all[level + 1 :]:
+                    if isinstance(farther, DiskStore):  # what memory serves all the time must not be its oldest
+                        farther.touch(key)
                 return chunk
         return None
 
     def put(self, key: str, chunk: ChunkKV) -> bool:
-        kept = [tier.put(key, chunk) for tier in self.tiers]
+        kept = [tier.put(key, chunk) for tier in self._all]
         return any(kept)
 
     def delete(self, keys: Collection[str]) -> None:
-        for tier in self.tiers:
+        for tier in self._all:
             tier.delete(keys)
 
     def entries(self) -> Iterator[Entry]:
@@ -39,11 +48,17 @@ class TieredStore:
                     yield entry
 
     def refresh(self) -> bool:
-        return any([tier.refresh() for tier in self.tiers])
+        """What another process removed from a disk is not served from memory either: it may have been forgotten."""
+        changed = any([tier.refresh() for tier in self.tiers])
+        for level, tier in enumerate(self.tiers):
+            if isinstance(tier, DiskStore) and (gone := tier.vanished()):
+                for nearer in self.tiers[:level]:
+                    nearer.delete(gone)
+        return changed
 
     def stats(self) -> StoreStats:
-        """The farthest tier's."""
+        """The farthest tier's, the remote one not counted."""
         return self.tiers[-1].stats()
 
     def __contains__(self, key: object) -> bool:
-        return any(key in tier for tier in self.tiers)
+        return any(key in tier for tier in self._all)

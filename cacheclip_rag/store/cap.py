@@ -1,0 +1,177 @@
+"""One cap for all processes, models and tenants that keep their files below one folder."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import files
+
+log = logging.getLogger("cacheclip_rag")
+
+LOW_WATER = 0.9
+"""Eviction goes down to this share of the cap, so that it does not run at every put."""
+STALE = 3600.0
+"""Seconds after which a temporary file is taken for a crashed process's, and a damaged file is dropped."""
+
+_PATIENCE = 10.0  # seconds for another process to finish making room
+_CHUNK = re.compile(r"[0-9a-f]{64}\.safetensors")
+_FOLDER = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of the store. ``used``: when it was last used (epoch seconds), to the minute."""
+
+    path: Path
+    nbytes: int
+    used: float
+    garbage: bool
+    """Left by a crash, or set aside as damaged; never a chunk."""
+
+
+LastUsed = Callable[[Found], "float | None"]
+"""When a file was last used (epoch seconds), for one who may know better than the file; None: it must stay."""
+
+
+class SharedCap:
+    """Keeps the files below ``folder`` within ``cap`` bytes, whoever wrote them.
+
+    Room is reserved before a file is written, in a note that all processes share and that may only err upwards: when it
+    says that the cap is reached, the files are counted anew. So a reservation is a few system calls, a crash or a
+    deletion costs one count, and nothing is lost with the note or the lock file. Where the file system knows no
+    locks, each process still keeps the cap by counting, and two that write at once may exceed it by what both write.
+    """
+
+    def __init__(self, folder: Path, cap: int) -> None:
+        self.folder, self.cap = folder, cap
+        self._note = folder / ".usage"
+        self._trusted = True
+        self._threads = threading.Lock()
+
+    def reserve(self, size: int, last_used: LastUsed) -> list[Found] | None:
+        """Make room for ``size`` bytes; what had to go, least recently used first, or None when there is no room.
+
+        Raises TimeoutError when another process keeps everybody waiting.
+        """
+        with self._alone():
+            total, gone = self._noted(), list[Found]()
+            if total is None or total + size > self.cap:
+                found = list(self.scan())
+                total = sum(file.nbytes for file in found)
+                if total + size > self.cap:
+                    gone = self._free(found, total + size - int(self.cap * LOW_WATER), last_used)
+                    total -= sum(file.nbytes for file in gone)
+            fits = total + size <= self.cap
+            self._write_down(total + size if fits else total)
+            return gone if fits else None
+
+    def free(self, size: int, last_used: LastUsed) -> list[Found]:
+        """Remove the least recently used files until ``size`` bytes are freed, whatever the cap says.
+
+        Raises TimeoutError when another process keeps everybody waiting.
+        """
+        with self._alone():
+            return self._free(list(self.scan()), size, last_used)
+
+    def count(self) -> int:
+        """Count what is there, in bytes, and remove what crashes left behind; for the opening of a store."""
+        with self._alone():
+            total = 0
+            for file in self.scan():
+                if not (file.garbage and time.time() - file.used > STALE and self._remove(file)):
+                    total += file.nbytes
+            if self._noted() != total:
+                self._write_down(total)
+            return total
+
+    def scan(self) -> Iterator[Found]:
+        """All files of all namespaces, damaged and temporary ones included; nothing that has another kind of name."""
+        for folder in namespaces(self.folder):
+            try:
+                for entry in files.listing(folder):
+                    garbage = entry.name.startswith(files.TEMPORARY) or entry.name.endswith(".bad")
+                    if not garbage and not _CHUNK.fullmatch(entry.name):
+                        continue
+                    try:
+                        if entry.is_file(follow_symlinks=False):
+                            status = entry.stat(follow_symlinks=False)
+                            yield Found(folder / entry.name, status.st_size, status.st_mtime, garbage)
+                    except OSError:  # evicted meanwhile
+                        continue
+            except OSError:
+                continue
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._threads:
+            try:
+                files.status(self.folder)
+                lock = files.lock(self.folder / ".lock", _PATIENCE)
+                lock.__enter__()
+            except TimeoutError:
+                raise
+            except (OSError, NotImplementedError):  # read-only, full, or a file system without locks
+                yield
+                return
+            try:
+                yield
+            finally:
+                lock.__exit__(None, None, None)
+
+    def _free(self, found: list[Found], size: int, last_used: LastUsed) -> list[Found]:
+        now, freed, gone = time.time(), 0, list[Found]()
+        candidates = list[tuple[bool, float, str, Found]]()
+        for file in found:
+            used = last_used(file)
+            # A young temporary file is another process's chunk in the making.
+            if used is not None and not (file.path.name.startswith(files.TEMPORARY) and now - file.used < STALE):
+                candidates.append((not file.garbage, used, file.path.name, file))
+        for *_, file in sorted(candidates, key=lambda candidate: candidate[:3]):
+            if freed >= size:
+                break
+            if self._remove(file):
+                freed += file.nbytes
+                gone.append(file)
+        return gone
+
+    @staticmethod
+    def _remove(file: Found) -> bool:
+        try:
+            files.remove(file.path)
+        except OSError as error:
+            log.warning("could not delete %s: %s", file.path.name[:16], error.strerror)
+            return False
+        return True
+
+    def _noted(self) -> int | None:
+        """What the note says, in bytes; None when it is missing, torn, or could not be written last time."""
+        try:
+            one, two = files.read_head(self._note, 64).split()
+            return int(one) if one == two and self._trusted else None
+        except (OSError, ValueError):
+            return None
+
+    def _write_down(self, total: int) -> None:
+        try:
+            files.overwrite(self._note, b"%020d %020d\n" % (total, total))
+            self._trusted = True
+        except OSError:
+            self._trusted = False
+
+
+def namespaces(folder: Path) -> list[Path]:
+    """The folders of all namespaces below a store's folder."""
+    try:
+        found = [entry for entry in files.listing(folder) if _FOLDER.fullmatch(entry.name)]
+        return sorted(folder / entry.name for entry in found if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return []

@@ -1,0 +1,260 @@
+"""A remote tier: what is kept there is served from there, and a remote that is dead or wrong costs little."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_store_promises import HUGE, KEYED, ONE, make, same
+from tiny import PASSAGES, tiny_backbone
+
+from cacheclip_rag import Engine
+from cacheclip_rag.chunks import Namespace
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.store import DiskStore, MemoryStore, Remote, RemoteStore, TieredStore, format
+from cacheclip_rag.store import remote as module
+
+pytest.importorskip("fsspec")
+
+BUCKET = "cacheclip"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A server that speaks S3, on loopback."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
+    name = uuid.uuid4().hex
+    if request.param == "memory":
+        return Remote(f"memory://{name}", timeout=60)
+    if request.param == "file":
+        return Remote(f"file://{tmp_path}/share", timeout=60)
+    options = dict(key="k", secret="s", endpoint_url=request.getfixturevalue("s3"))
+    remote = Remote(f"s3://{BUCKET}-{name}/folder", timeout=60, **options)
+    remote.fs.mkdir(f"{BUCKET}-{name}")
+    return remote
+
+
+def uploaded(remote: Remote, text: str = "text 0", namespace: Namespace = ONE) -> str:
+    store = RemoteStore(remote, namespace)
+    key = namespace.key(text)
+    assert store.put(key, make(text)) is False and store.get(namespace.key("absent")) is None
+    store.flush()
+    assert key in store and store.stats().entries == 1
+    return key
+
+
+def test_another_machine_gets_what_one_put(remote: Remote, tmp_path: Path) -> None:
+    key = uploaded(remote)
+    local = DiskStore(tmp_path / "elsewhere", ONE, HUGE, sync=False)
+    tiers = TieredStore(MemoryStore(HUGE), local, remote=RemoteStore(remote, ONE))
+    assert same(tiers.get(key), make("text 0"))
+    assert key in local, "and keeps a copy"
+    assert tiers.get(ONE.key("absent")) is None
+    assert tiers.stats().entries == 1
+
+
+def test_the_bytes_are_the_disk_s(remote: Remote, tmp_path: Path) -> None:
+    key = uploaded(remote)
+    data = remote.read(f"{ONE.digest[:32]}/{key}.safetensors")
+    assert same(format.load(data, key, ONE), make("text 0"))
+
+
+def test_what_is_deleted_is_gone_there_too(remote: Remote) -> None:
+    key = uploaded(remote)
+    store = RemoteStore(remote, ONE)
+    store.delete([key, "../../etc"])
+    assert store.get(key) is None and RemoteStore(remote, ONE).get(key) is None
+    store.put(key, make("text 0"))
+    store.flush()
+    assert same(RemoteStore(remote, ONE).get(key), make("text 0"))
+
+
+def test_tenants_and_secrets_are_apart_there_too(remote: Remote) -> None:
+    key = uploaded(remote)
+    assert same(RemoteStore(remote, ONE).get(key), make("text 0"))
+    for namespace in (Namespace({**ONE.fields, "tenant": "b"}), KEYED):
+        store = RemoteStore(remote, namespace)
+        assert store.get(key) is None and store.get(namespace.key("text 0")) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another's"])
+def test_what_is_damaged_there_is_a_miss_and_written_again(remote: Remote, damage: str) -> None:
+    key = uploaded(remote)
+    path = f"{remote.root}/{ONE.digest[:32]}/{key}.safetensors"
+    good = remote.fs.cat_file(path)
+    bad = {
+        "cut": good[:-1],
+        "flipped": good[:-1] + bytes([good[-1] ^ 1]),
+        "empty": b"",
+        "another's": format.dump(ONE.key("text 1"), make("text 1"), ONE),
+    }[damage]
+    remote.fs.pipe_file(path, bad)
+    store = RemoteStore(remote, ONE)
+    assert store.get(key) is None and sum(store.stats().rejected.values()) == 1
+    store.put(key, make("text 0"))
+    store.flush()
+    assert same(RemoteStore(remote, ONE).get(key), make("text 0"))
+
+
+class Broken:
+    """A file system that does what it is told: fail, or hang until it is let go."""
+
+    protocol = "broken"
+
+    def __init__(self) -> None:
+        self.calls, self.how, self.free = 0, "fail", threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: object, **__: object) -> bytes:
+            self.calls += name != "info"
+            if self.how == "hang":
+                self.free.wait(60)
+            if self.how == "well":
+                raise FileNotFoundError
+            raise ConnectionError("no route to host")
+
+        return call
+
+
+@pytest.fixture
+def broken() -> Iterator[Remote]:
+    remote = Remote("memory://broken", timeout=0.3, pause=3600)
+    remote.fs = Broken()
+    yield remote
+    remote.fs.free.set()
+
+
+def test_a_remote_that_fails_is_not_asked_for_a_while(broken: Remote, tmp_path: Path) -> None:
+    local = DiskStore(tmp_path, ONE, HUGE, sync=False)
+    tiers = TieredStore(MemoryStore(HUGE), local, remote=RemoteStore(broken, ONE))
+    for number in range(50):
+        assert tiers.get(ONE.key(f"text {number}")) is None
+    assert broken.broken and broken.fs.calls == 3
+    assert tiers.put(ONE.key("text 0"), make("text 0")) is True, "the local tiers go on"
+    assert same(tiers.get(ONE.key("text 0")), make("text 0"))
+    assert tiers.remote is not None
+    tiers.remote.flush()  # type: ignore[attr-defined]
+    tiers.delete([ONE.key("text 0")])
+    assert tiers.get(ONE.key("text 0")) is None and broken.fs.calls == 3
+
+
+def test_a_remote_that_hangs_costs_a_bounded_delay(broken: Remote) -> None:
+    broken.fs.how = "hang"
+    store = RemoteStore(broken, ONE)
+    start = time.monotonic()
+    for number in range(100):
+        assert store.get(ONE.key(f"text {number}")) is None
+    assert time.monotonic() - start < 5 and broken.fs.calls == 1
+    store.put(ONE.key("x"), make("x"))
+    store.flush()
+    assert store.stats().failed_puts == 1 and time.monotonic() - start < 10
+
+
+def test_many_threads_wait_no_longer_than_one(broken: Remote) -> None:
+    broken.fs.how = "hang"
+    store = RemoteStore(broken, ONE)
+    start = time.monotonic()
+    threads = [threading.Thread(target=store.get, args=(ONE.key(f"text {n}"),)) for n in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - start < 10 and broken.fs.calls <= module._AT_ONCE
+
+
+def test_a_remote_that_comes_back_is_asked_again(broken: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RemoteStore(broken, ONE)
+    for number in range(5):
+        store.get(ONE.key(f"text {number}"))
+    assert broken.broken and broken.fs.calls == 3
+    broken._until = 0.0
+    store.get(ONE.key("still away"))
+    assert broken.broken and broken.fs.calls == 4 and broken._resting > 3600 / 10
+    broken._until, broken.fs.how = 0.0, "well"
+    store.get(ONE.key("text"))
+    assert not broken.broken and broken._resting == broken.pause
+
+
+def test_a_remote_that_is_slow_and_fails_is_given_up_as_soon_as_one_that_hangs(broken: Remote) -> None:
+    broken._failed(0.2)
+    assert not broken.broken
+    broken._failed(0.2)
+    assert broken.broken
+
+
+def test_a_file_that_is_too_large_is_not_fetched() -> None:
+    remote = Remote(f"memory://{uuid.uuid4().hex}", max_bytes=1000)
+    key = uploaded(remote)
+    assert RemoteStore(remote, ONE).get(key) is None
+
+
+def test_an_upload_that_was_forgotten_meanwhile_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = Remote(f"memory://{uuid.uuid4().hex}", timeout=60)
+    store, key = RemoteStore(remote, ONE), ONE.key("text 0")
+    started, go_on, pipe = threading.Event(), threading.Event(), remote.fs.pipe_file
+
+    def slow(path: str, data: bytes) -> None:
+        started.set()
+        go_on.wait(60)
+        pipe(path, data)
+
+    monkeypatch.setattr(remote.fs, "pipe_file", slow)
+    store.put(key, make("text 0"))
+    assert started.wait(60)
+    store.delete([key])
+    go_on.set()
+    store.flush()
+    assert key not in store and RemoteStore(remote, ONE).get(key) is None
+
+
+def test_what_cannot_be_a_remote_is_said_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        Remote("no-such-protocol://somewhere")
+
+
+def test_an_engine_takes_from_a_remote_what_another_one_encoded(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, prompt = tiny_backbone(), f"{PASSAGES[0]}\n\n{PASSAGES[1]}\n\nWho built it?"
+    with Engine(backbone, store=tmp_path / "one", remote=remote, tenant="a", secret="s") as one:
+        one.ensure(PASSAGES[:2])
+        first = one.generate(prompt, max_new_tokens=4)
+    with Engine(backbone, store=tmp_path / "two", remote=remote, tenant="a", secret="s") as two:
+        with monkeypatch.context() as patch:
+            patch.setattr(two.library, "encode", None)
+            assert len(two.ensure(PASSAGES[:2]).keys) == 2
+        second = two.generate(prompt, max_new_tokens=4)
+    assert second.ids == first.ids and second.report.reused == first.report.reused > 0
+    with Engine(backbone, store=tmp_path / "three", remote=remote, tenant="b", secret="s") as three:
+        assert three.library.get(three.library.key(PASSAGES[0])) is None, "another tenant"
+    with Engine(backbone, store=tmp_path / "four", remote=remote, tenant="a") as four:
+        assert four.library.get(four.library.key(PASSAGES[0])) is None, "without the secret"
+    with Engine(backbone, remote=remote, tenant="a", secret="s") as five:
+        assert five.library.get(five.library.key(PASSAGES[0])) is not None, "without a disk"
+
+
+def test_an_engine_answers_although_its_remote_is_dead(broken: Remote, tmp_path: Path) -> None:
+    broken.fs.how = "hang"
+    with Engine(tiny_backbone(), store=tmp_path, remote=broken) as engine:
+        start = time.monotonic()
+        assert len(engine.ensure(PASSAGES[:2]).keys) == 2
+        answer = engine.generate(f"{PASSAGES[0]}\n\nWho built it?", max_new_tokens=4)
+        assert len(answer.ids) == 4 and not answer.report.fallbacks
+        engine.forget(PASSAGES[:1])
+        assert not engine.knows(PASSAGES[0])
+        assert time.monotonic() - start < 30
