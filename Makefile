@@ -10,7 +10,8 @@ export TOKENIZERS_PARALLELISM = false
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml requirements-dev.txt integrations/llama-index-llms-cacheclip/pyproject.toml scripts/setup_torch.py
+$(VENV)/.ready: pyproject.toml requirements-dev.txt integrations/llama-index-llms-cacheclip/pyproject.toml \
+		integrations/langchain-cacheclip/pyproject.toml scripts/setup_torch.py
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	@$(RUN)/python scripts/setup_torch.py
 	@echo "installing cacheclip-rag and what it is developed with ..."

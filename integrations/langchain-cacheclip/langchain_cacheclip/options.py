@@ -1,0 +1,84 @@
+"""Options of one call: which there are, under which names, and what values make sense."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+from cacheclip_rag.errors import ConfigurationError
+
+log = logging.getLogger("cacheclip_rag")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0.0 <= value <= 1.0
+
+
+_VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "question": (lambda v: isinstance(v, str), "the question's text"),
+    "method": (lambda v: isinstance(v, str) or hasattr(v, "select"), "a method's name"),
+    "recompute_ratio": (_share, "a number from 0 (plain reuse) to 1 (full prefill)"),
+    "max_new_tokens": (lambda v: _whole(v) and v >= 1, "a whole number of at least 1"),
+    "min_new_tokens": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
+    "stop": (lambda v: isinstance(v, (list, tuple)) and all(isinstance(s, str) for s in v), "a string or several"),
+    "do_sample": (lambda v: isinstance(v, bool), "True or False"),
+    "temperature": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
+    "top_p": (_share, "a number from 0 to 1"),
+    "top_k": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
+    "min_p": (_share, "a number from 0 to 1"),
+    "typical_p": (_share, "a number from 0 to 1"),
+    "repetition_penalty": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "no_repeat_ngram_size": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
+}
+_ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
+
+_FOREIGN = {"stream", "streaming", "stream_usage", "timeout", "max_retries", "api_key", "strict", "parallel_tool_calls"}
+"""What callers pass as a matter of course and what means nothing to a local model."""
+
+_told: set[str] = set()
+
+
+def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller gave, under the engine's names; None means not given.
+
+    Keywords that mean nothing here are left out, and said so once. A misspelt option is an error rather than left out.
+    Raises `ConfigurationError`.
+    """
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        known = _ALIASES.get(name, name)
+        if known not in _VALID:
+            refuse_misspelling(name, [*_VALID, *_ALIASES])
+            continue
+        if known == "stop" and isinstance(value, str):
+            value = [value]
+        valid, wanted = _VALID[known]
+        if not valid(value):
+            raise ConfigurationError(f"{name} must be {wanted}, not {value!r}")
+        options[known] = value
+    return options
+
+
+def refuse_misspelling(name: str, known: Iterable[str]) -> None:
+    """Raises `ConfigurationError` for a name that resembles a known one; any other is left out, and said so once."""
+    if name in _FOREIGN:
+        return
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    if close:
+        raise ConfigurationError(f'unknown option "{name}"; did you mean "{close[0]}"?')
+    if name not in _told:
+        _told.add(name)
+        log.warning("ChatCacheClip has no option %r and leaves it out", name)

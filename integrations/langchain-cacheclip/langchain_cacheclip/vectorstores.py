@@ -1,0 +1,246 @@
+"""`CacheClipVectorStore`: any vector store, and the KV of what is in it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.runnables import run_in_executor
+from langchain_core.vectorstores import VectorStore
+from tqdm.auto import tqdm
+
+from .engines import handle_of
+
+if TYPE_CHECKING:
+    from cacheclip_rag.engine import Engine
+
+    from .chat_models import ChatCacheClip
+
+log = logging.getLogger("cacheclip_rag")
+
+
+class _Inner:
+    """A method of the wrapped store under the same name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: CacheClipVectorStore | None, owner: type) -> Any:
+        return getattr(VectorStore if instance is None else instance.store, self._name)
+
+
+class CacheClipVectorStore(VectorStore):
+    """Wraps a vector store: chunks are encoded when they are added and their KV is dropped when they are deleted.
+
+    Everything else is the wrapped store's. Encoding never raises, and comes after the store has the chunk: one without
+    KV only costs time. KV belongs to a text, so it stays as long as any id has that text; ids that were added before
+    this process started are seen when they are added again or deleted, not otherwise.
+
+    Example:
+        ``store = CacheClipVectorStore(Chroma(embedding_function=embeddings), llm)``
+
+    """
+
+    def __init__(self, store: VectorStore, llm: ChatCacheClip | Engine, *, show_progress: bool = True) -> None:
+        """``show_progress``: a progress bar, once encoding takes over a second. Raises TypeError for another ``llm``.
+
+        The engine is opened when the first chunks come.
+        """
+        self.store = store
+        self.show_progress = show_progress
+        self._handle = handle_of(llm)
+        self._texts: dict[str, str] = {}
+        self._ids: dict[str, set[str]] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_texts(cls, texts: list[str], embedding: Embeddings, metadatas: Any = None, **kwargs: Any) -> NoReturn:
+        """Always raises NotImplementedError: make a store, then wrap it."""
+        raise NotImplementedError("make a store and wrap it: CacheClipVectorStore(store, llm).add_texts(...)")
+
+    # ---- what changes the store -------------------------------------------------------------------------------------
+
+    def add_texts(
+        self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, **kwargs: Any
+    ) -> list[str]:
+        texts = list(texts)
+        before = self._before(self._lookup(kwargs.get("ids")))
+        ids = self.store.add_texts(texts, metadatas, **kwargs)
+        self._added(ids, texts, before)
+        return ids
+
+    def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        before = self._before(self._lookup(_ids_of(documents, kwargs)))
+        ids = self.store.add_documents(documents, **kwargs)
+        self._added(ids, [document.page_content for document in documents], before)
+        return ids
+
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
+        """The wrapped store's deletion; of what it deleted by other means than ids, what this object added is known."""
+        ids = None if ids is None else list(ids)
+        before = self._before(self._lookup(self._known() if ids is None else ids))
+        result = self.store.delete(ids, **kwargs)
+        self._deleted(before if ids is not None else _gone(before, self._lookup(list(before))))
+        return result
+
+    async def aadd_texts(
+        self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, **kwargs: Any
+    ) -> list[str]:
+        texts = list(texts)
+        before = self._before(await self._alookup(kwargs.get("ids")))
+        ids = await self.store.aadd_texts(texts, metadatas, **kwargs)
+        await run_in_executor(None, self._added, ids, texts, before)
+        return ids
+
+    async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        before = self._before(await self._alookup(_ids_of(documents, kwargs)))
+        ids = await self.store.aadd_documents(documents, **kwargs)
+        await run_in_executor(None, self._added, ids, [document.page_content for document in documents], before)
+        return ids
+
+    async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
+        ids = None if ids is None else list(ids)
+        before = self._before(await self._alookup(self._known() if ids is None else ids))
+        result = await self.store.adelete(ids, **kwargs)
+        gone = before if ids is not None else _gone(before, await self._alookup(list(before)))
+        await run_in_executor(None, self._deleted, gone)
+        return result
+
+    # ---- what does not ----------------------------------------------------------------------------------------------
+
+    @property
+    def embeddings(self) -> Embeddings | None:
+        return self.store.embeddings
+
+    def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
+        return self.store.similarity_search(query, k=k, **kwargs)
+
+    get_by_ids = _Inner()
+    aget_by_ids = _Inner()
+    search = _Inner()
+    asearch = _Inner()
+    asimilarity_search = _Inner()
+    similarity_search_with_score = _Inner()
+    asimilarity_search_with_score = _Inner()
+    similarity_search_with_relevance_scores = _Inner()
+    asimilarity_search_with_relevance_scores = _Inner()
+    similarity_search_by_vector = _Inner()
+    asimilarity_search_by_vector = _Inner()
+    max_marginal_relevance_search = _Inner()
+    amax_marginal_relevance_search = _Inner()
+    max_marginal_relevance_search_by_vector = _Inner()
+    amax_marginal_relevance_search_by_vector = _Inner()
+    _select_relevance_score_fn = _Inner()
+    _similarity_search_with_relevance_scores = _Inner()
+    _asimilarity_search_with_relevance_scores = _Inner()
+    _get_retriever_tags = _Inner()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "store":  # not there yet, as while this object is being copied
+            raise AttributeError(name)
+        return getattr(self.store, name)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _lookup(self, ids: Iterable[str | None] | None) -> dict[str, str]:
+        """The texts that the store has under these ids, as far as it can tell."""
+        wanted = [id_ for id_ in ids or () if id_ is not None]
+        return self._read(wanted, lambda: self.store.get_by_ids(wanted))
+
+    async def _alookup(self, ids: Iterable[str | None] | None) -> dict[str, str]:
+        wanted = [id_ for id_ in ids or () if id_ is not None]
+        found: list[Document] = []
+        failure: Exception | None = None
+        if wanted:
+            try:
+                found = await self.store.aget_by_ids(wanted)
+            except Exception as error:
+                failure = error
+
+        def read() -> list[Document]:
+            if failure is not None:
+                raise failure
+            return found
+
+        return self._read(wanted, read)
+
+    def _read(self, wanted: list[str], read: Callable[[], list[Document]]) -> dict[str, str]:
+        if not wanted:
+            return {}
+        try:
+            return {document.id: document.page_content for document in read() if document.id is not None}
+        except Exception as error:  # not every store can be asked; then only what was added here is known
+            log.debug("%s cannot be asked for ids: %s", type(self.store).__name__, error)
+            with self._lock:
+                return {id_: self._texts[id_] for id_ in wanted if id_ in self._texts}
+
+    def _known(self) -> list[str]:
+        with self._lock:
+            return list(self._texts)
+
+    def _before(self, found: dict[str, str]) -> dict[str, str]:
+        """Remember what the store had before it changes, whoever put it there."""
+        with self._lock:
+            for id_, text in found.items():
+                self._refer(id_, text)
+        return found
+
+    def _refer(self, id_: str, text: str | None) -> None:
+        old = self._texts.pop(id_, None)
+        if old is not None and id_ in self._ids.get(old, ()):
+            self._ids[old].remove(id_)
+            if not self._ids[old]:
+                del self._ids[old]
+        if text is not None:
+            self._texts[id_] = text.strip()
+            self._ids.setdefault(text.strip(), set()).add(id_)
+
+    def _added(self, ids: Sequence[str], texts: Sequence[str], before: dict[str, str]) -> None:
+        with self._lock:
+            for id_, text in zip(ids, texts, strict=False):
+                self._refer(id_, text)
+        try:
+            self._encode(self._handle.engine, list(dict.fromkeys(texts)))
+        except Exception:
+            log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
+        self._forget(before)
+
+    def _encode(self, engine: Engine, texts: list[str]) -> None:
+        bar = tqdm(total=len(texts), desc="KV of chunks", unit="chunk", delay=1, disable=not self.show_progress)
+
+        def progress(done: int) -> None:
+            bar.update(done - bar.n)
+
+        with bar:
+            result = engine.ensure(texts, progress=progress)
+        log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
+        for text, reason in result.skipped:
+            log.debug("no KV of %r: %s", text, reason)
+
+    def _deleted(self, gone: dict[str, str]) -> None:
+        with self._lock:
+            for id_ in gone:
+                self._refer(id_, None)
+        self._forget(gone)
+
+    def _forget(self, texts: dict[str, str]) -> None:
+        """Drop the KV of those of these texts that no id has any more. Never raises."""
+        with self._lock:
+            unused = [text for text in dict.fromkeys(texts.values()) if text.strip() not in self._ids]
+        if unused:
+            try:
+                self._handle.engine.forget(unused)
+            except Exception:
+                log.exception("the KV of deleted chunks was not dropped")
+
+
+def _ids_of(documents: Sequence[Document], kwargs: dict[str, Any]) -> list[str | None]:
+    return list(kwargs["ids"]) if kwargs.get("ids") else [document.id for document in documents]
+
+
+def _gone(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
+    return {id_: text for id_, text in before.items() if id_ not in after}

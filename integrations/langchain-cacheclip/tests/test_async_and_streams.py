@@ -1,0 +1,161 @@
+"""The event loop stays free, streams do not block each other, and who leaves early lets go of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from langchain_cacheclip import ChatCacheClip
+
+from cacheclip_rag import Engine
+
+LONG = 3000
+"""Tokens: far more than the tiny model decodes before a cancelled request is noticed."""
+
+
+@pytest.mark.parametrize("ask", ["ainvoke", "astream"])
+async def test_the_event_loop_stays_free(
+    llm: ChatCacheClip, engine: Engine, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model computes only after the loop has gone round: on the loop's own thread it would wait in vain."""
+    went_round, waited, threads = threading.Event(), [], set()
+    forward = engine.backbone.forward
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        threads.add(threading.get_ident())
+        waited.append(went_round.wait(20))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.backbone, "forward", gated)
+
+    async def answer() -> None:
+        if ask == "ainvoke":
+            await llm.ainvoke("Hello.")
+        else:
+            async for _ in llm.astream("Hello."):
+                pass
+
+    task = asyncio.create_task(answer())
+    ticks = 0
+    while not threads and not task.done():  # until the model has been reached
+        await asyncio.sleep(0)
+        ticks += 1
+    went_round.set()
+    await task
+    assert all(waited) and ticks and threading.get_ident() not in threads
+
+
+def test_closing_a_stream_ends_its_request(llm: ChatCacheClip, engine: Engine, recorder: Any) -> None:
+    calls = recorder(engine)
+    expected = llm.invoke("Next.").text
+    stream = llm.stream("Go on.", max_tokens=LONG)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    report = calls.streams[-1].report
+    assert report.finish_reason == "cancelled" and 0 < report.completion_tokens < 10
+    assert engine._active == 0
+    assert llm.invoke("Next.").text == expected
+
+
+@pytest.mark.parametrize("how", ["aclose", "break", "cancel"])
+async def test_leaving_an_async_stream_ends_its_request(
+    llm: ChatCacheClip, engine: Engine, recorder: Any, how: str
+) -> None:
+    calls = recorder(engine)
+    expected = (await llm.ainvoke("Next.")).text
+    calls.closed.clear()
+    started = asyncio.Event()
+
+    async def read() -> None:
+        stream = llm.astream("Go on.", max_tokens=LONG)
+        async for _ in stream:
+            started.set()
+            if how == "break":
+                break
+            if how == "aclose":
+                await stream.aclose()  # type: ignore[attr-defined]
+
+    task = asyncio.create_task(read())
+    await started.wait()
+    if how == "cancel":
+        task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    del task
+    assert await asyncio.to_thread(calls.closed.wait, 60)
+    report = calls.streams[-1].report
+    assert report.finish_reason == "cancelled" and report.completion_tokens < LONG
+    assert (await llm.ainvoke("Next.")).text == expected
+
+
+async def test_cancelling_a_call_ends_its_request(llm: ChatCacheClip, engine: Engine, recorder: Any) -> None:
+    calls, decoding, finished = recorder(engine), asyncio.Event(), threading.Event()
+    loop, generate = asyncio.get_running_loop(), engine.backbone.generate
+
+    def noticed(*args: Any, **kwargs: Any) -> Any:
+        loop.call_soon_threadsafe(decoding.set)
+        try:
+            yield from generate(*args, **kwargs)
+        finally:
+            finished.set()
+
+    engine.backbone.generate = noticed  # type: ignore[method-assign]
+    try:
+        task = asyncio.create_task(llm.ainvoke("Go on.", max_tokens=LONG))
+        await decoding.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(finished.wait, 60)
+    finally:
+        del engine.backbone.generate
+    assert calls.streams[-1].report.completion_tokens < LONG
+
+
+@pytest.mark.timeout(120)
+async def test_a_call_inside_a_stream_does_not_wait_for_it(llm: ChatCacheClip) -> None:
+    outer, inner = llm.invoke("Outer.").text, llm.invoke("Inner.").text
+    text = ""
+    for piece in llm.stream("Outer."):
+        assert llm.invoke("Inner.").text == inner
+        text += piece.text
+    assert text == outer
+    text = ""
+    async for piece in llm.astream("Outer."):
+        assert (await llm.ainvoke("Inner.")).text == inner
+        text += piece.text
+    assert text == outer
+
+
+def test_one_model_serves_several_event_loops(llm: ChatCacheClip) -> None:
+    async def read() -> str:
+        return "".join([piece.text async for piece in llm.astream("Hello.")])
+
+    assert len({asyncio.run(read()) for _ in range(3)} | {llm.invoke("Hello.").text}) == 1
+
+
+async def test_an_error_in_the_middle_of_a_stream_reaches_the_reader(
+    llm: ChatCacheClip, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        yield 100
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.backbone, "generate", broken)
+        with pytest.raises(RuntimeError, match="device"):
+            [_ async for _ in llm.astream("Hello.")]
+        with pytest.raises(RuntimeError, match="device"):
+            list(llm.stream("Hello."))
+    assert llm.invoke("Hello.").text
+
+
+def test_threads_get_the_answers_of_one_after_another(informed: Engine, prompt: str) -> None:
+    llm = ChatCacheClip.from_engine(informed, max_tokens=3)
+    prompts = [f"{prompt} [{i}]" for i in range(20)]
+    expected = [llm.invoke(p).text for p in prompts]
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(lambda p: llm.invoke(p).text, prompts)) == expected
+    assert informed._active == 0

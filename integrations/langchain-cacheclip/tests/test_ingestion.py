@@ -1,0 +1,237 @@
+"""The vector store: every chunk encoded once, found again after a restart, dropped when nothing has it any more."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_cacheclip import CacheClipCompressor, CacheClipVectorStore, ChatCacheClip
+from langchain_chroma import Chroma
+from langchain_core.documents import Document
+from langchain_core.indexing import InMemoryRecordManager, aindex, index
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
+
+from cacheclip_rag import Backbone, Engine
+
+
+def text(number: int) -> str:
+    return f"Chunk number {number}. " + f"It says that the answer to question {number} is {number * 7}. " * 2
+
+
+def document(number: int, source: str | None = None, **metadata: Any) -> Document:
+    return Document(text(number), metadata={"source": source or f"s{number}", **metadata})
+
+
+@pytest.fixture(params=["memory", "chroma"])
+def inner(request: pytest.FixtureRequest, embedding: Any) -> Iterator[VectorStore]:
+    if request.param == "memory":
+        yield InMemoryVectorStore(embedding)
+    else:
+        chroma = Chroma(collection_name=f"c{uuid.uuid4().hex}", embedding_function=embedding)
+        yield chroma
+        chroma.delete_collection()
+
+
+@pytest.fixture
+def store(inner: VectorStore, engine: Engine) -> CacheClipVectorStore:
+    return CacheClipVectorStore(inner, engine, show_progress=False)
+
+
+@pytest.fixture
+def encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that is encoded from now on."""
+    seen: list[str] = []
+    encode = engine.library.encode
+    monkeypatch.setattr(engine.library, "encode", lambda text: seen.append(text) or encode(text))
+    return seen
+
+
+def known(engine: Engine, *numbers: int) -> list[int]:
+    return [number for number in numbers if engine.knows(text(number))]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_index(store: Any, engine: Engine, encoded: list[str], asynchronous: bool) -> None:
+    """Added, skipped, changed, moved to another source, cleaned up: the KV follows."""
+    records = InMemoryRecordManager("ns")
+    records.create_schema()
+
+    async def run(documents: list[Document], cleanup: Any = "incremental") -> Any:
+        options: Any = {"cleanup": cleanup, "source_id_key": "source", "key_encoder": "sha256"}
+        if asynchronous:
+            return await aindex(documents, records, store, **options)
+        return index(documents, records, store, **options)
+
+    assert (await run([document(0), document(1), document(2)]))["num_added"] == 3
+    assert known(engine, 0, 1, 2) == [0, 1, 2] and len(encoded) == 3
+    assert (await run([document(0), document(1), document(2)]))["num_skipped"] == 3 and len(encoded) == 3
+    changed = await run([document(7, source="s1")])
+    assert changed["num_added"] == changed["num_deleted"] == 1
+    assert known(engine, 0, 1, 2, 7) == [0, 2, 7] and len(encoded) == 4
+    metadata_only = await run([document(0, revised=True)])
+    assert metadata_only["num_added"] == metadata_only["num_deleted"] == 1
+    assert known(engine, 0) == [0] and len(encoded) == 4  # indexed anew, not encoded anew
+    await run([document(0, source="another")])
+    assert len(encoded) == 4
+    await run([document(5, source="another")])
+    assert known(engine, 0, 5) == [0, 5]  # the first source still has it
+    assert (await run([], cleanup="full"))["num_deleted"] == 4
+    assert known(engine, *range(8)) == []
+
+
+def test_ids_written_over(store: Any, engine: Engine, encoded: list[str]) -> None:
+    store.add_documents([document(1), document(2)], ids=["a", "b"])
+    store.add_documents([document(1)], ids=["a"])
+    assert len(encoded) == 2
+    store.add_documents([document(3)], ids=["a"])
+    assert known(engine, 1, 2, 3) == [2, 3]
+    store.add_texts([text(4)], ids=["b"])
+    assert known(engine, 2, 3, 4) == [3, 4]
+    store.add_documents([Document(text(5), id="b")])
+    assert known(engine, 3, 4, 5) == [3, 5]
+
+
+async def test_ids_written_over_asynchronously(store: Any, engine: Engine) -> None:
+    await store.aadd_documents([document(1), document(2)], ids=["a", "b"])
+    await store.aadd_documents([document(3)], ids=["a"])
+    await store.aadd_texts([text(4)], ids=["b"])
+    assert known(engine, 1, 2, 3, 4) == [3, 4]
+    await store.adelete(["a"])
+    assert known(engine, 3, 4) == [4]
+
+
+def test_a_shared_text_stays_until_its_last_id_goes(store: Any, engine: Engine) -> None:
+    store.add_texts([text(1), f"\n{text(1)} "], ids=["a", "b"])
+    store.delete(["a"])
+    assert known(engine, 1) == [1]
+    store.delete(["b"])
+    assert known(engine, 1) == []
+
+
+def test_what_was_there_before_is_dropped_when_it_is_deleted(inner: VectorStore, engine: Engine) -> None:
+    """As after a restart: the store persists, this object's memory does not."""
+    CacheClipVectorStore(inner, engine).add_documents([document(1), document(2)], ids=["a", "b"])
+    later = CacheClipVectorStore(inner, engine)
+    later.delete(["a"])
+    assert known(engine, 1, 2) == [2]
+    later.add_documents([document(3)], ids=["b"])
+    assert known(engine, 2, 3) == [3]
+
+
+def test_deleting_what_is_not_there(store: Any, engine: Engine) -> None:
+    store.add_documents([document(1)], ids=["a"])
+    store.delete(["nobody"])
+    assert known(engine, 1) == [1]
+
+
+def test_deleting_by_other_means(engine: Engine, embedding: Any) -> None:
+    chroma = Chroma(collection_name=f"c{uuid.uuid4().hex}", embedding_function=embedding)
+    store = CacheClipVectorStore(chroma, engine)
+    try:
+        store.add_documents([document(1), document(2)], ids=["a", "b"])
+        store.delete(where={"source": "s1"})
+        assert known(engine, 1, 2) == [2]
+    finally:
+        store.delete_collection()
+
+
+def test_a_store_that_cannot_be_asked_for_ids(engine: Engine, embedding: Any) -> None:
+    class Mute(InMemoryVectorStore):
+        def get_by_ids(self, ids: Any, /) -> Any:
+            raise NotImplementedError
+
+        async def aget_by_ids(self, ids: Any, /) -> Any:
+            raise NotImplementedError
+
+    store = CacheClipVectorStore(Mute(embedding), engine)
+    store.add_documents([document(1), document(2)], ids=["a", "b"])
+    store.add_documents([document(3)], ids=["a"])
+    store.delete(["b"])
+    assert known(engine, 1, 2, 3) == [3]
+
+
+@pytest.mark.parametrize("broken", ["ensure", "forget"])
+async def test_a_failure_in_encoding_does_not_touch_the_store(
+    broken: str, store: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    store.add_documents([document(1)], ids=["a"])
+    monkeypatch.setattr(engine, broken, fail)
+    assert store.add_documents([document(2)], ids=["a"]) == ["a"]
+    assert await store.aadd_documents([document(3)], ids=["b"]) == ["b"]
+    store.delete(["a"])
+    assert [found.page_content for found in store.get_by_ids(["a", "b"])] == [text(3)]
+
+
+def test_a_model_that_cannot_be_opened_does_not_stop_ingestion(embedding: Any, tmp_path: Path) -> None:
+    store = CacheClipVectorStore(InMemoryVectorStore(embedding), ChatCacheClip(str(tmp_path)))
+    assert store.add_documents([document(1)], ids=["a"]) == ["a"]
+    store.delete(["a"])
+    assert store.get_by_ids(["a"]) == []
+
+
+def test_a_restarted_application_finds_all_kv(
+    tiny_backbone: Backbone, tmp_path: Path, embedding: Any, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chroma() -> Chroma:
+        return Chroma("docs", embedding, persist_directory=str(tmp_path / "chroma"))
+
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path / "kv") as engine:
+        CacheClipVectorStore(chroma(), engine).add_documents([document(1), document(2)], ids=["a", "b"])
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path / "kv") as engine:
+        monkeypatch.setattr(engine.library, "encode", lambda text: pytest.fail("encoded again"))
+        store, calls = CacheClipVectorStore(chroma(), engine), recorder(engine)
+        (found,) = store.similarity_search(text(2), k=1)
+        ChatCacheClip.from_engine(engine, max_tokens=2).invoke(f"{found.page_content}\n\nWhat does it say?")
+        assert calls.keys() == [engine.library.key(text(2))]
+
+
+def test_kv_that_was_evicted_is_made_again(engine: Engine, embedding: Any) -> None:
+    """`index` skips what it has a record of, so only retrieval notices."""
+    store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine)
+    records = InMemoryRecordManager("ns")
+    records.create_schema()
+    for _ in range(2):
+        index([document(1)], records, store, cleanup=None, key_encoder="sha256")
+        engine.forget([text(1)])
+    assert known(engine, 1) == []
+    found = store.similarity_search(text(1), k=1)
+    CacheClipCompressor(engine, on_miss="encode").compress_documents(found, "What?")
+    assert known(engine, 1) == [1]
+
+
+def test_everything_else_is_the_wrapped_stores(
+    inner: VectorStore, store: Any, embedding: Any, documents_of: Any
+) -> None:
+    store.add_documents(documents_of())
+    question, vector = "the last train", embedding.embed_query("the last train")
+    asks: list[Callable[[Any], Any]] = [
+        lambda s: s.similarity_search(question, k=2),
+        lambda s: s.similarity_search_with_score(question, k=2),
+        lambda s: s.similarity_search_by_vector(vector, k=2),
+        lambda s: s.max_marginal_relevance_search(question, k=2, fetch_k=4),
+        lambda s: s.search(question, "similarity", k=1),
+        lambda s: s.as_retriever(search_type="mmr", search_kwargs={"k": 2}).invoke(question),
+        lambda s: s.get_by_ids(["p1"]),
+        lambda s: s.embeddings,
+    ]
+    for ask in asks:
+        assert ask(store) == ask(inner)
+    if isinstance(inner, Chroma):
+        assert store.get(ids=["p0"])["documents"]
+        score = store.as_retriever(search_type="similarity_score_threshold", search_kwargs={"score_threshold": -9.0})
+        assert score.invoke(question)
+    with pytest.raises(AttributeError):
+        _ = store.no_such_thing
+
+
+def test_it_wraps_and_is_not_made() -> None:
+    with pytest.raises(NotImplementedError, match="wrap"):
+        CacheClipVectorStore.from_texts(["a"], None)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="wrap"):
+        CacheClipVectorStore.from_documents([document(1)], None)  # type: ignore[arg-type]
