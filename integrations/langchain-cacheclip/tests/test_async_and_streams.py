@@ -103,7 +103,7 @@ async def test_cancelling_a_call_ends_its_request(llm: ChatCacheClip, engine: En
 
     engine.backbone.generate = noticed  # type: ignore[method-assign]
     try:
-        task = asyncio.create_task(llm.ainvoke("Go on.", max_tokens=LONG))
+        task = asyncio.create_task(llm.ainvoke("Go on.", max_tokens=LONG, min_new_tokens=LONG))
         await decoding.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -111,7 +111,8 @@ async def test_cancelling_a_call_ends_its_request(llm: ChatCacheClip, engine: En
         assert await asyncio.to_thread(finished.wait, 60)
     finally:
         del engine.backbone.generate
-    assert calls.streams[-1].report.completion_tokens < LONG
+    report = calls.streams[-1].report
+    assert report.finish_reason == "cancelled" and report.completion_tokens < LONG
 
 
 @pytest.mark.timeout(120)

@@ -292,7 +292,14 @@ def test_answers_cached_by_langchain_do_not_cross_settings(informed: Engine, pro
     try:
         models = [
             ChatCacheClip.from_engine(informed, max_tokens=4, **fields)
-            for fields in ({}, {"recompute_ratio": 1.0}, {"method": "naive"}, {"stop": ["q"]}, {"temperature": 0.5})
+            for fields in (
+                {},
+                {"recompute_ratio": 1.0},
+                {"recompute_ratio": 0.3},
+                {"method": "naive"},
+                {"stop": ["q"]},
+                {"temperature": 0.5},
+            )
         ]
         assert len({model._get_llm_string() for model in models}) == len(models)
         first = models[0].invoke(prompt)
