@@ -24,13 +24,18 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, PrivateAttr, field_validator
 
 from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.integration import (
+    EngineHandle,
+    EngineSettings,
+    encoding_of,
+    pump,
+    read_options,
+    refuse_misspelling,
+)
 
-from .engines import EngineHandle, EngineSettings, encoding_of
 from .grammar import Node, any_object, json_grammar
 from .guide import Guide, call_grammar
 from .messages import render, with_instruction
-from .options import read_options, refuse_misspelling
-from .pump import pump
 from .tools import CallReader, Dialect, Parsed, dialect_of, parse
 
 if TYPE_CHECKING:
@@ -40,6 +45,10 @@ if TYPE_CHECKING:
     from cacheclip_rag.report import Report
 
 _METHODS = ("json_schema", "function_calling", "json_mode")
+
+
+_FOREIGN = {"stream", "streaming", "stream_usage", "timeout", "max_retries", "api_key", "strict", "parallel_tool_calls"}
+"""What callers pass as a matter of course and what means nothing to a local model."""
 
 
 class ChatCacheClip(BaseChatModel):
@@ -84,7 +93,7 @@ class ChatCacheClip(BaseChatModel):
         if "max_new_tokens" in fields:
             fields.setdefault("max_tokens", fields.pop("max_new_tokens"))
         for name in fields.keys() - type(self).model_fields.keys():
-            refuse_misspelling(name, type(self).model_fields)
+            refuse_misspelling(name, type(self).model_fields, _FOREIGN)
         encoding_of(fields.get("method"))
         read_options({name: fields.get(name) for name in _PER_CALL})
         super().__init__(**{"model": model, **fields})
@@ -359,7 +368,7 @@ class ChatCacheClip(BaseChatModel):
 
     def _options(self, kwargs: builtins.dict[str, Any]) -> builtins.dict[str, Any]:
         """The engine's options for one call: what the call says, then what the fields say."""
-        call = read_options({name: value for name, value in kwargs.items() if not name.startswith("ls_")})
+        call = read_options({name: value for name, value in kwargs.items() if not name.startswith("ls_")}, _FOREIGN)
         own: dict[str, Any] = {"max_new_tokens": self.max_tokens or 256, "stop": self.stop}
         own.update(top_p=self.top_p, top_k=self.top_k)
         if "method" not in call:  # the fields' ratio belongs to the fields' method

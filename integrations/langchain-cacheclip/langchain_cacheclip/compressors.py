@@ -11,7 +11,9 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnableLambda, run_in_executor
 from pydantic import ConfigDict, Field
 
-from .engines import EngineHandle, handle_of
+from cacheclip_rag.integration import EngineHandle
+
+from .engines import handle_of
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine

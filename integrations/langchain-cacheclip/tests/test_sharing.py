@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_cacheclip import CacheClipCompressor, CacheClipVectorStore, ChatCacheClip, engines
+from langchain_cacheclip import CacheClipCompressor, CacheClipVectorStore, ChatCacheClip
 from langchain_core.load import dumpd
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from cacheclip_rag import ConfigurationError, Engine
+from cacheclip_rag.integration import engines
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_serialised_it_is_only_named(by_name: ChatCacheClip) -> None:
 WORKER = """
 import json, pickle, sys
 llm, compressor = pickle.load(open(sys.argv[1], "rb"))
-from langchain_cacheclip import engines
+from cacheclip_rag.integration import engines
 lazy = not engines._engines and "torch" not in sys.modules
 answer = llm.invoke("Hello.").text
 print(json.dumps([lazy, answer, compressor.handle.engine is llm.engine]))

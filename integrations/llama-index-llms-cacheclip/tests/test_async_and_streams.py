@@ -104,7 +104,7 @@ async def test_cancelling_a_call_ends_its_request(llm: CacheClipLLM, engine: Eng
 
     engine.backbone.generate = noticed  # type: ignore[method-assign]
     try:
-        task = asyncio.create_task(llm.acomplete("Go on.", max_new_tokens=LONG))
+        task = asyncio.create_task(llm.acomplete("Go on.", max_new_tokens=LONG, min_new_tokens=LONG))
         await decoding.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -112,7 +112,8 @@ async def test_cancelling_a_call_ends_its_request(llm: CacheClipLLM, engine: Eng
         assert await asyncio.to_thread(finished.wait, 60)
     finally:
         del engine.backbone.generate
-    assert calls.streams[-1].report.completion_tokens < LONG
+    report = calls.streams[-1].report
+    assert report.finish_reason == "cancelled" and report.completion_tokens < LONG
 
 
 @pytest.mark.timeout(120)

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.schema import TextNode
-from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, engines
+from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform
 from llama_index.postprocessor.cacheclip import CacheClipPostprocessor
 
 from cacheclip_rag import ConfigurationError, Engine
+from cacheclip_rag.integration import engines
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_fields_are_plain_data(by_name: CacheClipLLM) -> None:
 WORKER = """
 import json, pickle, sys
 llm, postprocessor, transform, nodes = pickle.load(open(sys.argv[1], "rb"))
-from llama_index.llms.cacheclip import engines
+from cacheclip_rag.integration import engines
 returned = transform(nodes)
 deferred = returned is nodes and not engines._engines and "torch" not in sys.modules
 answer = llm.complete("Hello.").text

@@ -26,10 +26,10 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 
-from .engines import EngineHandle, EngineSettings, encoding_of, restore
-from .options import read_options
+from cacheclip_rag.integration import EngineHandle, EngineSettings, encoding_of, pump, read_options
+
+from .engines import restore
 from .prompts import ChatTemplate, UserTurn
-from .pump import pump
 
 if TYPE_CHECKING:
     from cacheclip_rag.decoding import TextStream

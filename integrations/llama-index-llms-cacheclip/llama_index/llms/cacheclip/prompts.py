@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
 from cacheclip_rag.errors import PromptError
-
-from .engines import EngineHandle
+from cacheclip_rag.integration import EngineHandle
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",

@@ -14,7 +14,9 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from tqdm.auto import tqdm
 
-from .engines import EngineHandle, handle_of, restore
+from cacheclip_rag.integration import EngineHandle
+
+from .engines import handle_of, restore
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine

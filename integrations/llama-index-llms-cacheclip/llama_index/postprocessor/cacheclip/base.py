@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
-from llama_index.llms.cacheclip.engines import EngineHandle, handle_of, restore
+from llama_index.llms.cacheclip.engines import handle_of, restore
+
+from cacheclip_rag.integration import EngineHandle
 
 if TYPE_CHECKING:
     from llama_index.llms.cacheclip import CacheClipLLM

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from cacheclip_rag.errors import ConfigurationError
+from ..errors import ConfigurationError
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -43,17 +43,15 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
 
-_FOREIGN = {"stream", "streaming", "stream_usage", "timeout", "max_retries", "api_key", "strict", "parallel_tool_calls"}
-"""What callers pass as a matter of course and what means nothing to a local model."""
-
 _told: set[str] = set()
 
 
-def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(given: Mapping[str, Any], foreign: Collection[str] = ()) -> dict[str, Any]:
     """What a caller gave, under the engine's names; None means not given.
 
-    Keywords that mean nothing here are left out, and said so once. A misspelt option is an error rather than left out.
-    Raises `ConfigurationError`.
+    Frameworks pass keywords that mean nothing here (``tools``, ``response_format``): these are left out, and said so
+    once; those in ``foreign`` in silence. A misspelt option is an error rather than left out. Raises
+    `ConfigurationError`.
     """
     options: dict[str, Any] = {}
     for name, value in given.items():
@@ -61,7 +59,7 @@ def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         known = _ALIASES.get(name, name)
         if known not in _VALID:
-            refuse_misspelling(name, [*_VALID, *_ALIASES])
+            refuse_misspelling(name, [*_VALID, *_ALIASES], foreign)
             continue
         if known == "stop" and isinstance(value, str):
             value = [value]
@@ -72,13 +70,16 @@ def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def refuse_misspelling(name: str, known: Iterable[str]) -> None:
-    """Raises `ConfigurationError` for a name that resembles a known one; any other is left out, and said so once."""
-    if name in _FOREIGN:
+def refuse_misspelling(name: str, known: Iterable[str], foreign: Collection[str] = ()) -> None:
+    """Raises `ConfigurationError` for a name that resembles a known one; any other is left out, and said so once.
+
+    Names in ``foreign`` are left out in silence.
+    """
+    if name in foreign:
         return
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     if close:
         raise ConfigurationError(f'unknown option "{name}"; did you mean "{close[0]}"?')
     if name not in _told:
         _told.add(name)
-        log.warning("ChatCacheClip has no option %r and leaves it out", name)
+        log.warning("there is no option %r: it is left out", name)

@@ -1,0 +1,11 @@
+"""What every framework's integration needs and no framework is needed for.
+
+Here and not in each of them, so that an application that uses two frameworks opens a model once. Nothing here loads
+torch or transformers before the first engine does.
+"""
+
+from .engines import EngineHandle, EngineSettings, encoding_of
+from .options import read_options, refuse_misspelling
+from .pump import pump
+
+__all__ = ["EngineHandle", "EngineSettings", "encoding_of", "pump", "read_options", "refuse_misspelling"]
