@@ -11,12 +11,7 @@ import argparse
 from pathlib import Path
 
 from cacheclip_rag import Engine
-from cacheclip_rag.auxiliary import Auxiliary
-from cacheclip_rag.backbone import Backbone
 from cacheclip_rag.evaluation import Item, System, read, run, spread, summarise
-from cacheclip_rag.library import Library
-from cacheclip_rag.methods import resolve
-from cacheclip_rag.pull import resolve as weights
 
 # How many items of each set, fixed before any result was seen.
 SETS = {"hotpotqa_distractor": 20, "xquad_fusion": 20, "ruler_2k": 14, "ruler_4k": 14}
@@ -38,28 +33,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct")
     parser.add_argument("--auxiliary", default="smollm2-135m-instruct")
-    parser.add_argument("--sibling", default="qwen2.5-coder-0.5b-instruct", help="a second auxiliary model, or ''")
-    parser.add_argument("--systems", nargs="*", help="only these systems, by label")
     parser.add_argument("--sets", nargs="*", default=list(SETS))
     parser.add_argument("--count", type=int, help="items of each set, instead of the fixed numbers")
     args = parser.parse_args()
 
     engine = Engine(args.model, auxiliary=args.auxiliary, method="cacheclip")
-    small = engine.auxiliary
-    assert small is not None
     systems = [
-        System("naive", "naive"),
-        System("cacheclip", "cacheclip", 0.2, small),
-        System("cacheclip, upper layers", resolve("cacheclip", layers="upper"), 0.2, small),
-        System("query_guided", "query_guided", 0.2),
+        System(name, name, ratio) for name, ratio in (("naive", None), ("cacheclip", 0.2), ("query_guided", 0.2))
     ]
-    if args.sibling:
-        library = Library(Backbone.load(weights(args.sibling)), engine.method.encode, engine.library.open_store)
-        sibling = Auxiliary(library)
-        systems.append(System("cacheclip, sibling", "cacheclip", 0.2, sibling))
-        systems.append(System("cacheclip, sibling, upper layers", resolve("cacheclip", layers="upper"), 0.2, sibling))
-    if args.systems:
-        systems = [system for system in systems if system.label in args.systems]
     for name in args.sets:
         items = items_of(args.data, name, args.count or SETS[name])
         run(engine, items, systems, args.out, dataset=name, max_new_tokens=64 if name.startswith("ruler") else 32)

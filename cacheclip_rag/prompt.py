@@ -254,19 +254,6 @@ class Layout:
         """``[T]`` bool: tokens with stored KV."""
         return self.chunk >= 0
 
-    def without(self, spans: Collection[int]) -> Layout:
-        """The same prompt with some spans' KV given up: their tokens become fresh."""
-        gone = torch.isin(self.chunk, torch.tensor(sorted(spans), dtype=torch.long))
-        return Layout(
-            self.prompt,
-            self.ids,
-            self.offsets,
-            self.spans,
-            self.chunk.masked_fill(gone, -1),
-            self.token.masked_fill(gone, -1),
-            self.edge,
-        )
-
     def runs(self) -> list[tuple[int, int, slice]]:
         """``(span, row, tokens)``: maximal runs of rows that hold consecutive tokens of one span's chunk."""
         chunk, token = self.chunk.numpy(), self.token.numpy()

@@ -656,18 +656,7 @@ def test_runs_are_the_longest_there_are(rows: list[tuple[int, int]]) -> None:
 
 def test_layouts_of_nothing() -> None:
     layout = align("", *pieces(), [], [])
-    assert len(layout) == 0 and layout.runs() == [] and len(layout.without([])) == 0
-
-
-def test_without_gives_up_whole_spans_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
-    chunks = documentation(3)
-    layout, _ = lay_out(tokenizer, " ".join(chunks), chunks)
-    rest = layout.without([0, 2])
-    assert torch.equal(rest.reusable, layout.chunk == 1)
-    assert torch.equal(rest.token[rest.reusable], layout.token[layout.chunk == 1])
-    assert torch.equal(rest.ids, layout.ids) and torch.equal(rest.edge, layout.edge) and rest.spans == layout.spans
-    assert {run[0] for run in layout.runs()} == {0, 1, 2}  # the original is untouched
-    check_runs(rest)
+    assert len(layout) == 0 and layout.runs() == []
 
 
 def test_the_question_s_rows_are_its_fresh_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
