@@ -172,8 +172,11 @@ def test_two_sets_of_one_name(tmp_path: Path) -> None:
 
 def test_lists_get_longer_answers() -> None:
     question = Item("1", "", (), ())
-    assert max_new_tokens([question]) == 32
-    assert max_new_tokens([question, Item("2", "", (), (), meta={"all_answers_required": False})]) == 64
+    backbone = tiny_backbone()
+    assert max_new_tokens([question], backbone) == max_new_tokens([], backbone) == 32
+    assert max_new_tokens([question, Item("2", "", (), (), meta={"all_answers_required": False})], backbone) == 64
+    long = "bb3ba2a5-7de8-434b-a86e-a88bb9fa7289" * 2
+    assert max_new_tokens([question, Item("3", "", (long,), ())], backbone) == len(backbone.tokenise(long)) + 8 > 32
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -350,6 +353,28 @@ def test_a_file_can_be_narrowed_by_its_meta(tmp_path: Path) -> None:
         sources([f"{file}?size=3"])[0].items(9, tiny_backbone())
     with pytest.raises(ConfigurationError, match="key=value"):
         sources([f"{file}?size"])
+
+
+def test_items_can_be_shortened_to_the_passages_that_matter(tmp_path: Path) -> None:
+    passages = [{"title": "", "text": text} for text in ["one", "two", "The ANSWER is here", "four", "five"]]
+    passages[4]["is_supporting"] = True
+    file = tmp_path / "qa.jsonl"
+    records = [
+        {"id": i, "question": "?", "answers": ["answer"], "passages": passages, "meta": {"n": i}} for i in (1, 2)
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def kept(spec: str) -> list[list[str]]:
+        items = sources([f"{file}?{spec}"])[0].items(9, tiny_backbone())
+        return [[passage.text for passage in item.passages] for item in items]
+
+    assert kept("passages=1") == [["five"]] * 2  # what is marked, then what holds an answer, then the first
+    assert kept("n=2&passages=2") == [["The ANSWER is here", "five"]]
+    assert kept("passages=3&n=1") == [["one", "The ANSWER is here", "five"]]
+    assert kept("passages=9&n=1") == [[passage["text"] for passage in passages]]
+    for wrong in ("passages=0", "passages=many"):
+        with pytest.raises(ConfigurationError, match="1 or more"):
+            kept(wrong)
 
 
 # ---- analyse -----------------------------------------------------------------------------------------------------

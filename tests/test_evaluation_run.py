@@ -168,6 +168,17 @@ def test_decoding_after_forcing_is_plain_decoding(engine: Counting) -> None:
 # ---- going on ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["naive", "cacheblend", "ape", "sel", "psr"])
+def test_forcing_all_tokens_at_once_is_forcing_one_by_one(engine: Counting, method: str) -> None:
+    item, forced = ITEMS[0], list(range(40, 52))
+    access.ensure(engine, item, resolve(method))
+    ready = [engine.prefill(prompt(item, engine.backbone), method=method, room=20) for _ in range(2)]
+    start = len(ready[0].layout)
+    steps = [ready[0].step(torch.tensor([token]), start + place) for place, token in enumerate(forced[:-1])]
+    together = answers._forced(ready[1], forced)
+    torch.testing.assert_close(together, torch.cat([ready[0].logits, *steps]), atol=1e-4, rtol=1e-3)
+
+
 def test_rows_of_an_earlier_run_are_not_repeated(engine: Counting, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     go(engine, path, [NAIVE])

@@ -15,7 +15,7 @@ from ..engine import Engine
 from ..prefill import Prefill
 from . import access, metrics, rows
 from .data import Item
-from .references import ANSWER_TOKENS, Reference, References, measured
+from .references import Reference, References, measured
 from .rows import Row
 from .systems import System
 
@@ -75,14 +75,14 @@ def _measure(
     prefill = engine.prefill(
         text, question=item.question, method=method, recompute_ratio=system.ratio, room=max_new_tokens + 1
     )
-    forced = reference.answer[:ANSWER_TOKENS]
-    logits = _forced(prefill, forced)
-    answer = _text(engine, _decode(engine, prefill, forced, logits, max_new_tokens))
+    logits = _forced(prefill, reference.answer)
+    answer = _text(engine, _decode(engine, prefill, reference.answer, logits, max_new_tokens))
+    compared = logits[: len(reference.logits)].bfloat16().cpu()
     size = access.stored(access.library(engine, method), chunks)
     helper = engine.auxiliary if method.select.needs_auxiliary else None
     aside = access.stored(helper.library, chunks) if helper is not None else (0, 0)
     return {
-        **_scores(item, answer, _text(engine, reference.answer), metrics.kl(reference.logits, logits.bfloat16().cpu())),
+        **_scores(item, answer, _text(engine, reference.answer), metrics.kl(reference.logits, compared)),
         **measured(prefill.report),
         "stored_bytes": size and size[0],
         "stored_tokens": size and size[1],
@@ -93,18 +93,18 @@ def _measure(
 def _forced(prefill: Prefill, answer: Sequence[int]) -> Tensor:
     """Logits ``[n, V]`` of the n answer tokens' positions, the answer given.
 
-    By the method's own decoding step, a token at a time: some methods shape attention while decoding, too.
+    By the method's own decoding step, since some methods shape attention while decoding, too; all tokens at once,
+    which costs little more than one.
     """
-    logits, start = [prefill.logits], len(prefill.layout)
-    for place, token in enumerate(answer[:-1]):
-        logits.append(prefill.step(torch.tensor([token]), start + place))
-    return torch.cat(logits)
+    if len(answer) < 2:
+        return prefill.logits
+    return torch.cat([prefill.logits, prefill.step(torch.tensor(answer[:-1]), len(prefill.layout))])
 
 
 def _decode(
     engine: Engine, prefill: Prefill, forced: Sequence[int], logits: Tensor, max_new_tokens: int
 ) -> Sequence[int]:
-    """The greedy answer. As long as it is the forced one, its steps have been taken."""
+    """The greedy answer. As long as it is the forced one, its steps have been taken; later ones write over the rest."""
     start, same = len(prefill.layout), True
 
     def step(token: Tensor, row: int) -> Tensor:

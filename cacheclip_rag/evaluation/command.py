@@ -88,7 +88,7 @@ def execute(plan: Plan) -> int:
                     systems,
                     plan.out,
                     dataset=source.name,
-                    max_new_tokens=plan.length or max_new_tokens(items),
+                    max_new_tokens=plan.length or max_new_tokens(items, engine.backbone),
                     references=plan.references,
                 )
     except KeyboardInterrupt:

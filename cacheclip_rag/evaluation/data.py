@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Passage:
+    """``supporting``: whether the answer needs it, as far as the data say."""
+
     title: str
     text: str
+    supporting: bool = False
 
     @property
     def chunk(self) -> str:
@@ -62,7 +65,10 @@ def read(path: str | Path) -> list[Item]:
 def _item(record: dict[str, Any]) -> Item:
     """Raises KeyError, TypeError or AttributeError for a record that is no item."""
     meta = record.get("meta") or {}
-    passages = tuple(Passage(_text(p.get("title") or ""), _text(p["text"])) for p in _list(record["passages"]))
+    passages = tuple(
+        Passage(_text(p.get("title") or ""), _text(p["text"]), p.get("is_supporting") is True)
+        for p in _list(record["passages"])
+    )
     if not isinstance(meta, dict):
         raise TypeError("meta is no object")
     return Item(
@@ -92,6 +98,22 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     if count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def shortened(item: Item, count: int | None) -> Item:
+    """The item with at most ``count`` of its passages, in their order: first of all those marked as supporting, then
+    those in which an answer occurs, then the first ones.
+    """
+    if count is None or count >= len(item.passages):
+        return item
+
+    def rank(number: int) -> tuple[bool, bool, int]:
+        passage = item.passages[number]
+        holds = any(answer.lower() in passage.chunk.lower() for answer in item.answers)
+        return not passage.supporting, not holds, number
+
+    kept = sorted(sorted(range(len(item.passages)), key=rank)[:count])
+    return replace(item, passages=tuple(item.passages[number] for number in kept))
 
 
 def prompt(item: Item, backbone: Backbone) -> str:

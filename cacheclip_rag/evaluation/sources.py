@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..backbone import Backbone
 from ..errors import ConfigurationError
-from .data import Item, read, spread
+from .data import Item, read, shortened, spread
 
 
 @dataclass(frozen=True)
 class Source:
     """A data set by ``name``: the file ``path``, or the RULER ``task`` at a length of ``tokens``.
 
-    ``only``: a key of the items' ``meta`` and the value it must have, as text.
+    ``only``: keys of the items' ``meta`` and the values they must have, as text. ``passages``: at most so many of an
+    item's (`shortened`).
     """
 
     name: str
     path: Path | None = None
     task: str = ""
     tokens: int = 0
-    only: tuple[str, str] | None = None
+    only: Mapping[str, str] = field(default_factory=dict)
+    passages: int | None = None
 
     def items(self, count: int, backbone: Backbone) -> list[Item]:
         """``count`` items: spread evenly over the file, or of the seeds 0.. with lengths by the model's tokenizer."""
         if self.path is not None:
             items = spread([item for item in read(self.path) if self._wanted(item)], count)
+            items = [shortened(item, self.passages) for item in items]
         else:
             items = [
                 _ruler().generate(
@@ -42,20 +45,25 @@ class Source:
         return items
 
     def _wanted(self, item: Item) -> bool:
-        return self.only is None or str(item.meta.get(self.only[0])) == self.only[1]
+        return all(str(item.meta.get(key)) == value for key, value in self.only.items())
 
 
-def max_new_tokens(items: Sequence[Item]) -> int:
-    """How long an answer may be: 32 tokens for a question's (CacheBlend's), 64 for RULER's lists."""
-    return 64 if any(item.contained for item in items) else 32
+def max_new_tokens(items: Sequence[Item], backbone: Backbone) -> int:
+    """How long an answer may be: 32 tokens for a question's (CacheBlend's), or what the longest one takes and a few
+    more; 64 for RULER's lists.
+    """
+    if any(item.contained for item in items):
+        return 64
+    return max(32, *(len(backbone.tokenise(answer)) + 8 for item in items for answer in item.answers), 0)
 
 
 def sources(specs: Sequence[str]) -> list[Source]:
     """What ``specs`` name: ``[name=]FILE``, ``[name=]FOLDER`` (that holds ``qa.jsonl``), ``ruler:TASK:TOKENS``.
 
-    A file or folder may be followed by ``?key=value``: only items whose ``meta`` says so. A file is called by its stem,
-    a folder by its own name. Raises ConfigurationError for what is not there, an unknown
-    task, and two sets of one name.
+    A file or folder may be followed by ``?key=value&key=value``: only items whose ``meta`` says so; ``passages=5`` is
+    no such key, but keeps five passages of each item. A file is called by its stem, a folder by its own name.
+
+    Raises ConfigurationError for what is not there, an unknown task, and two sets of one name.
     """
     found = [_source(spec) for spec in specs]
     names = [source.name for source in found]
@@ -67,10 +75,9 @@ def sources(specs: Sequence[str]) -> list[Source]:
 def _source(spec: str) -> Source:
     if spec.startswith("ruler:"):
         return _generated(spec)
-    spec, asks, condition = spec.partition("?")
-    key, _, value = condition.partition("=")
-    if asks and not (key and value):
-        raise ConfigurationError(f"{spec}?{condition}: write FILE?key=value, a key of the items' meta and its value")
+    spec, asks, conditions = spec.partition("?")
+    only = dict(_condition(spec, condition) for condition in conditions.split("&")) if asks else {}
+    passages = _passages(spec, only.pop("passages", None))
     name, _, rest = spec.rpartition("=") if not Path(spec).exists() else ("", "", spec)
     path = Path(rest)
     file = path / "qa.jsonl" if path.is_dir() else path
@@ -79,7 +86,20 @@ def _source(spec: str) -> Source:
             f"there is no data {file}: give JSONL files, folders with a qa.jsonl, ruler:TASK:TOKENS"
         )
     name = name or (path.resolve().name if path.is_dir() else path.stem)
-    return Source(name, file, only=(key, value) if asks else None)
+    return Source(name, file, only=only, passages=passages)
+
+
+def _condition(spec: str, condition: str) -> tuple[str, str]:
+    key, _, value = condition.partition("=")
+    if not (key and value):
+        raise ConfigurationError(f"{spec}?{condition}: write FILE?key=value, a key of the items' meta and its value")
+    return key, value
+
+
+def _passages(spec: str, written: str | None) -> int | None:
+    if written is not None and not (written.isdecimal() and int(written) > 0):
+        raise ConfigurationError(f"{spec}?passages={written}: write how many passages to keep, 1 or more")
+    return None if written is None else int(written)
 
 
 def _generated(spec: str) -> Source:
