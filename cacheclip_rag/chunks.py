@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +43,11 @@ class Namespace:
     def digest(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
-    def key(self, text: str) -> str:
-        """The digest (hex) under which the KV of a chunk with this text is stored."""
+    def key(self, text: str, company: Sequence[str] = ()) -> str:
+        """The digest (hex) under which the KV of a chunk with this text, computed in this company, is stored."""
         joined = self.digest.encode() + b"\0" + canonical(text).encode("utf-8", "surrogatepass")
+        for other in company:  # texts may hold any character, so each is preceded by its length
+            joined += f"\0{len(other)}\0{other}".encode("utf-8", "surrogatepass")
         return (hmac.new(self.secret, joined, hashlib.sha256) if self.secret else hashlib.sha256(joined)).hexdigest()
 
 
@@ -57,6 +59,8 @@ class ChunkKV:
     the tokenisation the KV belongs to; ``extra`` is what an encoder keeps beside it, tensors ``[n, ...]`` by name. Keys
     are rotated: token j stands at RoPE position ``position + j``. Keeping the position they were computed at, instead
     of rotating back to 0, spares a rounding, and a chunk that is placed where it was encoded is copied bit for bit.
+    ``company``: the texts of the chunks that stood before this one when its KV was computed, in their order. It holds
+    something of theirs, and goes when one of them goes.
     """
 
     text: str
@@ -66,6 +70,7 @@ class ChunkKV:
     values: Tensor
     position: int
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    company: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

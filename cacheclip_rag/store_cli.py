@@ -59,7 +59,9 @@ def list_(
     """All chunks, those used last first."""
     found = sorted(_open(store).entries(namespace), key=lambda stored: -stored.used)
     if as_json:
-        return _print([{k: v for k, v in asdict(stored).items() if text or k != "text"} for stored in found])
+        return _print(
+            [{k: v for k, v in asdict(stored).items() if text or k not in ("text", "company")} for stored in found]
+        )
     for stored in found:
         shown = stored.text if text else stored.text[:60]
         typer.echo(
@@ -131,7 +133,7 @@ def forget(
 
     folder = _open(store)
     gone = folder.forget(unwanted, namespace)
-    left = sum(unwanted(stored.text) for stored in folder.entries(namespace))
+    left = sum(stored.holds(unwanted) for stored in folder.entries(namespace))
     if as_json:
         _print({"removed": len(gone), "nbytes": sum(stored.nbytes for stored in gone), "left": left})
     else:

@@ -471,3 +471,38 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         store.get(key)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
     assert disk._is_key(key)
+
+
+# ---- company -----------------------------------------------------------------------------------------------------
+
+
+def test_the_company_a_chunk_was_computed_in_is_part_of_what_it_is(tmp_path: Path) -> None:
+    store = open_disk(tmp_path)
+    alone, fused = make("text"), replace(make("text", seed=1), company=("one", "two"))
+    keys = [ONE.key("text", company) for company in ((), ("one", "two"), ("two", "one"), ("onetwo",))]
+    assert len(set(keys)) == 4
+    assert store.put(keys[0], alone) and store.put(keys[1], fused)
+    again = open_disk(tmp_path)
+    assert same(again.get(keys[0]), alone) and same(again.get(keys[1]), fused)
+    assert {entry.key: entry.company for entry in again.entries()} == {keys[0]: (), keys[1]: ("one", "two")}
+    got = again.get(keys[1])
+    assert got is not None and got.company == ("one", "two")
+    path_of(store, keys[2]).write_bytes(path_of(store, keys[1]).read_bytes())  # under the name of another company
+    assert open_disk(tmp_path).get(keys[2]) is None
+    assert not store.put(keys[3], replace(alone, company=("\ud800",)))  # no valid Unicode: not kept, nothing raised
+
+
+@pytest.mark.parametrize("company", ["[1]", "{}", "[", '"one"'])
+def test_a_company_that_is_no_list_of_texts_is_damage(company: str) -> None:
+    with pytest.raises(format.Rejected, match="damaged header"):
+        format.company({"company": company})
+
+
+def test_forgetting_a_text_forgets_what_was_computed_with_it(tmp_path: Path) -> None:
+    store = open_disk(tmp_path)
+    for text, company in (("a", ()), ("b", ("a secret", "c")), ("c", ("b",)), ("a secret", ())):
+        assert store.put(ONE.key(text, company), replace(make(text), company=company))
+    gone = Administration(tmp_path).forget(lambda text: "secret" in text)
+    assert {stored.text for stored in gone} == {"a secret", "b"}
+    assert {stored.text for stored in Administration(tmp_path).entries()} == {"a", "c"}
+    assert not any(b"a secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

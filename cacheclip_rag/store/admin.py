@@ -30,6 +30,11 @@ class Stored:
     nbytes: int
     bytes_per_token: int
     used: float
+    company: tuple[str, ...] = ()
+
+    def holds(self, unwanted: Callable[[str], bool]) -> bool:
+        """Whether it, or a chunk it was computed with, has such a text."""
+        return unwanted(self.text) or any(map(unwanted, self.company))
 
 
 @dataclass
@@ -145,7 +150,8 @@ class Administration:
         return gone
 
     def forget(self, unwanted: Callable[[str], bool], namespace: str = "") -> list[Stored]:
-        """Remove every chunk with such a text, in all namespaces whose names begin so; what was removed.
+        """Remove every chunk with such a text, and every one whose KV was computed in the company of one, in all
+        namespaces whose names begin so; what was removed.
 
         Files that cannot be read may hold such a text as well: those set aside as damaged go, and so do unfinished
         ones that say so, or whose beginning does not say what they are.
@@ -156,7 +162,7 @@ class Administration:
             if stored is None:
                 if file.garbage:
                     self._remove(file.path)
-            elif unwanted(stored.text) and self._remove(file.path) and not file.garbage:
+            elif stored.holds(unwanted) and self._remove(file.path) and not file.garbage:
                 gone.append(stored)
         return gone
 
@@ -187,12 +193,12 @@ class Administration:
             head = self._head(file.path)
             layers, heads, tokens, dim = map(int, head["keys"]["shape"])
             per_token = 2 * layers * heads * dim * _BYTES.get(head["keys"]["dtype"], 4)
+            metadata = head["__metadata__"]
+            company = format.company(metadata)
         except (OSError, format.Rejected, KeyError, TypeError, ValueError):
             return None
-        metadata = head["__metadata__"]
-        return Stored(
-            file.path.parent.name, metadata["key"], metadata["text"], tokens, file.nbytes, per_token, file.used
-        )
+        name, key, text = file.path.parent.name, metadata["key"], metadata["text"]
+        return Stored(name, key, text, tokens, file.nbytes, per_token, file.used, company)
 
     @staticmethod
     def _reason(file: Found, secret: bytes) -> str | None:

@@ -11,11 +11,14 @@ from ..chunks import ChunkKV
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored chunk as the index knows it, without its KV. ``nbytes`` is what it takes up in the store."""
+    """A stored chunk as the index knows it, without its KV. ``nbytes`` is what it takes up in the store; ``company``
+    are the texts of the chunks its KV was computed with.
+    """
 
     key: str
     text: str
     nbytes: int
+    company: tuple[str, ...] = ()
 
 
 @dataclass

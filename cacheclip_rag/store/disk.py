@@ -28,6 +28,7 @@ _TICK = 2_000_000_000  # nanoseconds between two times of change that a file sys
 @dataclass
 class _Known:
     text: str
+    company: tuple[str, ...]
     nbytes: int
     used: float
     stamped: float
@@ -205,7 +206,7 @@ class DiskStore:
         self.refresh()
         with self._lock:
             snapshot = list(self._index.items())
-        return (Entry(key, known.text, known.nbytes) for key, known in snapshot)
+        return (Entry(key, known.text, known.nbytes, known.company) for key, known in snapshot)
 
     def stats(self) -> StoreStats:
         with self._lock:
@@ -236,7 +237,8 @@ class DiskStore:
         status: os.stat_result | None = None
         try:
             status = files.status(self._file(key))
-            text = self._head(key)["text"]
+            head = self._head(key)
+            text, company = head["text"], format.company(head)
         except format.Rejected as reason:
             self._set_aside(key, str(reason), status)
         except FileNotFoundError:
@@ -245,7 +247,7 @@ class DiskStore:
             self._reject("unreadable")
         else:
             with self._lock:
-                self._index[key] = _Known(text, status.st_size, status.st_mtime, status.st_mtime)
+                self._index[key] = _Known(text, company, status.st_size, status.st_mtime, status.st_mtime)
             return True
         return False
 

@@ -2,7 +2,8 @@
 
 Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64; ``extra.NAME [n, ...]``, what an
 encoder keeps beside them. Metadata (strings): ``format``, ``key`` (the digest that names the file), ``namespace`` (JSON
-of everything the KV depends on), ``text``, ``position``, and ``checksum``, the xxh3-128 of all that and the tensors'
+of everything the KV depends on), ``text``, ``position``, where the KV was computed in company ``company`` (a JSON list
+of those chunks' texts), and ``checksum``, the xxh3-128 of all that and the tensors'
 bytes, or their HMAC-SHA256 where the namespace has a secret. One file alone suffices to rebuild the index.
 """
 
@@ -47,6 +48,9 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
         "position": str(chunk.position),
     }
     chunk.text.encode()
+    if chunk.company:
+        "".join(chunk.company).encode()
+        metadata["company"] = json.dumps(chunk.company)
     metadata["checksum"] = _checksum(tensors, metadata, namespace)
     try:
         return safetensors.torch.save(tensors, metadata)
@@ -77,9 +81,20 @@ def fields(head: bytes) -> dict[str, Any]:
         raise Rejected("too many tensors")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise Rejected("other format")
-    if set(metadata) != _METADATA or not all(isinstance(value, str) for value in metadata.values()):
+    if set(metadata) - {"company"} != _METADATA or not all(isinstance(value, str) for value in metadata.values()):
         raise Rejected("damaged header")
     return found
+
+
+def company(metadata: dict[str, str]) -> tuple[str, ...]:
+    """The texts a chunk's KV was computed with. Raises `Rejected`."""
+    try:
+        texts = json.loads(metadata.get("company", "[]"))
+    except (ValueError, RecursionError) as error:
+        raise Rejected("damaged header") from error
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise Rejected("damaged header")
+    return tuple(texts)
 
 
 def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
@@ -91,7 +106,7 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
     if metadata["namespace"] != namespace.json:
         raise Rejected("other model")
     text, checksum = metadata["text"], metadata.pop("checksum")
-    if metadata["key"] != key or namespace.key(text) != key:
+    if metadata["key"] != key or namespace.key(text, company(metadata)) != key:
         raise Rejected("other key")
     try:
         tensors = safetensors.torch.load(data)
@@ -105,7 +120,8 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
         raise Rejected("checksum")
     if not set(_TENSORS) <= set(tensors):
         raise Rejected("damaged")
-    chunk = ChunkKV(text=text, position=position, extra=extra, **{name: tensors[name] for name in _TENSORS})
+    kv = {name: tensors[name] for name in _TENSORS}
+    chunk = ChunkKV(text=text, position=position, extra=extra, company=company(metadata), **kv)
     _check_shapes(chunk)
     return chunk
 
