@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,6 +199,46 @@ class Engine:
             result.encoded += 1
         else:
             result.skipped.append((text[:40], "the store did not keep it"))
+
+    def fuse(
+        self,
+        neighbours: Mapping[str, Sequence[str]],
+        progress: Callable[[int], None] | None = None,
+        *,
+        method: str | Method | None = None,
+        variants: int = 3,
+    ) -> Ensured:
+        """Keep another KV of these chunks: each computed behind its neighbours, the chunks it is likely to meet.
+
+        ``neighbours``: texts by text, the nearest first, as `fusion.similar` finds them. Chunks and neighbours that
+        `ensure` was not asked for are left out, so that fusing brings back nothing that was forgotten. What is there is
+        not computed again: stop it whenever you like and call it again, after adding documents, too. Of more than so
+        many ``variants`` of a chunk the oldest are dropped. ``method`` says how chunks are encoded. Never raises for a
+        chunk.
+        """
+        result = Ensured()
+        chosen = self.method if method is None else methods.resolve(method)
+        for done, (text, company) in enumerate(neighbours.items(), start=1):
+            try:
+                if not (self.composable and chosen.ahead):
+                    result.skipped.append((text[:40], self.backbone.obstacle or f"{chosen.name} encodes nothing ahead"))
+                else:
+                    self._fuse(text, company, self._room(chosen), variants, result)
+            except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
+                log.warning("chunk not fused: %s", error)
+                result.skipped.append((text[:40], str(error)))
+            if progress is not None:
+                progress(done)
+        return result
+
+    def _fuse(self, text: str, company: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
+        with self._turns:  # nothing of the company can be forgotten meanwhile
+            if self.library.key(text) not in self.index:
+                result.skipped.append((text[:40], "the chunk is not known: ensure it first"))
+                return
+            known = [other for other in company if self.library.key(other) in self.index]
+            result.encoded += room.fused.fuse(text, known, keep)
+            result.keys.append(room.library.key(text))
 
     def ensure_later(self, texts: Iterable[str]) -> None:
         """Like `ensure`, in the background, while no request is being served."""
@@ -435,6 +475,7 @@ class Engine:
     def _follow_store(self) -> None:
         for room in self._opened():
             if room.library.store.refresh():
+                room.fused.refresh()
                 self._know(room.library)
 
     def _know(self, library: Library) -> None:

@@ -65,7 +65,7 @@ class Harvesting(Reuse):
         report.canvas_bytes = canvas.nbytes
         return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
-    def _load(self, keys: Sequence[str]) -> tuple[list[ChunkKV | None], dict[str, str]]:
+    def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:
         chunks: list[ChunkKV | None] = []
         for number, key in enumerate(keys):
             if (found := self.variants.best(key, keys[:number])) is None:
@@ -76,5 +76,5 @@ class Harvesting(Reuse):
             chunks.append(replace(variant.kv, extra=extra))
         return chunks, {}
 
-    def _exact_rows(self, layout: Any) -> torch.Tensor:
+    def _exact_rows(self, layout: Any, chunks: Any) -> torch.Tensor:
         return torch.zeros(len(layout), dtype=torch.bool)  # the overhead of 0 says it instead

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class Library:
         self._prefix_kv: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
 
-    def key(self, text: str) -> str:
-        return self.namespace.key(text)
+    def key(self, text: str, company: Sequence[str] = ()) -> str:
+        return self.namespace.key(text, company)
 
     def __contains__(self, text: str) -> bool:
         return self.key(text) in self.store

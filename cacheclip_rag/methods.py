@@ -12,6 +12,7 @@ from .attend import Attend, Plain, Scaled, SelectedChunks
 from .encode import Blanks, Encoder, Harvested, Isolated, WithActivations
 from .errors import ConfigurationError
 from .exact import DocumentTree, ExactReuse, PrefixBlocks
+from .fusion import Fit, Nearest
 from .recompute import EarlyStop, Once, Recompute, Reselect
 from .select import (
     CacheClip,
@@ -34,7 +35,8 @@ class Method:
 
     ``positions``: ``"global"``, every token at its place in the prompt; ``"shared"``, all chunks from the same position
     on, and the question behind the longest (APE). ``exact``: reuse only what stood in the same place behind the same
-    tokens, and compute the rest; the other parts are then idle. ``reorder``: put the chunks the question attends to
+    tokens, and compute the rest; the other parts are then idle. ``fit``: take the fused variant of a chunk that suits
+    the prompt; None takes its KV computed by itself. ``reorder``: put the chunks the question attends to
     most next to it before anything is recomputed (InfoFlow's option; which end is our reading). ``recompute_ratio``:
     the share of context tokens to recompute unless a request asks for another.
     """
@@ -46,6 +48,7 @@ class Method:
     attend: Attend = field(default_factory=Plain)
     positions: Positions = "global"
     exact: ExactReuse | None = None
+    fit: Fit | None = None
     reorder: bool = False
     recompute_ratio: float = 0.2
 
@@ -55,7 +58,10 @@ class Method:
         return self.exact is None and not isinstance(self.encode, Harvested)
 
 
-_PARTS = ("select", "encode", "recompute", "attend", "exact")
+FUSED = "fused"
+"""A parameter of every method that encodes ahead: take fused variants where there are some, or none of them."""
+
+_PARTS = ("select", "encode", "recompute", "attend", "exact", "fit")
 _OWN = ("positions", "recompute_ratio", "reorder")
 
 METHODS: dict[str, Method] = {
@@ -76,6 +82,7 @@ METHODS: dict[str, Method] = {
         Method("cacheclip", CacheClip()),
         Method("query_guided", QueryGuided()),
         Method("fusionrag_selection", QueryGuided("last", "chunk", window=1), recompute_ratio=0.15),
+        Method("fusionrag", QueryGuided("last", "chunk", window=1), fit=Nearest(), recompute_ratio=0.15),
         Method("prophetkv", QueryGuided("all", "context", window=1)),
         Method("infoflow", QueryGuided((0.69, 0.83), "row", window=1), recompute_ratio=0.15),
         Method("ape", Nothing(), attend=Scaled(), positions="shared", recompute_ratio=0.0),
@@ -101,16 +108,24 @@ def resolve(method: str | Method, **changes: Any) -> Method:
         method = METHODS[name]
         changes = {name: spec.value(name, text) for name, text in written.items()} | changes
     for name, value in changes.items():
-        method = _changed(method, name, value)
+        method = _fused(method, value) if name == FUSED else _changed(method, name, value)
     check_ratio(method.recompute_ratio)
     return method
+
+
+def _fused(method: Method, value: Any) -> Method:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{FUSED} is True or False, not {value!r}")
+    if value and not method.ahead:
+        raise ConfigurationError(f'method "{method.name}" encodes no chunk ahead, so that none can be fused')
+    return dataclasses.replace(method, fit=(method.fit or Nearest()) if value else None)
 
 
 def _changed(method: Method, name: str, value: Any) -> Method:
     parts = {part: getattr(method, part) for part in _PARTS if getattr(method, part) is not None}
     takers = {p: v for p, v in parts.items() if name in {f.name for f in dataclasses.fields(v)}}
     if not takers and name not in _OWN:
-        valid = ", ".join(sorted({*_OWN, *spec.parameters(list(parts.values()))}))
+        valid = ", ".join(sorted({*_OWN, FUSED, *spec.parameters(list(parts.values()))}))
         raise ConfigurationError(f'method "{method.name}" has no parameter "{name}"; it has: {valid}')
     for part in takers.values() or [method]:
         spec.check(method.name, name, value, part)

@@ -14,9 +14,10 @@ from torch import Tensor
 from .auxiliary import Auxiliary, CharacterScores
 from .backbone import Backbone, Tokens
 from .canvas import Canvas
-from .chunks import ChunkKV
+from .chunks import ChunkKV, canonical
 from .errors import ConfigurationError, PromptError
 from .exact import ExactCache
+from .fusion import Company, FusedVariants
 from .library import Library
 from .methods import Method
 from .prefixes import PrefixCache
@@ -99,7 +100,7 @@ class Reuse:
     """Prefill from stored chunks. Not for two threads at once; the engine's turns see to that."""
 
     def __init__(self, library: Library, index: ChunkIndex) -> None:
-        self.library, self._index = library, index
+        self.library, self.fused, self._index = library, FusedVariants(library), index
         self._backbone = library.backbone
         self._rotary = library.backbone.rotary
         self._prefixes = PrefixCache()
@@ -131,7 +132,7 @@ class Reuse:
         with report.timed("tokenise"):
             tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
         with report.timed("load"):
-            chunks, missing = self._load([span.key for span in spans])
+            chunks, missing = self._load([span.key for span in spans], method)
         with report.timed("tokenise"):
             stored = [None if chunk is None else (chunk.ids, chunk.offsets) for chunk in chunks]
             layout = align(prompt, tokens.ids, tokens.offsets, spans, stored)
@@ -145,7 +146,7 @@ class Reuse:
                 chunk = chunks[number]
                 assert chunk is not None
                 canvas.place(chunk, part, row, self._rotary, int(positions[row]))
-            exact = self._exact_rows(layout)
+            exact = self._exact_rows(layout, chunks)
 
         held = layout.reusable.clone()
         held[count - 1] = False  # the last token's logits are wanted, so it is always computed
@@ -190,15 +191,25 @@ class Reuse:
         return Prefill(layout, canvas, logits, report, step)
 
     def forget(self, text: str, name: str) -> None:
-        """Drop what is kept of a chunk; ``name`` is its key in the index."""
+        """Drop what is kept of a chunk and with it; ``name`` is its key in the index."""
         self.library.store.delete([self.library.key(text)])
+        self.fused.forget(text)
         self._prefixes = PrefixCache()  # a chunk whose KV was missing was part of a prompt's head
 
-    def _load(self, keys: Sequence[str]) -> tuple[list[ChunkKV | None], dict[str, str]]:
+    def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:
         """Each span's chunk, if it is there, and by key the reason why others are not."""
-        chunks = {key: self.library.get(self.library.key(self._index.text(key) or "")) for key in dict.fromkeys(keys)}
-        missing = {key: "its stored KV is gone or damaged" for key, chunk in chunks.items() if chunk is None}
-        return [chunks[key] for key in keys], missing
+        texts = [canonical(self._index.text(key) or "") for key in keys]
+        loaded: dict[tuple[str, Company], ChunkKV | None] = {}
+        chunks: list[ChunkKV | None] = []
+        for number, text in enumerate(texts):
+            company: Company = ()
+            if method.fit is not None:
+                company = method.fit.choose(self.fused.of(text), texts[:number])
+            if (text, company) not in loaded:
+                loaded[text, company] = self.fused.get(text, company)
+            chunks.append(loaded[text, company])
+        missing = {k: "its stored KV is gone or damaged" for k, c in zip(keys, chunks, strict=True) if c is None}
+        return chunks, missing
 
     def _place_prefix(self, layout: Layout, canvas: Canvas) -> int:
         """Put the KV of the prompt's head on the canvas, where an earlier request left it; the number of its rows."""
@@ -210,12 +221,13 @@ class Reuse:
             canvas.write(0, kept[0][:, :, :length], kept[1][:, :, :length])
         return length
 
-    def _exact_rows(self, layout: Layout) -> Tensor:
+    def _exact_rows(self, layout: Layout, chunks: Sequence[ChunkKV | None]) -> Tensor:
         """``[T]`` bool: chunk tokens that follow the very prefix they were encoded behind; their KV is right."""
         exact = torch.zeros(len(layout), dtype=torch.bool)
         prefix = self.library.prefix_ids
-        for _, row, part in layout.runs()[:1]:
-            if part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
+        for number, row, part in layout.runs()[:1]:
+            alone = (chunk := chunks[number]) is not None and not chunk.company
+            if alone and part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
                 exact[row : row + part.stop] = True
         return exact
 

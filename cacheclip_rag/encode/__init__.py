@@ -3,7 +3,8 @@
 from .activations import WithActivations
 from .base import Encoder
 from .blanks import Blanks
+from .fused import fused
 from .harvested import Harvested, Variants
 from .isolated import Isolated
 
-__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Variants", "WithActivations"]
+__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Variants", "WithActivations", "fused"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 
 from ..chunks import Namespace
 from ..engine import Engine
+from ..errors import ConfigurationError
 from ..library import Library
 from ..methods import Method
+from .company import Only
 from .data import Item, prompt
 
 _ENCODING = {"format", "prefix", "encoder", "tenant"}
@@ -41,6 +43,24 @@ def ensure(engine: Engine, item: Item, method: Method) -> None:
         passages = (*item.passages[half:], *item.passages[:half])
         earlier = replace(item, passages=passages, question="What are these passages about?")
         engine.prefill(prompt(earlier, engine.backbone), method=method)
+
+
+def fuse(engine: Engine, method: Method, neighbours: Mapping[str, Sequence[str]]) -> Method:
+    """Have the passages fused with these neighbours, those left out that are too short to be chunks; the method that
+    takes no other variants.
+
+    Raises ConfigurationError when some could not be fused: a row must not be about something else than it says.
+    """
+
+    def known(text: str) -> bool:
+        return engine.library.key(text) in engine.index
+
+    engine.ensure(dict.fromkeys(other for company in neighbours.values() for other in company), method=method)
+    wanted = {text: tuple(filter(known, company)) for text, company in neighbours.items() if known(text)}
+    result = engine.fuse(wanted, method=method, variants=64)
+    if result.skipped:
+        raise ConfigurationError(f"not fused: {result.skipped[0]}")
+    return replace(method, fit=Only(frozenset(wanted.values())))
 
 
 def library(engine: Engine, method: Method) -> Library | None:

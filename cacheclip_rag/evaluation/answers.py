@@ -72,6 +72,8 @@ def _measure(
 ) -> dict[str, Any]:
     chunks, method = [passage.chunk for passage in item.passages], system.recipe
     access.ensure(engine, item, method)
+    if system.meet is not None:
+        method = access.fuse(engine, method, system.meet(item))
     prefill = engine.prefill(
         text, question=item.question, method=method, recompute_ratio=system.ratio, room=max_new_tokens + 1
     )

@@ -12,6 +12,9 @@ from pathlib import Path
 from ..engine import Engine
 from ..errors import ConfigurationError
 from . import rows
+from .company import meeting
+from .data import Item
+from .embedding import mean_pooling
 from .figures import comparison, summary
 from .runner import run
 from .sources import Source, max_new_tokens, sources
@@ -82,10 +85,11 @@ def execute(plan: Plan) -> int:
             systems = _helped(engine, plan.systems)
             for source in plan.sources:
                 items = source.items(plan.items, engine.backbone)
+                among = _met(systems, source, items)
                 failed += run(
                     engine,
                     items,
-                    systems,
+                    among,
                     plan.out,
                     dataset=source.name,
                     max_new_tokens=plan.length or max_new_tokens(items, engine.backbone),
@@ -103,6 +107,21 @@ def _helped(engine: Engine, systems: Sequence[System]) -> list[System]:
     """The systems with their own auxiliary models loaded, each once."""
     loaded = {name: engine.open_auxiliary(name) for name in {s.helper for s in systems if s.helper}}
     return [dataclasses.replace(s, auxiliary=loaded[s.helper]) if s.helper else s for s in systems]
+
+
+def _met(systems: Sequence[System], source: Source, items: Sequence[Item]) -> list[System]:
+    """The systems that fuse passages, told whom with."""
+    sought = {(s.company, s.neighbours) for s in systems if s.company}
+    if not sought:
+        return list(systems)
+    corpus, more = source.all() or items, source.corpus()
+    embed = mean_pooling() if any(company == "similar" for company, _ in sought) else _no_embedding
+    meets = {(company, count): meeting(company, count, corpus, more, embed) for company, count in sought}
+    return [dataclasses.replace(s, meet=meets[s.company, s.neighbours]) if s.company else s for s in systems]
+
+
+def _no_embedding(texts: list[str]) -> list[list[float]]:
+    raise ConfigurationError("nothing is embedded here")
 
 
 def render(path: Path, baseline: str | None = None, as_json: bool = False) -> str:

@@ -62,6 +62,18 @@ def read(path: str | Path) -> list[Item]:
     return items
 
 
+def passages(path: str | Path) -> list[str]:
+    """The passages of a JSONL file of ``{"title", "text"}``, as they stand in prompts. Malformed lines are left out."""
+    found = []
+    for line in Path(path).read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line.decode("utf-8"))
+            found.append(Passage(_text(record.get("title") or ""), _text(record["text"])).chunk)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return found
+
+
 def _item(record: dict[str, Any]) -> Item:
     """Raises KeyError, TypeError or AttributeError for a record that is no item."""
     meta = record.get("meta") or {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..backbone import Backbone
 from ..errors import ConfigurationError
-from .data import Item, read, shortened, spread
+from .data import Item, passages, read, shortened, spread
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,15 @@ class Source:
     tokens: int = 0
     only: Mapping[str, str] = field(default_factory=dict)
     passages: int | None = None
+
+    def all(self) -> list[Item]:
+        """All items of a file, whatever is asked of it; none of a generated set."""
+        return [] if self.path is None else read(self.path)
+
+    def corpus(self) -> list[str]:
+        """Passages that stand beside the items, in ``corpus.jsonl``: they are retrieved from, too."""
+        file = None if self.path is None else self.path.parent / "corpus.jsonl"
+        return [] if file is None or not file.is_file() else passages(file)
 
     def items(self, count: int, backbone: Backbone) -> list[Item]:
         """``count`` items: spread evenly over the file, or of the seeds 0.. with lengths by the model's tokenizer."""

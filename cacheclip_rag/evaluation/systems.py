@@ -11,10 +11,13 @@ from typing import Any
 from .. import spec
 from ..auxiliary import Auxiliary
 from ..errors import ConfigurationError
-from ..methods import Method, check_ratio, resolve
+from ..methods import FUSED, Method, check_ratio, resolve
+from .company import SOURCES, Meet
 
-AUXILIARY = "auxiliary"
-"""A parameter of a system and not of its method: the auxiliary model's name, where it is not the engine's own."""
+AUXILIARY, COMPANY, NEIGHBOURS = "auxiliary", "company", "neighbours"
+"""Parameters of a system and not of its method: the auxiliary model's name, where it is not the engine's own; for a
+method that takes fused variants, whom passages are fused with (see `company.meeting`) and how many at most.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,8 @@ class System:
     """One thing to compare: a method at a ratio, under a ``label`` that names it in rows and tables.
 
     ``auxiliary``: another auxiliary model than the engine's, or its name in ``helper`` until it is loaded.
-    ``parameters``: the method's, by name.
+    ``parameters``: the method's, by name. ``meet``: whom passages are fused with, or for short in ``company`` and
+    ``neighbours`` until the data are there.
     """
 
     label: str
@@ -31,6 +35,9 @@ class System:
     auxiliary: Auxiliary | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     helper: str = ""
+    company: str = ""
+    neighbours: int = 10
+    meet: Meet | None = None
 
     @cached_property
     def recipe(self) -> Method:
@@ -108,8 +115,17 @@ def _takes_ratio(one: _Spec) -> bool:
 
 def _system(written: _Spec) -> System:
     values = {name: spec.value(name, text) for name, text in written.parameters.items()}
-    helper = str(values.pop(AUXILIARY, ""))
-    system = System(written.label, written.name, written.ratio, parameters=values, helper=helper)
+    helper, company = str(values.pop(AUXILIARY, "")), str(values.pop(COMPANY, ""))
+    count = values.pop(NEIGHBOURS, 10)
+    if company and company not in SOURCES:
+        raise ConfigurationError(f'"{written.label}": company is one of {", ".join(SOURCES)}')
+    if not isinstance(count, int) or count < 1:
+        raise ConfigurationError(f'"{written.label}": neighbours must be at least 1, not {count!r}')
+    if company:
+        values.setdefault(FUSED, True)
+    system = System(
+        written.label, written.name, written.ratio, parameters=values, helper=helper, company=company, neighbours=count
+    )
     recipe = system.recipe  # raises for an unknown method or parameter
     if helper and not recipe.select.needs_auxiliary:
         raise ConfigurationError(f'"{written.label}": {written.name} asks no auxiliary model')

@@ -1,0 +1,7 @@
+"""Which chunks a chunk's KV should be computed with, and which of the results a prompt is given."""
+
+from .fit import Company, Fit, Nearest, overlap
+from .neighbours import Embed, Neighbourhood, similar
+from .variants import FusedVariants
+
+__all__ = ["Company", "Embed", "Fit", "FusedVariants", "Nearest", "Neighbourhood", "overlap", "similar"]

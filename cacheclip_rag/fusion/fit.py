@@ -1,0 +1,36 @@
+"""Which of a chunk's fused variants fits a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Company = tuple[str, ...]
+"""The texts of the chunks that a variant was computed behind, in their order; none for the chunk by itself."""
+
+
+class Fit(Protocol):
+    """Chooses variants. Frozen dataclasses."""
+
+    def choose(self, companies: Sequence[Company], before: Sequence[str]) -> Company:
+        """One of ``companies`` for a chunk that stands behind the chunks ``before``."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The variant whose company has most in common with the chunks in front: the largest `overlap`, of equal ones the
+    fused one, then the newest.
+    """
+
+    def choose(self, companies: Sequence[Company], before: Sequence[str]) -> Company:
+        order = range(len(companies))
+        return companies[max(order, key=lambda n: (overlap(companies[n], before), bool(companies[n]), n))]
+
+
+def overlap(company: Sequence[str], before: Sequence[str]) -> float:
+    """``|K and B| / |K or B|``, K the chunks a variant was computed behind, B those it stands behind: 0..1; 1 if both
+    are none.
+    """
+    seen, there = set(company), set(before)
+    return len(seen & there) / len(seen | there) if seen or there else 1.0

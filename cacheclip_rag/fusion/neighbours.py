@@ -1,0 +1,89 @@
+"""Which chunks are likely to meet in a prompt: those that resemble each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..chunks import canonical
+from ..errors import ConfigurationError
+
+Embed = Callable[[list[str]], Any]
+"""An embedding function: ``n`` texts to ``[n, d]`` numbers, as an array or a list of lists."""
+
+_BATCH = 1024
+"""Texts that are compared with all others at once."""
+
+
+class Neighbourhood:
+    """Every chunk's nearest others by the cosine of their embeddings, kept up to date as chunks come and go.
+
+    ``count``: how many; a corpus with fewer has fewer. Texts that are the same once stripped are one chunk.
+    Source: FusionRAG (arXiv 2601.12904), similarity-guided preprocessing: exact inner-product search.
+    """
+
+    def __init__(self, count: int = 10) -> None:
+        if count < 1:
+            raise ConfigurationError(f"count must be at least 1 neighbour, not {count}")
+        self.count = count
+        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+        self._width = 0
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def add(self, texts: Sequence[str], vectors: Any) -> None:
+        """Take in chunks with their embeddings ``[n, d]``. Raises ConfigurationError, and takes in none, for embeddings
+        of another number or width than is wanted, and for such as are not finite.
+        """
+        given = np.asarray(vectors, dtype=np.float32)
+        if given.ndim != 2 or len(given) != len(texts):
+            raise ConfigurationError(f"{len(texts)} texts need embeddings [{len(texts)}, d], not {list(given.shape)}")
+        if self._width not in (0, given.shape[1]):
+            raise ConfigurationError(
+                f"embeddings of width {given.shape[1]} among such of width {self._width}: use one embedding model, or "
+                "start anew with the new one"
+            )
+        if not np.isfinite(given).all():
+            raise ConfigurationError("some embeddings are not finite numbers")
+        if len(texts):
+            self._width = given.shape[1]
+        given /= np.maximum(np.linalg.norm(given, axis=1, keepdims=True), 1e-12)
+        self._vectors.update(zip(map(canonical, texts), given, strict=True))
+
+    def remove(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self._vectors.pop(canonical(text), None)
+
+    def nearest(self, texts: Iterable[str] | None = None) -> dict[str, list[str]]:
+        """The neighbours of these chunks (None: of all), the most similar first. Unknown texts are left out."""
+        known = list(self._vectors)
+        wanted = known if texts is None else [t for t in dict.fromkeys(map(canonical, texts)) if t in self._vectors]
+        if not wanted:
+            return {}
+        matrix = np.stack(list(self._vectors.values()))
+        place = {text: number for number, text in enumerate(known)}
+        found: dict[str, list[str]] = {}
+        for start in range(0, len(wanted), _BATCH):
+            mine = [place[text] for text in wanted[start : start + _BATCH]]
+            scores = matrix[mine] @ matrix.T
+            scores[np.arange(len(mine)), mine] = -np.inf
+            kept = np.argsort(-scores, axis=1, kind="stable")[:, : min(self.count, len(known) - 1)]
+            found |= {known[n]: [known[other] for other in row] for n, row in zip(mine, kept, strict=True)}
+        return found
+
+
+def similar(texts: Sequence[str], embed: Embed, count: int = 10) -> dict[str, list[str]]:
+    """Each text's ``count`` most similar others among them, the most similar first; see `Neighbourhood`.
+
+    ``embed`` is called with 256 texts at a time. Raises what it raises, and ConfigurationError for no embeddings.
+    """
+    neighbourhood = Neighbourhood(count)
+    unique = list(dict.fromkeys(map(canonical, texts)))
+    for start in range(0, len(unique), 256):
+        batch = unique[start : start + 256]
+        neighbourhood.add(batch, embed(batch))
+    return neighbourhood.nearest()

@@ -1,0 +1,376 @@
+"""Fused KV: what it is, which prompt gets it, and that nothing of it outlives its company. On tiny random models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import distance, own
+from tiny import CONFIGS, PASSAGES, tiny_backbone
+
+from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
+from cacheclip_rag.evaluation import Item, Passage, run
+from cacheclip_rag.evaluation.company import meeting
+from cacheclip_rag.evaluation.systems import parse
+from cacheclip_rag.fusion import Nearest, Neighbourhood, overlap, similar
+from cacheclip_rag.methods import resolve
+
+A, B, C, D, E = PASSAGES
+PREFIX = "Read these passages.\n"
+TAIL = "\n\nWho drove the last train?"
+NAIVE = resolve("naive", prefix=PREFIX)
+FUSED = resolve(NAIVE, fused=True)
+
+
+def engine(backbone: Backbone | None = None, **options: Any) -> Engine:
+    return Engine(backbone or tiny_backbone(), method=FUSED, prefix=PREFIX, **options)
+
+
+def variants(engine: Engine) -> Any:
+    return engine._room(engine.method).fused
+
+
+def ids(*texts: str) -> torch.Tensor:
+    return torch.cat([tiny_backbone().tokenise(text).ids for text in texts])
+
+
+# ---- what it is ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_fused_behind_one_chunk_is_what_a_full_prefill_of_both_gives(kind: str) -> None:
+    """One hop is exact for one neighbour: its own KV behind the prefix is right."""
+    ready = engine(tiny_backbone(kind))
+    ready.ensure([A, B])
+    assert ready.fuse({B: [A]}).encoded == 1
+    chunk, whole = variants(ready).get(B, (A,)), own(kind, ids(PREFIX, A, B))
+    start = len(PREFIX) + len(A)
+    assert chunk.position == start and chunk.company == (A,) and torch.equal(chunk.ids, ids(B))
+    assert distance(chunk.keys, whole.keys[:, :, start:]) < 1e-4
+    assert distance(chunk.values, whole.values[:, :, start:]) < 1e-4
+
+
+def test_neighbours_stand_in_order_with_their_own_kv() -> None:
+    """Two neighbours: the second does not see the first, and their positions are contiguous (transformers' oracle)."""
+    ready = engine()
+    ready.ensure([A, B, C])
+    ready.fuse({C: [A, B]})
+    chunk = variants(ready).get(C, (A, B))
+    text, p, a, b = ids(PREFIX, A, B, C), len(PREFIX), len(A), len(B)
+    first, second = own("llama", ids(PREFIX, A)), own("llama", ids(PREFIX, B))
+    model = tiny_backbone()
+    moved = model.rotary.rotate(second.keys[:, :, p:], a)
+    keys = torch.cat([first.keys, moved], dim=2)
+    values = torch.cat([first.values, second.values[:, :, p:]], dim=2)
+    canvas = model.canvas(len(text))
+    canvas.write(0, keys, values)
+    rows = torch.arange(p + a + b, len(text))
+    model.forward(text[rows], rows, canvas, logits=0)
+    want = canvas.read(slice(p + a + b, len(text)))
+    assert distance(chunk.keys, want[0]) < 1e-4 and distance(chunk.values, want[1]) < 1e-4
+    other = engine()
+    other.ensure([A, B, C])
+    other.fuse({C: [B, A]})
+    assert distance(variants(other).get(C, (B, A)).keys, want[0]) > 1e-2
+
+
+def test_a_prompt_in_the_company_of_fusion_is_exact_without_recompute() -> None:
+    ready, prompt = engine(), PREFIX + A + B + TAIL
+    ready.ensure([A, B])
+    full = ready.prefill(prompt, method="full").logits
+    assert distance(ready.prefill(prompt).logits, full) > 1e-2
+    ready.fuse({B: [A]})
+    result = ready.prefill(prompt)
+    assert distance(result.logits, full) < 1e-4
+    assert result.report.fallbacks == [] and [use.exact for use in result.report.chunks] == [True, False]
+    # Without fusion's leave, methods take what a chunk is by itself.
+    assert distance(ready.prefill(prompt, method=NAIVE).logits, full) > 1e-2
+
+
+@pytest.mark.parametrize("method", ["cacheblend", "query_guided", "fusionrag", "droidspeak", "psr", "epic", "link0"])
+def test_every_way_of_encoding_can_be_fused_and_ratio_one_is_full_prefill(method: str) -> None:
+    ready = Engine(tiny_backbone(), method=resolve(method, fused=True))
+    ready.ensure([A, B, C])
+    assert ready.fuse({B: [A], C: [A, B]}).encoded == 2
+    prompt = ready.backbone.shared_prefix() + "\n\n".join([A, B, C]) + TAIL
+    full = ready.prefill(prompt, method="full").logits
+    result = ready.prefill(prompt, recompute_ratio=0.5 if ready.method.recompute_ratio else None)
+    assert result.report.fallbacks == []
+    assert [
+        chunk and chunk.company for chunk in ready._room(ready.method)._load(keys(ready, A, B, C), ready.method)[0]
+    ] == [
+        (),
+        (A,),
+        (A, B),
+    ]
+    if ready.method.recompute_ratio:
+        assert distance(ready.prefill(prompt, recompute_ratio=1.0).logits, full) < 1e-4
+
+
+def keys(engine: Engine, *texts: str) -> list[str]:
+    return [engine.library.key(text) for text in texts]
+
+
+# ---- which variant -------------------------------------------------------------------------------------------------
+
+
+def test_the_variant_with_most_in_common_with_what_stands_in_front_is_taken() -> None:
+    choose = Nearest().choose
+    assert choose([(), (A,), (A, B), (C, D)], [A, B]) == (A, B)
+    assert choose([(), (A,), (A, B), (C, D)], [D, E]) == (C, D)
+    assert choose([(), (A,), (A, B)], []) == ()  # nothing in front: the chunk by itself
+    assert choose([(), (A,), (B,)], [E]) == (B,)  # a stranger's company still beats none; of equals the newest
+    assert choose([()], [A]) == ()
+    assert overlap([A, B], [B, C]) == pytest.approx(1 / 3) and overlap([], []) == 1.0 and overlap([], [A]) == 0.0
+
+
+def test_what_stands_in_front_is_what_the_prompt_says() -> None:
+    ready = engine()
+    ready.ensure([A, B, C])
+    ready.fuse({C: [A], B: [C]})
+    ready.fuse({C: [B]})
+    room = ready._room(ready.method)
+
+    def taken(*texts: str) -> list[tuple[str, ...]]:
+        return [chunk.company for chunk in room._load(keys(ready, *texts), ready.method)[0]]
+
+    assert taken(A, C) == [(), (A,)] and taken(B, C) == [(), (B,)]
+    assert taken(C, B, C) == [(), (C,), (B,)]  # twice in one prompt, each time in its place
+
+
+# ---- making --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_made_again_and_the_oldest_makes_room() -> None:
+    ready = engine()
+    ready.ensure(PASSAGES)
+    seen: list[int] = []
+    assert ready.fuse({A: [B], B: [A]}, seen.append).encoded == 2 and seen == [1, 2]
+    assert ready.fuse({A: [B, B], B: [A], C: [A]}).encoded == 1  # a neighbour named twice counts once
+    ready.fuse({A: [C]}, variants=2)
+    ready.fuse({A: [D]}, variants=2)
+    assert variants(ready).of(A) == [(), (C,), (D,)]
+    assert ready.library.key(A, (B,)) not in ready.library.store
+
+
+def test_fewer_neighbours_than_wanted_and_none_at_all() -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    assert ready.fuse({A: [A], B: []}).encoded == 0  # itself is no company
+    assert variants(ready).of(A) == [()]
+
+
+def test_a_company_that_exceeds_the_window_loses_its_last() -> None:
+    backbone = tiny_backbone()
+    backbone.window = len(PREFIX) + len(A) + len(B) + len(C)
+    ready = engine(backbone)
+    ready.ensure([A, B, C, D])
+    ready.fuse({A: [B, C, D]})
+    assert variants(ready).of(A) == [(), (B, C)]
+
+
+def test_strangers_are_left_out_and_reported() -> None:
+    """Fusing must not bring back what was forgotten."""
+    ready = engine()
+    ready.ensure([A, B, C])
+    ready.forget([C])
+    result = ready.fuse({A: [C, B], C: [A]})
+    assert variants(ready).of(A) == [(), (B,)] and variants(ready).of(C) == [()]
+    assert [reason for _, reason in result.skipped] == ["the chunk is not known: ensure it first"]
+    assert not ready.knows(C)
+
+
+def test_one_chunk_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = engine()
+    ready.ensure([A, B, C])
+    fuse = variants(ready).fuse
+
+    def failing(text: str, *args: Any) -> bool:
+        if text == B:
+            raise PromptError("no")
+        return bool(fuse(text, *args))
+
+    monkeypatch.setattr(variants(ready), "fuse", failing)
+    result = ready.fuse({A: [B], B: [A], C: [A]})
+    assert result.encoded == 2 and result.skipped == [(B[:40], "no")]
+
+
+def test_a_method_that_encodes_nothing_ahead_cannot_be_fused() -> None:
+    ready = Engine(tiny_backbone(), method="cachecraft")
+    assert ready.fuse({A: [B]}).skipped[0][1] == "cachecraft encodes nothing ahead"
+    with pytest.raises(ConfigurationError, match="encodes no chunk ahead"):
+        resolve("cachecraft:fused=True")
+    with pytest.raises(ConfigurationError, match="True or False"):
+        resolve("naive:fused=3")
+    assert resolve("fusionrag:fused=False").fit is None and resolve("epic:fused=True").fit == Nearest()
+
+
+# ---- keeping and forgetting ----------------------------------------------------------------------------------------
+
+
+def test_variants_are_found_again_and_by_other_processes(tmp_path: Path) -> None:
+    first, second = engine(store=tmp_path), engine(store=tmp_path)
+    first.ensure([A, B])
+    first.fuse({B: [A]})
+    prompt = PREFIX + A + B + TAIL
+    want = first.prefill(prompt).logits
+    assert torch.equal(second.prefill(prompt).logits, want)  # open all the while
+    assert torch.equal(engine(store=tmp_path).prefill(prompt).logits, want)
+    assert engine(store=tmp_path).fuse({B: [A]}).encoded == 0  # an interrupted run goes on
+
+
+def test_a_variant_that_is_gone_costs_quality_and_not_the_answer() -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    ready.fuse({B: [A]})
+    ready.library.store.delete([ready.library.key(B, (A,))])
+    result = ready.prefill(PREFIX + A + B + TAIL)
+    assert result.report.fallbacks == [] and result.report.chunks[1].reused == len(B)
+    assert torch.equal(result.logits, ready.prefill(PREFIX + A + B + TAIL, method=NAIVE).logits)
+
+
+def test_forgetting_a_chunk_forgets_all_that_was_fused_with_it(tmp_path: Path) -> None:
+    ready, other = engine(store=tmp_path), engine(store=tmp_path)
+    ready.ensure([A, B, C, D])
+    other.prefill(PREFIX + A + TAIL)
+    ready.fuse({A: [B], B: [C], C: [D, A], D: [C]})
+    other.forget([A])  # the other process has not fused anything itself
+    assert {(e.text, e.company) for e in engine(store=tmp_path).library.store.entries()} == {
+        (B, ()),
+        (C, ()),
+        (D, ()),
+        (B, (C,)),
+        (D, (C,)),
+    }
+    assert not any(A.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert ready.prefill(PREFIX + B + C + TAIL).report.fallbacks == []
+
+
+def test_tenants_share_no_fused_kv(tmp_path: Path) -> None:
+    one, two = engine(store=tmp_path, tenant="one"), engine(store=tmp_path, tenant="two")
+    one.ensure([A, B])
+    two.ensure([A, B])
+    one.fuse({B: [A]})
+    assert variants(one).of(B) == [(), (A,)] and variants(two).of(B) == [()]
+    assert one.library.key(B, (A,)) != two.library.key(B, (A,))
+
+
+# ---- neighbours ----------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_are_the_most_similar_others_and_follow_the_corpus() -> None:
+    vectors = {"a": [1.0, 0.0], "b": [2.0, 0.1], "c": [0.0, 1.0], "d": [0.7, 0.7]}  # length does not count
+    known = Neighbourhood(2)
+    known.add(list(vectors), list(vectors.values()))
+    assert known.nearest(["a", "c"]) == {"a": ["b", "d"], "c": ["d", "b"]}
+    known.add(["e"], [[0.05, 1.0]])
+    assert known.nearest(["c", "unknown"]) == {"c": ["e", "d"]}
+    known.remove(["d", "unknown"])
+    assert known.nearest() == {"a": ["b", "e"], "b": ["a", "e"], "c": ["e", "b"], "e": ["c", "b"]}
+
+
+def test_a_corpus_of_one_and_of_copies() -> None:
+    assert similar(["a"], lambda texts: [[1.0]]) == {"a": []}
+    calls: list[list[str]] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        calls.append(texts)
+        return np.eye(2)[: len(texts)]
+
+    assert similar(["a", " a\n", "b"], embed) == {"a": ["b"], "b": ["a"]} and calls == [["a", "b"]]
+    assert similar([], embed) == {}
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ([[1.0]], "need embeddings"),
+        ([1.0, 2.0], "need embeddings"),
+        ([[1.0, 2.0, 3.0]] * 2, "width 3 among"),
+        ([[1.0, float("nan")]] * 2, "finite"),
+    ],
+)
+def test_what_is_no_embedding_is_refused_and_changes_nothing(vectors: Any, message: str) -> None:
+    known = Neighbourhood()
+    known.add(["a", "b"], [[1.0, 0.0], [0.0, 1.0]])
+    with pytest.raises(ConfigurationError, match=message):
+        known.add(["c", "d"], vectors)
+    assert len(known) == 2
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        Neighbourhood(0)
+
+
+def test_an_embedding_function_that_fails_says_so_itself() -> None:
+    with pytest.raises(ZeroDivisionError):
+        similar(["a"], lambda texts: 1 / 0)
+
+
+def test_many_texts_are_compared_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, 8))
+    texts = [f"text {n}" for n in range(50)]
+    at_once, in_batches = Neighbourhood(5), Neighbourhood(5)
+    at_once.add(texts, vectors)
+    in_batches.add(texts, vectors)
+    want = at_once.nearest()
+    monkeypatch.setattr("cacheclip_rag.fusion.neighbours._BATCH", 7)
+    assert in_batches.nearest() == want
+    scores = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ vectors[3] / np.linalg.norm(vectors[3])
+    assert want["text 3"] == [f"text {n}" for n in np.argsort(-scores) if n != 3][:5]
+
+
+# ---- in an evaluation ----------------------------------------------------------------------------------------------
+
+
+def item(name: str, *texts: str) -> Item:
+    return Item(name, "Who?", ("x",), tuple(Passage("", text) for text in texts))
+
+
+def test_company_from_use_is_what_other_items_retrieved_together() -> None:
+    corpus = [item("1", A, B, C), item("2", B, A, D), item("3", B, A), item("4", C, E)]
+    meet = meeting("use", 10, corpus, [], lambda texts: 1 / 0)
+    found = meet(corpus[0])
+    assert found[A] == [B, D] and found[B] == [
+        A,
+        D,
+    ]  # twice with each other, once with D; their own item is not counted
+    assert found[C] == [E]
+    assert meet(item("5", A, B))[A][:1] == [B]
+    alone = meeting("use", 2, [item("1", A, B, C, D)], [], lambda texts: 1 / 0)
+    assert alone(item("1", A, B, C, D)) == {A: [C, D], B: [C, D], C: [D, A], D: [C, A]}  # as asked before, turned round
+
+
+def test_company_by_resemblance_is_sought_in_the_whole_corpus() -> None:
+    place = {A: 0.0, B: 0.1, C: 1.0, D: 0.9, E: 0.5}
+    embed = lambda texts: [[np.cos(place[t]), np.sin(place[t])] for t in texts]  # noqa: E731
+    meet = meeting("similar", 2, [item("1", A, C), item("2", B)], [D, E], embed)
+    assert meet(item("1", A, C)) == {A: [B, E], C: [D, E]}
+    with pytest.raises(ConfigurationError, match="use, similar"):
+        meeting("rumour", 2, [], [], embed)
+
+
+def test_systems_with_different_company_share_a_store_and_not_their_variants(tmp_path: Path) -> None:
+    ready, items = Engine(tiny_backbone()), [item("1", A, B, C), item("2", C, A, E)]
+    systems = parse(["naive:company=use", "naive:company=use,neighbours=1", "naive"])
+    meets = {n: meeting("use", n, items, [], lambda texts: 1 / 0) for n in (1, 10)}
+    systems = [dataclasses.replace(s, meet=meets[s.neighbours]) if s.company else s for s in systems]
+    assert run(ready, items[:1], systems, tmp_path / "rows.jsonl", dataset="set", max_new_tokens=2) == 0
+    kl = {row["system"]: row["kl"] for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    assert len(set(kl.values())) == 4
+    # Alone in a store, each gives the same.
+    assert (
+        run(Engine(tiny_backbone()), items[:1], systems[1:2], tmp_path / "one.jsonl", dataset="set", max_new_tokens=2)
+        == 0
+    )
+    (_, row) = map(json.loads, (tmp_path / "one.jsonl").read_text().splitlines())
+    assert row["kl"] == kl["naive:company=use,neighbours=1"]
+
+
+@pytest.mark.parametrize("spec", ["naive:company=rumour", "naive:company=use,neighbours=0", "cachecraft:company=use"])
+def test_systems_that_cannot_be_fused_are_refused(spec: str) -> None:
+    with pytest.raises(ConfigurationError):
+        parse([spec])
