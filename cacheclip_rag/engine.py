@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .decoding import TextStream
 from .encode import Encoder, Harvested, Isolated
 from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError
 from .exact import ExactCache, ExactReuse
+from .fusion import Usage
 from .harvesting import Harvesting
 from .library import Library
 from .methods import Method
@@ -38,6 +39,18 @@ from .turns import Turns
 log = logging.getLogger("cacheclip_rag")
 
 GIB = 1 << 30
+
+
+_FUSED_AT = (2, 8, 32, 128, 512, 2048)
+"""How often a chunk must have come in prompts to be fused in idle time, and then again: its company becomes clearer."""
+
+
+class _Task(NamedTuple):
+    """What is done when no request is being served: encode a chunk, or fuse it with those it was met with."""
+
+    text: str
+    method: Method | None = None
+    fuse: bool = False
 
 
 class _Cancelled(Exception):
@@ -89,6 +102,7 @@ class Engine:
         dtype: torch.dtype | str = "auto",
         device: str | torch.device = "auto",
         on_uncomposable: Literal["error", "prefill"] = "error",
+        fuse_when_idle: bool = False,
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
@@ -100,7 +114,8 @@ class Engine:
         keys the names of files and authenticates them, for a folder that others can write to. ``remote``: an fsspec url
         (``"s3://bucket/folder"``) or a `Remote`, asked for what is not here and given a copy of what is new.
         ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
-        plain prefill.
+        plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks that come often with those they
+        come with, for a method that takes fused variants.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -130,11 +145,13 @@ class Engine:
             self._room(self.method)
             if auxiliary is not None:
                 self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
+        self.usage = Usage(self._usage_file())
+        self._fuse_when_idle = fuse_when_idle
         self._turns = Turns()
         self._hints: OrderedDict[tuple[str, frozenset[str]], None] = OrderedDict()
         self._hints_lock = threading.Lock()
         self._active, self._active_lock = 0, threading.Lock()
-        self._background = Background(self._encode_later)
+        self._background = Background(self._do_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self.last_report: Report | None = None
 
@@ -231,6 +248,19 @@ class Engine:
                 progress(done)
         return result
 
+    def fuse_used(
+        self, least: int = 2, count: int = 10, progress: Callable[[int], None] | None = None, **options: Any
+    ) -> Ensured:
+        """Fuse the chunks that came in ``least`` prompts or more, each with the ``count`` others that stood in front of
+        it most often, the most frequent first. ``options`` are those of `fuse`, and so is the rest.
+        """
+        neighbours = {}
+        for name in self.usage.hot(least):
+            texts = [self.index.text(other) for other in (name, *self.usage.company(name, count))]
+            if texts[0] is not None and (company := [text for text in texts[1:] if text is not None]):
+                neighbours[texts[0]] = company
+        return self.fuse(neighbours, progress, **options)
+
     def _fuse(self, text: str, company: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:  # nothing of the company can be forgotten meanwhile
             if self.library.key(text) not in self.index:
@@ -243,11 +273,12 @@ class Engine:
     def ensure_later(self, texts: Iterable[str]) -> None:
         """Like `ensure`, in the background, while no request is being served."""
         if self.composable:
-            self._background.add((text, None) for text in texts)
+            self._background.add(_Task(text) for text in texts)
 
     def flush(self) -> None:
         """Wait until everything asked of `ensure_later` is done, and is at the remote store if there is one."""
         self._background.flush()
+        self.usage.save()
         for store in self._uploading:
             store.flush()
 
@@ -258,6 +289,7 @@ class Engine:
         gone = list(texts)
         with self._turns:  # a prompt on its way would leave behind what it harvests
             self._exact.clear()
+            self.usage.forget([self.library.key(text) for text in gone])
             for text in gone:
                 name = self.library.key(text)
                 self.index.remove(name)
@@ -389,6 +421,7 @@ class Engine:
     def close(self) -> None:
         """Stop background work, but for uploads, which are waited for. The engine goes on answering."""
         self._background.close()
+        self.usage.save()
         for store in self._uploading:
             store.flush()
 
@@ -460,9 +493,14 @@ class Engine:
                 log.exception("reuse failed; prefilling the whole prompt")
                 report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
                 return prefill.full(self.backbone, self.index, prompt, room, report)
+        if self.usage.note(names := [use.key for use in report.chunks]):
+            self._threads.submit(self.usage.save)
+        if self._fuse_when_idle and method.fit is not None:
+            due = [self.index.text(name) for name in names if self.usage.uses(name) in _FUSED_AT]
+            self._background.add(_Task(text, method, fuse=True) for text in due if text is not None)
         gone = [text for use in report.chunks if use.missing and (text := self.index.text(use.key)) is not None]
         if gone:
-            self._background.add((text, method) for text in gone)
+            self._background.add(_Task(text, method) for text in gone)
         return result
 
     def _hinted(self, prompt: str) -> tuple[frozenset[str], str | None]:
@@ -512,6 +550,11 @@ class Engine:
 
         return turn
 
+    def _usage_file(self) -> Path | None:
+        if self._store_folder is None or not self.composable:
+            return None
+        return Path(self._store_folder).expanduser() / f"usage-{self.library.namespace.digest[:32]}.json"
+
     def _library(self, backbone: Backbone, encoder: Encoder) -> Library:
         return Library(backbone, encoder, self._open_store, self._tenant, self._secret)
 
@@ -532,12 +575,15 @@ class Engine:
             with self._turns:
                 self.auxiliary.ensure(text)
 
-    def _encode_later(self, task: tuple[str, Method | None]) -> None:
-        text, method = task
+    def _do_later(self, task: _Task) -> None:
         patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up
         while self._active and time.monotonic() < patience:
             time.sleep(0.02)
-        self.ensure([text], method=method)
+        if task.fuse:
+            met = map(self.index.text, self.usage.company(self.library.key(task.text), 10))
+            self.fuse({task.text: [text for text in met if text is not None]}, method=task.method)
+        else:
+            self.ensure([task.text], method=task.method)
 
 
 def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:

@@ -17,7 +17,7 @@ from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
 from cacheclip_rag.evaluation import Item, Passage, run
 from cacheclip_rag.evaluation.company import meeting
 from cacheclip_rag.evaluation.systems import parse
-from cacheclip_rag.fusion import Nearest, Neighbourhood, overlap, similar
+from cacheclip_rag.fusion import Nearest, Neighbourhood, Usage, overlap, similar
 from cacheclip_rag.methods import resolve
 
 A, B, C, D, E = PASSAGES
@@ -374,3 +374,78 @@ def test_systems_with_different_company_share_a_store_and_not_their_variants(tmp
 def test_systems_that_cannot_be_fused_are_refused(spec: str) -> None:
     with pytest.raises(ConfigurationError):
         parse([spec])
+
+
+# ---- from use ------------------------------------------------------------------------------------------------------
+
+
+def test_usage_counts_who_stood_in_front() -> None:
+    usage = Usage()
+    for names in (["a", "b", "c"], ["b", "a"], ["c", "a", "b"], ["b", "b"]):
+        usage.note(names)
+    assert [usage.uses(name) for name in "abcd"] == [3, 4, 2, 0]
+    assert usage.company("a", 5) == ["b", "c"] and usage.company("b", 1) == ["a"] and usage.company("d", 3) == []
+    assert usage.hot(3) == ["b", "a"] and usage.hot(9) == []
+    usage.forget(["b"])
+    assert usage.company("a", 5) == ["c"] and usage.hot(1) == ["a", "c"]
+
+
+def test_usage_is_bounded_and_keeps_what_counts() -> None:
+    usage = Usage(chunks=10, companions=4)
+    for number in range(200):
+        usage.note(["often", f"once {number}", "hub"])
+    assert len(usage._seen) == 10 and max(map(len, usage._seen.values())) <= 2 * 4 + 1
+    assert usage.uses("hub") == usage.uses("often") == 200 and usage.company("hub", 1) == ["often"]
+
+
+def test_usage_of_two_processes_adds_up_and_survives(tmp_path: Path) -> None:
+    path = tmp_path / "usage.json"
+    one, two = Usage(path), Usage(path)
+    one.note(["a", "b"])
+    two.note(["a", "b"])
+    two.note(["c"])
+    one.save(), two.save(), one.save()
+    again = Usage(path)
+    assert [again.uses(name) for name in "abc"] == [2, 2, 1] and again.company("b", 3) == ["a"]
+    two.forget(["a"])
+    assert Usage(path).company("b", 3) == [] and '"a"' not in path.read_text()
+    path.write_text("{damaged")
+    assert Usage(path).hot(1) == []
+    one.note(["a"])
+    one.save()
+    assert Usage(path).uses("a") == 1
+    Usage(tmp_path / "absent" / "usage.json").forget(["a"])  # what cannot be kept is not missed
+
+
+def test_chunks_are_fused_with_those_they_come_with(tmp_path: Path) -> None:
+    ready = engine(store=tmp_path)
+    ready.ensure([A, B, C, D])
+    for texts in ([A, B, C], [A, C], [D]):
+        ready.prefill(PREFIX + "\n".join(texts) + TAIL)
+    assert ready.fuse_used().encoded == 1  # A has nothing in front, B and D came once
+    assert fused_of(ready)(C) == [(), (A, B)]
+    ready.close()
+    again = engine(store=tmp_path)
+    assert again.fuse_used(least=1).encoded == 1 and fused_of(again)(B) == [(), (A,)]
+    again.forget([A])
+    assert again.usage.company(again.library.key(B), 9) == []
+
+
+def test_idle_time_is_used_to_fuse_when_allowed() -> None:
+    allowed, not_allowed = engine(fuse_when_idle=True), engine()
+    for ready in (allowed, not_allowed):
+        ready.ensure([A, B])
+        for _ in range(2):
+            ready.generate(PREFIX + A + B + TAIL, max_new_tokens=1)
+        ready.flush()
+    assert fused_of(allowed)(B) == [(), (A,)] and fused_of(not_allowed)(B) == [()]
+    ready = engine(fuse_when_idle=True)
+    ready.ensure([A, B])
+    for _ in range(2):
+        ready.generate(PREFIX + A + B + TAIL, max_new_tokens=1, method=NAIVE)  # which takes no fused KV
+    ready.flush()
+    assert fused_of(ready)(B) == [()]
+
+
+def fused_of(engine: Engine) -> Any:
+    return variants(engine).of

@@ -20,13 +20,18 @@ def fused(
     result stays at the position it was computed at; placing rotates it from there, which spares the rounding of a way
     back. Source: FusionRAG (arXiv 2601.12904), section 3.1, eq. 8 to 10.
     """
-    row = 0 if prefix is None else prefix[0].shape[2]
-    canvas = backbone.canvas(row + sum(map(len, company)))
-    if prefix is not None:
-        canvas.write(0, *prefix)
-    for other in company:
-        canvas.place(other, slice(0, len(other)), row, backbone.rotary)
-        row += len(other)
-    before = canvas.keys[:, 0], canvas.values[:, 0]
+    before = joined(backbone, prefix, company)
     made = encoder.encode(backbone, chunk.text, Tokens(chunk.ids, chunk.offsets), before)
     return replace(made, company=tuple(other.text for other in company))
+
+
+def joined(backbone: Backbone, prefix: PrefixKV | None, chunks: Sequence[ChunkKV]) -> PrefixKV:
+    """The KV of a prefix with chunks behind it, ``[L, Hk, P + sum n, D]``: keys rotated to contiguous positions."""
+    row = 0 if prefix is None else prefix[0].shape[2]
+    canvas = backbone.canvas(row + sum(map(len, chunks)))
+    if prefix is not None:
+        canvas.write(0, *prefix)
+    for chunk in chunks:
+        canvas.place(chunk, slice(0, len(chunk)), row, backbone.rotary)
+        row += len(chunk)
+    return canvas.keys[:, 0], canvas.values[:, 0]

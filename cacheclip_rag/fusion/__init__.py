@@ -2,6 +2,7 @@
 
 from .fit import Company, Fit, Nearest, overlap
 from .neighbours import Embed, Neighbourhood, similar
+from .usage import Usage
 from .variants import FusedVariants
 
-__all__ = ["Company", "Embed", "Fit", "FusedVariants", "Nearest", "Neighbourhood", "overlap", "similar"]
+__all__ = ["Company", "Embed", "Fit", "FusedVariants", "Nearest", "Neighbourhood", "Usage", "overlap", "similar"]

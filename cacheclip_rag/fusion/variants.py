@@ -59,15 +59,42 @@ class FusedVariants:
         kept = tuple(other.text for other in others)
         if not kept or kept in self.of(chunk.text):
             return False
-        made = fused(library.encoder, library.backbone, chunk, others, library.prefix_kv)
-        key = library.key(chunk.text, kept)
-        library.store.put(key, made)
-        with self._lock:
-            mine = self._all().setdefault(chunk.text, {})
-            mine[kept] = key
-            old = [mine.pop(company) for company in list(mine)[:-keep]]
-        library.store.delete(old)
+        self._keep(fused(library.encoder, library.backbone, chunk, others, library.prefix_kv), keep)
         return True
+
+    def fuse_in_order(self, texts: Sequence[str], keep: int) -> int:
+        """Compute these chunks as one text behind the prefix and keep each one's KV, its company all those before it.
+
+        That is what a prompt of them leaves, for the cost of one prefill: every chunk has seen those before it as they
+        are in company, and not by themselves as in `fuse`. The first one's is what it is by itself. Chunks beyond the
+        model's window are left out. Returns how many variants are new; raises what `Library.encode` raises.
+        """
+        library = self._library
+        room = library.backbone.window - len(library.prefix_ids)
+        before: list[ChunkKV] = []
+        made = 0
+        for text in dict.fromkeys(map(canonical, texts)):
+            chunk = library.ensure(text)
+            room -= len(chunk)
+            if room < 0:
+                break
+            company = tuple(other.text for other in before)
+            seen = library.get(library.key(chunk.text, company))
+            if seen is None:
+                seen = fused(library.encoder, library.backbone, chunk, before, library.prefix_kv)
+                self._keep(seen, keep)
+                made += 1
+            before.append(seen)
+        return made
+
+    def _keep(self, made: ChunkKV, keep: int) -> None:
+        key = self._library.key(made.text, made.company)
+        self._library.store.put(key, made)
+        with self._lock:
+            mine = self._all().setdefault(made.text, {})
+            mine[made.company] = key
+            old = [mine.pop(company) for company in list(mine)[:-keep]]
+        self._library.store.delete(old)
 
     def forget(self, text: str) -> None:
         """Drop the chunk's variants, and those of others that were computed behind it."""
