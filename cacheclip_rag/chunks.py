@@ -43,11 +43,15 @@ class Namespace:
     def digest(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
-    def key(self, text: str, company: Sequence[str] = ()) -> str:
-        """The digest (hex) under which the KV of a chunk with this text, computed in this company, is stored."""
+    def key(self, text: str, company: Sequence[str] = (), joint: bool = False) -> str:
+        """The digest (hex) under which the KV of a chunk with this text is stored, computed in this company (see
+        `ChunkKV`).
+        """
         joined = self.digest.encode() + b"\0" + canonical(text).encode("utf-8", "surrogatepass")
         for other in company:  # texts may hold any character, so each is preceded by its length
             joined += f"\0{len(other)}\0{other}".encode("utf-8", "surrogatepass")
+        if company and joint:
+            joined += b"\0joint"
         return (hmac.new(self.secret, joined, hashlib.sha256) if self.secret else hashlib.sha256(joined)).hexdigest()
 
 
@@ -60,7 +64,8 @@ class ChunkKV:
     are rotated: token j stands at RoPE position ``position + j``. Keeping the position they were computed at, instead
     of rotating back to 0, spares a rounding, and a chunk that is placed where it was encoded is copied bit for bit.
     ``company``: the texts of the chunks that stood before this one when its KV was computed, in their order. It holds
-    something of theirs, and goes when one of them goes.
+    something of theirs, and goes when one of them goes. ``joint``: these had seen one another, as in a prompt; else
+    each had been computed by itself.
     """
 
     text: str
@@ -71,6 +76,7 @@ class ChunkKV:
     position: int
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     company: tuple[str, ...] = ()
+    joint: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

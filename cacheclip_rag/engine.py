@@ -248,6 +248,31 @@ class Engine:
                 progress(done)
         return result
 
+    def fuse_in_order(
+        self, sequences: Iterable[Sequence[str]], *, method: str | Method | None = None, variants: int = 3
+    ) -> Ensured:
+        """Keep the KV that prompts of these chunks, in this order, would leave: each chunk behind all those before it.
+
+        A prompt that holds such a sequence again is answered as full prefill answers it, up to the text between chunks;
+        one that holds most of it, nearly so. Each sequence costs what prefilling it costs. The rest is as in `fuse`.
+        """
+        result = Ensured()
+        chosen = self.method if method is None else methods.resolve(method)
+        for texts in sequences:
+            try:
+                with self._turns:
+                    known = [text for text in texts if self.library.key(text) in self.index]
+                    room = self._room(chosen)
+                    result.encoded += room.fused.fuse_in_order(known, variants)
+                    result.keys += [room.library.key(text) for text in known]
+                    result.skipped += [
+                        (t[:40], "the chunk is not known: ensure it first") for t in texts if t not in known
+                    ]
+            except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
+                log.warning("sequence not fused: %s", error)
+                result.skipped.append((texts[0][:40], str(error)))
+        return result
+
     def fuse_used(
         self, least: int = 2, count: int = 10, progress: Callable[[int], None] | None = None, **options: Any
     ) -> Ensured:

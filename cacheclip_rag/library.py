@@ -48,8 +48,8 @@ class Library:
         self._prefix_kv: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
 
-    def key(self, text: str, company: Sequence[str] = ()) -> str:
-        return self.namespace.key(text, company)
+    def key(self, text: str, company: Sequence[str] = (), joint: bool = False) -> str:
+        return self.namespace.key(text, company, joint)
 
     def __contains__(self, text: str) -> bool:
         return self.key(text) in self.store

@@ -17,7 +17,7 @@ from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
 from cacheclip_rag.evaluation import Item, Passage, run
 from cacheclip_rag.evaluation.company import meeting
 from cacheclip_rag.evaluation.systems import parse
-from cacheclip_rag.fusion import Nearest, Neighbourhood, Usage, overlap, similar
+from cacheclip_rag.fusion import LongestPath, Nearest, Neighbourhood, Usage, Workload, overlap, similar, simulate
 from cacheclip_rag.methods import resolve
 
 A, B, C, D, E = PASSAGES
@@ -449,3 +449,72 @@ def test_idle_time_is_used_to_fuse_when_allowed() -> None:
 
 def fused_of(engine: Engine) -> Any:
     return variants(engine).of
+
+
+# ---- in order ------------------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_that_comes_again_is_exact_without_recompute() -> None:
+    """Three chunks, each behind all before it: that one hop could not do."""
+    ready, prompt = engine(), PREFIX + A + B + C + TAIL
+    ready.ensure([A, B, C])
+    full = ready.prefill(prompt, method="full").logits
+    ready.fuse({B: [A], C: [A, B]})
+    one_hop = distance(ready.prefill(prompt).logits, full)
+    assert one_hop > 1e-3
+    assert ready.fuse_in_order([[A, B, C]]).encoded == 2
+    assert distance(ready.prefill(prompt).logits, full) < 1e-4
+    assert fused_of(ready)(C) == [(), (A, B)]  # it took the other's place
+    assert ready.library.key(C, (A, B)) not in ready.library.store
+    assert ready.fuse_in_order([[A, B, C], [A]]).encoded == 0
+
+
+def test_sequences_share_what_they_have_in_common_and_know_no_strangers(tmp_path: Path) -> None:
+    ready = engine(store=tmp_path)
+    ready.ensure([A, B, C])
+    result = ready.fuse_in_order([[A, B], [A, B, C], [D, A, B]])
+    assert result.encoded == 2 and [reason for _, reason in result.skipped] == [
+        "the chunk is not known: ensure it first"
+    ]
+    again = engine(store=tmp_path)
+    assert fused_of(again)(C) == [(), (A, B)]
+    (entry,) = [e for e in again.library.store.entries() if e.text == C and e.company]
+    assert entry.joint and again.library.get(entry.key).joint
+    again.forget([A])
+    assert fused_of(again)(C) == [()]
+
+
+# ---- Alternative Path ----------------------------------------------------------------------------------------------
+
+
+def test_the_longest_path_drops_chunks_from_the_front() -> None:
+    choose = LongestPath().choose
+    assert choose([(), (B,), (A, B)], [A, B]) == (A, B)
+    assert choose([(), (B,), (A, B)], [C, B]) == (B,)
+    assert choose([(), (A,), (A, B)], [A, C]) == () and choose([(), (A,)], []) == ()
+
+
+def test_the_paper_s_example() -> None:
+    """S+b, then S+a+b: b is found behind S; then S+b+a: a is found where the second question left it."""
+
+    class Three(Workload):
+        def __iter__(self) -> Any:
+            return iter([["b"], ["a", "b"], ["b", "a"]])
+
+    prefix, ours = simulate(Three(base=1))
+    assert (prefix.hit, prefix.stored, prefix.again) == (1, 1 + 4, 2)  # only S+b comes again
+    assert (ours.hit, ours.stored, ours.again) == (3, 1 + 2, 0)
+
+
+def test_one_copy_a_chunk_whatever_the_workload() -> None:
+    workload = Workload(queries=50, chunks_each=5, base=40, pool=20, seed=3)
+    queries = list(workload)
+    assert queries == list(workload) and all(len(set(q)) == 5 for q in queries) and len(queries) == 50
+    prefix, ours = simulate(workload)
+    asked = [chunk for query in queries for chunk in query]
+    assert ours.stored == len({*asked, *(f"base {n}" for n in range(40))}) < prefix.stored and ours.again == 0
+    assert prefix.asked == ours.asked == 250 and ours.hit == 250 - (ours.stored - 40) > prefix.hit
+    share = sum(chunk.startswith("base") for chunk in asked) / len(asked)
+    assert 0.4 < share < 0.7
+    with pytest.raises(ConfigurationError):
+        Workload(known=0.9, shared=0.2)

@@ -2,7 +2,22 @@
 
 from .fit import Company, Fit, Nearest, overlap
 from .neighbours import Embed, Neighbourhood, similar
+from .paths import LongestPath, Outcome, Workload, simulate
 from .usage import Usage
 from .variants import FusedVariants
 
-__all__ = ["Company", "Embed", "Fit", "FusedVariants", "Nearest", "Neighbourhood", "Usage", "overlap", "similar"]
+__all__ = [
+    "Company",
+    "Embed",
+    "Fit",
+    "FusedVariants",
+    "LongestPath",
+    "Nearest",
+    "Neighbourhood",
+    "Outcome",
+    "Usage",
+    "Workload",
+    "overlap",
+    "similar",
+    "simulate",
+]

@@ -12,13 +12,14 @@ from ..chunks import ChunkKV
 @dataclass(frozen=True)
 class Entry:
     """A stored chunk as the index knows it, without its KV. ``nbytes`` is what it takes up in the store; ``company``
-    are the texts of the chunks its KV was computed with.
+    and ``joint`` are the `ChunkKV`'s.
     """
 
     key: str
     text: str
     nbytes: int
     company: tuple[str, ...] = ()
+    joint: bool = False
 
 
 @dataclass

@@ -29,6 +29,7 @@ _TICK = 2_000_000_000  # nanoseconds between two times of change that a file sys
 class _Known:
     text: str
     company: tuple[str, ...]
+    joint: bool
     nbytes: int
     used: float
     stamped: float
@@ -206,7 +207,7 @@ class DiskStore:
         self.refresh()
         with self._lock:
             snapshot = list(self._index.items())
-        return (Entry(key, known.text, known.nbytes, known.company) for key, known in snapshot)
+        return (Entry(key, known.text, known.nbytes, known.company, known.joint) for key, known in snapshot)
 
     def stats(self) -> StoreStats:
         with self._lock:
@@ -247,7 +248,9 @@ class DiskStore:
             self._reject("unreadable")
         else:
             with self._lock:
-                self._index[key] = _Known(text, company, status.st_size, status.st_mtime, status.st_mtime)
+                self._index[key] = _Known(
+                    text, company, "joint" in head, status.st_size, status.st_mtime, status.st_mtime
+                )
             return True
         return False
 

@@ -2,9 +2,9 @@
 
 Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64; ``extra.NAME [n, ...]``, what an
 encoder keeps beside them. Metadata (strings): ``format``, ``key`` (the digest that names the file), ``namespace`` (JSON
-of everything the KV depends on), ``text``, ``position``, where the KV was computed in company ``company`` (a JSON list
-of those chunks' texts), and ``checksum``, the xxh3-128 of all that and the tensors'
-bytes, or their HMAC-SHA256 where the namespace has a secret. One file alone suffices to rebuild the index.
+of everything the KV depends on), ``text``, ``position``; where the KV was computed in company ``company`` (a JSON list
+of those chunks' texts) and, if these had seen one another, ``joint``; and ``checksum``, the xxh3-128 of all that and
+the tensors' bytes, or their HMAC-SHA256 where the namespace has a secret. One file alone suffices to rebuild the index.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
     if chunk.company:
         "".join(chunk.company).encode()
         metadata["company"] = json.dumps(chunk.company)
+        if chunk.joint:
+            metadata["joint"] = "true"
     metadata["checksum"] = _checksum(tensors, metadata, namespace)
     try:
         return safetensors.torch.save(tensors, metadata)
@@ -81,7 +83,9 @@ def fields(head: bytes) -> dict[str, Any]:
         raise Rejected("too many tensors")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise Rejected("other format")
-    if set(metadata) - {"company"} != _METADATA or not all(isinstance(value, str) for value in metadata.values()):
+    if set(metadata) - {"company", "joint"} != _METADATA or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise Rejected("damaged header")
     return found
 
@@ -106,7 +110,7 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
     if metadata["namespace"] != namespace.json:
         raise Rejected("other model")
     text, checksum = metadata["text"], metadata.pop("checksum")
-    if metadata["key"] != key or namespace.key(text, company(metadata)) != key:
+    if metadata["key"] != key or namespace.key(text, company(metadata), "joint" in metadata) != key:
         raise Rejected("other key")
     try:
         tensors = safetensors.torch.load(data)
@@ -121,7 +125,9 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
     if not set(_TENSORS) <= set(tensors):
         raise Rejected("damaged")
     kv = {name: tensors[name] for name in _TENSORS}
-    chunk = ChunkKV(text=text, position=position, extra=extra, company=company(metadata), **kv)
+    chunk = ChunkKV(
+        text=text, position=position, extra=extra, company=company(metadata), joint="joint" in metadata, **kv
+    )
     _check_shapes(chunk)
     return chunk
 

@@ -54,7 +54,7 @@ class MemoryStore:
     def entries(self) -> Iterator[Entry]:
         with self._lock:
             snapshot = list(self._chunks.items())
-        return (Entry(key, chunk.text, chunk.nbytes, chunk.company) for key, chunk in snapshot)
+        return (Entry(key, chunk.text, chunk.nbytes, chunk.company, chunk.joint) for key, chunk in snapshot)
 
     def refresh(self) -> bool:
         return False
