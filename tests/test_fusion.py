@@ -333,34 +333,51 @@ def item(name: str, *texts: str) -> Item:
 def test_company_from_use_is_what_other_items_retrieved_together() -> None:
     corpus = [item("1", A, B, C), item("2", B, A, D), item("3", B, A), item("4", C, E)]
     meet = meeting("use", 10, corpus, [], lambda texts: 1 / 0)
-    found = meet(corpus[0])
+    found = meet(corpus[0]).neighbours
     assert found[A] == [B, D] and found[B] == [
         A,
         D,
     ]  # twice with each other, once with D; their own item is not counted
     assert found[C] == [E]
-    assert meet(item("5", A, B))[A][:1] == [B]
+    assert meet(item("5", A, B)).neighbours[A][:1] == [B]
     alone = meeting("use", 2, [item("1", A, B, C, D)], [], lambda texts: 1 / 0)
-    assert alone(item("1", A, B, C, D)) == {A: [C, D], B: [C, D], C: [D, A], D: [C, A]}  # as asked before, turned round
+    assert alone(item("1", A, B, C, D)).neighbours == {
+        A: [C, D],
+        B: [C, D],
+        C: [D, A],
+        D: [C, A],
+    }  # as asked before, turned round
+
+
+def test_company_from_prompts_are_the_items_most_like_this_one() -> None:
+    corpus = [item("1", A, B, C), item("2", B, A, D), item("3", B, A, C), item("4", C, E), item("5", D, E)]
+    met = meeting("prompts", 10, corpus, [], lambda texts: 1 / 0)
+    assert met(corpus[0]).sequences == [[B, A, C], [B, A, D], [C, E]] and met(corpus[0]).neighbours == {}
+    assert met(item("6", A, "new")).sequences[-1] == ["new", A]  # nobody else asked about "new"
+    assert met(corpus[1]).sequences[0] in ([A, B, C], [B, A, C])
 
 
 def test_company_by_resemblance_is_sought_in_the_whole_corpus() -> None:
     place = {A: 0.0, B: 0.1, C: 1.0, D: 0.9, E: 0.5}
     embed = lambda texts: [[np.cos(place[t]), np.sin(place[t])] for t in texts]  # noqa: E731
     meet = meeting("similar", 2, [item("1", A, C), item("2", B)], [D, E], embed)
-    assert meet(item("1", A, C)) == {A: [B, E], C: [D, E]}
-    with pytest.raises(ConfigurationError, match="use, similar"):
+    assert meet(item("1", A, C)).neighbours == {A: [B, E], C: [D, E]}
+    with pytest.raises(ConfigurationError, match="similar, use, prompts"):
         meeting("rumour", 2, [], [], embed)
 
 
 def test_systems_with_different_company_share_a_store_and_not_their_variants(tmp_path: Path) -> None:
     ready, items = Engine(tiny_backbone()), [item("1", A, B, C), item("2", C, A, E)]
-    systems = parse(["naive:company=use", "naive:company=use,neighbours=1", "naive"])
-    meets = {n: meeting("use", n, items, [], lambda texts: 1 / 0) for n in (1, 10)}
-    systems = [dataclasses.replace(s, meet=meets[s.neighbours]) if s.company else s for s in systems]
+    systems = parse(["naive:company=use", "naive:company=use,neighbours=1", "naive:company=prompts", "naive"])
+    systems = [
+        dataclasses.replace(s, meet=meeting(s.company, s.neighbours, items, [], lambda texts: 1 / 0))
+        if s.company
+        else s
+        for s in systems
+    ]
     assert run(ready, items[:1], systems, tmp_path / "rows.jsonl", dataset="set", max_new_tokens=2) == 0
     kl = {row["system"]: row["kl"] for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
-    assert len(set(kl.values())) == 4
+    assert len(set(kl.values())) == 5
     # Alone in a store, each gives the same.
     assert (
         run(Engine(tiny_backbone()), items[:1], systems[1:2], tmp_path / "one.jsonl", dataset="set", max_new_tokens=2)

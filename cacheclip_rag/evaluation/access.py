@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
@@ -10,10 +10,14 @@ from importlib.metadata import version as installed
 from ..chunks import Namespace
 from ..engine import Engine
 from ..errors import ConfigurationError
+from ..fusion import Nearest
 from ..library import Library
 from ..methods import Method
-from .company import Only
+from .company import Gathering, Only
 from .data import Item, prompt
+
+_VARIANTS = 64
+"""Of a chunk: those of every system that shares the engine."""
 
 _ENCODING = {"format", "prefix", "encoder", "tenant"}
 """What chunk KV depends on beside the model."""
@@ -45,22 +49,25 @@ def ensure(engine: Engine, item: Item, method: Method) -> None:
         engine.prefill(prompt(earlier, engine.backbone), method=method)
 
 
-def fuse(engine: Engine, method: Method, neighbours: Mapping[str, Sequence[str]]) -> Method:
-    """Have the passages fused with these neighbours, those left out that are too short to be chunks; the method that
-    takes no other variants.
+def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
+    """Have passages fused as gathered, without those too short to be chunks; the method that takes no other variants.
 
     Raises ConfigurationError when some could not be fused: a row must not be about something else than it says.
     """
 
-    def known(text: str) -> bool:
-        return engine.library.key(text) in engine.index
+    def known(texts: Iterable[str]) -> tuple[str, ...]:
+        return tuple(text for text in dict.fromkeys(texts) if engine.library.key(text) in engine.index)
 
-    engine.ensure(dict.fromkeys(other for company in neighbours.values() for other in company), method=method)
-    wanted = {text: tuple(filter(known, company)) for text, company in neighbours.items() if known(text)}
-    result = engine.fuse(wanted, method=method, variants=64)
-    if result.skipped:
-        raise ConfigurationError(f"not fused: {result.skipped[0]}")
-    return replace(method, fit=Only(frozenset(wanted.values())))
+    groups = [*gathering.neighbours.values(), *gathering.sequences]
+    engine.ensure(dict.fromkeys(text for group in groups for text in group), method=method)
+    neighbours = {text: known(company) for text, company in gathering.neighbours.items() if known([text])}
+    sequences = [known(texts) for texts in gathering.sequences]
+    done = engine.fuse(neighbours, method=method, variants=_VARIANTS)
+    done.skipped += engine.fuse_in_order(sequences, method=method, variants=_VARIANTS).skipped
+    if done.skipped:
+        raise ConfigurationError(f"not fused: {done.skipped[0]}")
+    companies = {*neighbours.values(), *(texts[:n] for texts in sequences for n in range(1, len(texts)))}
+    return replace(method, fit=Only(frozenset(companies), method.fit or Nearest()))
 
 
 def library(engine: Engine, method: Method) -> Library | None:
