@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -463,8 +464,9 @@ class Engine:
         self._check_auxiliary(chosen, self.auxiliary is not None or not self.composable)
         if ratio is None:
             ratio = self.recompute_ratio if method is None else None
-        ratio = chosen.recompute_ratio if ratio is None else methods.check_ratio(ratio)
-        return chosen, ratio
+        if ratio is None:
+            return chosen, chosen.recompute_ratio
+        return dataclasses.replace(chosen, fitted_ratio=None), methods.check_ratio(ratio)
 
     @staticmethod
     def _check_auxiliary(method: Method, present: bool) -> None:

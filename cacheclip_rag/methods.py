@@ -38,7 +38,9 @@ class Method:
     tokens, and compute the rest; the other parts are then idle. ``fit``: take the fused variant of a chunk that suits
     the prompt; None takes its KV computed by itself. ``reorder``: put the chunks the question attends to
     most next to it before anything is recomputed (InfoFlow's option; which end is our reading). ``recompute_ratio``:
-    the share of context tokens to recompute unless a request asks for another.
+    the share of context tokens to recompute unless a request asks for another; with a ``fitted_ratio``, the share for a
+    prompt none of whose chunks stands in the company its KV was computed in, and ``fitted_ratio`` that for one all of
+    whose chunks do; between the two in proportion (see `fusion.overlap`).
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method:
     fit: Fit | None = None
     reorder: bool = False
     recompute_ratio: float = 0.2
+    fitted_ratio: float | None = None
 
     @property
     def ahead(self) -> bool:
@@ -62,7 +65,7 @@ FUSED = "fused"
 """A parameter of every method that encodes ahead: take fused variants where there are some, or none of them."""
 
 _PARTS = ("select", "encode", "recompute", "attend", "exact", "fit")
-_OWN = ("positions", "recompute_ratio", "reorder")
+_OWN = ("fitted_ratio", "positions", "recompute_ratio", "reorder")
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -110,6 +113,8 @@ def resolve(method: str | Method, **changes: Any) -> Method:
     for name, value in changes.items():
         method = _fused(method, value) if name == FUSED else _changed(method, name, value)
     check_ratio(method.recompute_ratio)
+    if method.fitted_ratio is not None:
+        check_ratio(method.fitted_ratio)
     return method
 
 

@@ -17,7 +17,7 @@ from .canvas import Canvas
 from .chunks import ChunkKV, canonical
 from .errors import ConfigurationError, PromptError
 from .exact import ExactCache
-from .fusion import Company, FusedVariants
+from .fusion import Company, FusedVariants, overlap
 from .library import Library
 from .methods import Method
 from .prefixes import PrefixCache
@@ -148,6 +148,12 @@ class Reuse:
                 canvas.place(chunk, part, row, self._rotary, int(positions[row]))
             exact = self._exact_rows(layout, chunks)
 
+        if method.fitted_ratio is not None:
+            report.fit = _mean(
+                self._fits(spans, chunks), torch.bincount(layout.chunk + 1, minlength=len(spans) + 1)[1:]
+            )
+            ratio += (method.fitted_ratio - ratio) * report.fit
+            report.requested_ratio = ratio
         held = layout.reusable.clone()
         held[count - 1] = False  # the last token's logits are wanted, so it is always computed
         rows = (held & ~exact).nonzero()[:, 0]
@@ -210,6 +216,11 @@ class Reuse:
             chunks.append(loaded[text, company])
         missing = {k: "its stored KV is gone or damaged" for k, c in zip(keys, chunks, strict=True) if c is None}
         return chunks, missing
+
+    def _fits(self, spans: Sequence[Span], chunks: Sequence[ChunkKV | None]) -> list[float]:
+        """How much of the company of each span's KV stands in front of it: 0..1."""
+        texts = [canonical(self._index.text(span.key) or "") for span in spans]
+        return [0.0 if c is None else overlap(c.company, texts[:number]) for number, c in enumerate(chunks)]
 
     def _place_prefix(self, layout: Layout, canvas: Canvas) -> int:
         """Put the KV of the prompt's head on the canvas, where an earlier request left it; the number of its rows."""
@@ -313,6 +324,11 @@ def fitting(backbone: Backbone, tokens: Tokens) -> Tokens:
             "retrieve fewer or smaller chunks, or choose a model with a larger window"
         )
     return tokens
+
+
+def _mean(numbers: Sequence[float], weights: Tensor) -> float:
+    """The weighted mean; 0 where nothing weighs anything."""
+    return float((torch.tensor(numbers) * weights).sum() / weights.sum()) if int(weights.sum()) else 0.0
 
 
 def _first(mask: Tensor, otherwise: int) -> int:

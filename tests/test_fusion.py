@@ -535,3 +535,31 @@ def test_one_copy_a_chunk_whatever_the_workload() -> None:
     assert 0.4 < share < 0.7
     with pytest.raises(ConfigurationError):
         Workload(known=0.9, shared=0.2)
+
+
+# ---- the ratio that a prompt needs ---------------------------------------------------------------------------------
+
+
+def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
+    ready = Engine(tiny_backbone(), method=resolve("query_guided:fused=True,recompute_ratio=0.4,fitted_ratio=0.0"))
+    ready.ensure([A, B, C])
+    prompt = ready.backbone.shared_prefix() + "\n\n".join([A, B, C]) + TAIL
+
+    def answered(**options: Any) -> Any:
+        return ready.prefill(prompt, **options).report
+
+    share = len(A) / len(A + B + C)  # nothing stands in front of A, and nothing stood there
+    alone = answered()
+    assert alone.fit == pytest.approx(share, abs=1e-3) and alone.requested_ratio == pytest.approx(
+        0.4 * (1 - share), abs=1e-3
+    )
+    ready.fuse({B: [A]})
+    better = answered()
+    assert better.fit == pytest.approx(len(A + B) / len(A + B + C), abs=1e-3) and better.ratio < alone.ratio
+    ready.fuse_in_order([[A, B, C]])
+    assert answered().fit == pytest.approx(1.0) and answered().recomputed == 0
+    # Who asks for a ratio gets it.
+    asked = answered(recompute_ratio=0.3)
+    assert asked.requested_ratio == 0.3 and asked.fit is None and asked.recomputed > 0
+    with pytest.raises(ConfigurationError, match="from 0"):
+        resolve("naive:fitted_ratio=2.0")
