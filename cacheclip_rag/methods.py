@@ -12,7 +12,7 @@ from .attend import Attend, Plain, Scaled, SelectedChunks
 from .encode import Blanks, Encoder, Harvested, Isolated, WithActivations
 from .errors import ConfigurationError
 from .exact import DocumentTree, ExactReuse, PrefixBlocks
-from .fusion import Fit, Nearest
+from .fusion import Fit, LongestPath, Nearest
 from .recompute import EarlyStop, Once, Recompute, Reselect
 from .select import (
     CacheClip,
@@ -62,7 +62,9 @@ class Method:
 
 
 FUSED = "fused"
-"""A parameter of every method that encodes ahead: take fused variants where there are some, or none of them."""
+"""A parameter of every method that encodes ahead: whether, and by what rule, it takes fused variants."""
+
+_FITS: dict[Any, Fit | None] = {True: Nearest(), False: None, "overlap": Nearest(), "path": LongestPath()}
 
 _PARTS = ("select", "encode", "recompute", "attend", "exact", "fit")
 _OWN = ("fitted_ratio", "positions", "recompute_ratio", "reorder")
@@ -119,11 +121,11 @@ def resolve(method: str | Method, **changes: Any) -> Method:
 
 
 def _fused(method: Method, value: Any) -> Method:
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{FUSED} is True or False, not {value!r}")
-    if value and not method.ahead:
+    if value not in _FITS:
+        raise ConfigurationError(f"{FUSED} is one of {', '.join(map(repr, _FITS))}, not {value!r}")
+    if value is not False and not method.ahead:
         raise ConfigurationError(f'method "{method.name}" encodes no chunk ahead, so that none can be fused')
-    return dataclasses.replace(method, fit=(method.fit or Nearest()) if value else None)
+    return dataclasses.replace(method, fit=method.fit if value is True and method.fit else _FITS[value])
 
 
 def _changed(method: Method, name: str, value: Any) -> Method:

@@ -205,9 +205,10 @@ def test_a_method_that_encodes_nothing_ahead_cannot_be_fused() -> None:
     assert ready.fuse({A: [B]}).skipped[0][1] == "cachecraft encodes nothing ahead"
     with pytest.raises(ConfigurationError, match="encodes no chunk ahead"):
         resolve("cachecraft:fused=True")
-    with pytest.raises(ConfigurationError, match="True or False"):
+    with pytest.raises(ConfigurationError, match="True, False, 'overlap', 'path'"):
         resolve("naive:fused=3")
     assert resolve("fusionrag:fused=False").fit is None and resolve("epic:fused=True").fit == Nearest()
+    assert resolve("epic:fused=path").fit == resolve(resolve("epic:fused=path"), fused=True).fit == LongestPath()
 
 
 # ---- keeping and forgetting ----------------------------------------------------------------------------------------
