@@ -63,6 +63,7 @@ class ChunkKV:
     the tokenisation the KV belongs to; ``extra`` is what an encoder keeps beside it, tensors ``[n, ...]`` by name. Keys
     are rotated: token j stands at RoPE position ``position + j``. Keeping the position they were computed at, instead
     of rotating back to 0, spares a rounding, and a chunk that is placed where it was encoded is copied bit for bit.
+    ``packing`` is what a store keeps beside KV of fewer bits (`store.int8`); empty for KV that can be used.
     ``company``: the texts of the chunks that stood before this one when its KV was computed, in their order. It holds
     something of theirs, and goes when one of them goes. ``joint``: these had seen one another, as in a prompt; else
     each had been computed by itself.
@@ -77,11 +78,12 @@ class ChunkKV:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     company: tuple[str, ...] = ()
     joint: bool = False
+    packing: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.ids, self.offsets, self.keys, self.values, *self.extra.values())
+        tensors = (self.ids, self.offsets, self.keys, self.values, *self.extra.values(), *self.packing.values())
         return sum(t.numel() * t.element_size() for t in tensors)

@@ -118,6 +118,9 @@ def evaluate(
         Path | None, typer.Option(help="Folder of full prefill's answers; default: references/ beside the rows.")
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Folder that keeps chunk KV; default: memory only.")] = None,
+    kv_dtype: Annotated[
+        str, typer.Option(help="What chunk KV is kept in: auto, the model's dtype, or int8; then labels end in +int8.")
+    ] = "auto",
     baseline: Annotated[str | None, typer.Option(help="Also print each system's difference from this one.")] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="Answer, or only print what is there.")] = True,
     table: Annotated[bool, typer.Option("--table/--no-table", help="Print tables at the end.")] = True,
@@ -140,6 +143,7 @@ def evaluate(
             length=max_new_tokens,
             references=references,
             store=store,
+            kv_dtype=kv_dtype,
             baseline=baseline,
         )
         code = command.execute(plan)

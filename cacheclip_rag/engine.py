@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from .errors import CacheClipError, ConfigurationError, NotComposable, PromptErr
 from .exact import ExactCache, ExactReuse
 from .fusion import Usage
 from .harvesting import Harvesting
-from .library import Library
+from .library import KVDtype, Library
 from .methods import Method
 from .prefill import Prefill, Reuse
 from .prompt import ChunkIndex
@@ -100,6 +100,7 @@ class Engine:
         tenant: str = "",
         secret: bytes | str = b"",
         remote: str | Remote | None = None,
+        kv_dtype: KVDtype = "auto",
         dtype: torch.dtype | str = "auto",
         device: str | torch.device = "auto",
         on_uncomposable: Literal["error", "prefill"] = "error",
@@ -114,6 +115,7 @@ class Engine:
         chunk KV of different owners; set it from what you know of the caller, not from what the caller says. ``secret``
         keys the names of files and authenticates them, for a folder that others can write to. ``remote``: an fsspec url
         (``"s3://bucket/folder"``) or a `Remote`, asked for what is not here and given a copy of what is new.
+        ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's bytes (docs/store.md says what that costs in quality).
         ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
         plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks that come often with those they
         come with, for a method that takes fused variants.
@@ -127,6 +129,9 @@ class Engine:
             self.method = methods.resolve(self.method, prefix=prefix)
         self.recompute_ratio = None if recompute_ratio is None else methods.check_ratio(recompute_ratio)
         self._check_auxiliary(self.method, auxiliary is not None)
+        if kv_dtype not in get_args(KVDtype):
+            raise ConfigurationError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
+        self._kv_dtype: KVDtype = kv_dtype
         self._store_folder, self._memory_bytes, self._disk_bytes = store, memory_bytes, disk_bytes
         self.backbone = _backbone(model, dtype, device)
         if self.backbone.obstacle is not None and on_uncomposable == "error":
@@ -583,7 +588,7 @@ class Engine:
         return Path(self._store_folder).expanduser() / f"usage-{self.library.namespace.digest[:32]}.json"
 
     def _library(self, backbone: Backbone, encoder: Encoder) -> Library:
-        return Library(backbone, encoder, self._open_store, self._tenant, self._secret)
+        return Library(backbone, encoder, self._open_store, self._tenant, self._secret, self._kv_dtype)
 
     def _open_store(self, namespace: Namespace) -> ChunkStore:
         memory = MemoryStore(self._memory_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,15 +13,19 @@ from .backbone import Backbone
 from .chunks import MIN_CHARS, ChunkKV, Namespace, canonical
 from .encode import Encoder
 from .errors import PromptError
-from .store import ChunkStore
+from .store import ChunkStore, Int8Store
 from .store.format import FORMAT
+
+KVDtype = Literal["auto", "int8"]
+"""What chunk KV is kept in: the model's dtype, or 8 bits (see `store.int8`)."""
 
 
 class Library:
     """The chunks of one `Namespace`: a backbone, a way of encoding, and the store that keeps the results.
 
     ``open_store(namespace)`` makes the store; the namespace is known only once the model is. ``tenant`` and ``secret``
-    set its chunks apart (see `Namespace`).
+    set its chunks apart (see `Namespace`). ``kv_dtype`` "int8" keeps them in 8 bits: half the bytes, not quite the same
+    numbers. Who gets a chunk gets it in the model's dtype either way.
     """
 
     def __init__(
@@ -30,6 +35,7 @@ class Library:
         open_store: Callable[[Namespace], ChunkStore],
         tenant: str = "",
         secret: bytes = b"",
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         self.backbone, self.encoder = backbone, encoder
         self.prefix_ids: Tensor = encoder.prefix_ids(backbone)
@@ -40,11 +46,13 @@ class Library:
                 "prefix": self.prefix_ids.tolist(),
                 "encoder": repr(encoder),
                 "tenant": tenant,
+                **({} if kv_dtype == "auto" else {"kv_dtype": kv_dtype}),
             },
             secret,
         )
-        self.open_store = open_store
-        self.store = open_store(self.namespace)
+        self.lossless = kv_dtype == "auto"
+        store = open_store(self.namespace)
+        self.store: ChunkStore = store if self.lossless else Int8Store(store)
         self._prefix_kv: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
 
@@ -95,4 +103,6 @@ class Library:
         if chunk is None:
             chunk = self.encode(text)
             self.store.put(key, chunk)
+            if not self.lossless:  # what comes later must not differ from what comes first
+                return self.get(key) or chunk
         return chunk

@@ -235,6 +235,8 @@ class Reuse:
     def _exact_rows(self, layout: Layout, chunks: Sequence[ChunkKV | None]) -> Tensor:
         """``[T]`` bool: chunk tokens that follow the very prefix they were encoded behind; their KV is right."""
         exact = torch.zeros(len(layout), dtype=torch.bool)
+        if not self.library.lossless:
+            return exact
         prefix = self.library.prefix_ids
         for number, row, part in layout.runs()[:1]:
             alone = (chunk := chunks[number]) is not None and not chunk.company

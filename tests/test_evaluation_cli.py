@@ -269,6 +269,17 @@ def test_sweeps_and_options_take_several_words_or_are_repeated(evaluate: Eval, t
     ]
 
 
+def test_chunks_in_8_bits_are_systems_of_their_own_in_the_same_file(evaluate: Eval, tmp_path: Path) -> None:
+    file = data(tmp_path / "set", "Who?")
+    for kind in ("auto", "int8"):
+        done = evaluate(str(file), "--methods", "naive", "--kv-dtype", kind)
+        assert done.exit_code == 0, done.output
+    full, plain, small = evaluate.rows()
+    assert [row["system"] for row in (full, plain, small)] == ["full", "naive", "naive+int8"]
+    assert plain["stored_tokens"] == small["stored_tokens"] and small["stored_bytes"] < 0.65 * plain["stored_bytes"]
+    assert small["kl"] != plain["kl"] and small["model"] == plain["model"]
+
+
 def test_answers_that_failed_are_code_1_until_they_succeed(
     evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +324,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
         ([file, "--methods", "cacheclip:windw=3"], "reorder, threshold, window"),
         ([file, "--sweep", "windw=3"], "window"),
         ([file, "--ratio", "3"], "recompute_ratio"),
+        ([file, "--kv-dtype", "int4"], "auto or int8"),
         ([file, "--methods", "naive", "--baseline", "nave"], "full, naive"),
         ([file, "--no-run"], "no rows"),
     ]:

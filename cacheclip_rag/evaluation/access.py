@@ -13,13 +13,14 @@ from ..errors import ConfigurationError
 from ..fusion import Nearest
 from ..library import Library
 from ..methods import Method
+from ..store.int8 import pack
 from .company import Gathering, Only
 from .data import Item, prompt
 
 _VARIANTS = 64
 """Of a chunk: those of every system that shares the engine."""
 
-_ENCODING = {"format", "prefix", "encoder", "tenant"}
+_ENCODING = {"format", "prefix", "encoder", "tenant", "kv_dtype"}
 """What chunk KV depends on beside the model."""
 
 
@@ -80,7 +81,7 @@ def stored(library: Library | None, texts: Sequence[str]) -> tuple[int, int] | N
     if library is None:
         return None
     chunks = [library.get(key) for key in dict.fromkeys(map(library.key, texts))]
-    whole = [chunk for chunk in chunks if chunk is not None]
+    whole = [chunk if library.lossless else pack(chunk) for chunk in chunks if chunk is not None]
     if len(whole) < len(chunks):
         return None
     return sum(chunk.nbytes for chunk in whole), sum(len(chunk) for chunk in whole)

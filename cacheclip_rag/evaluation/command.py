@@ -8,9 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from ..engine import Engine
 from ..errors import ConfigurationError
+from ..library import KVDtype
 from . import rows
 from .company import meeting
 from .data import Item
@@ -27,7 +29,10 @@ FAILED, INTERRUPTED = 1, 130
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. ``items`` of each data set at most; ``length``: tokens of an answer, None for the data set's own."""
+    """What to run. ``items`` of each data set at most; ``length``: tokens of an answer, None for the data set's own.
+
+    ``kv_dtype``: what chunk KV is kept in.
+    """
 
     sources: Sequence[Source]
     systems: Sequence[System]
@@ -38,6 +43,7 @@ class Plan:
     length: int | None = None
     references: Path | None = None
     store: Path | None = None
+    kv_dtype: KVDtype = "auto"
 
 
 def plan(
@@ -53,6 +59,7 @@ def plan(
     length: int | None = None,
     references: Path | None = None,
     store: Path | None = None,
+    kv_dtype: str = "auto",
     baseline: str | None = None,
 ) -> Plan:
     """Everything that can be wrong without a model is found here, before one is loaded.
@@ -61,7 +68,13 @@ def plan(
     """
     if not data:
         raise ConfigurationError("give at least one data set, before the options: FILE, FOLDER or ruler:TASK:TOKENS")
-    found = Plan(sources(data), parse(methods, ratio, sweeps), model, auxiliary, out, items, length, references, store)
+    if kv_dtype not in get_args(KVDtype):
+        raise ConfigurationError(f'--kv-dtype must be auto or int8, not "{kv_dtype}"')
+    systems = parse(methods, ratio, sweeps)
+    if kv_dtype != "auto":  # rows of both may stand in one file and be compared
+        systems = [dataclasses.replace(system, label=f"{system.label}+{kv_dtype}") for system in systems]
+    kept_in = cast(KVDtype, kv_dtype)
+    found = Plan(sources(data), systems, model, auxiliary, out, items, length, references, store, kept_in)
     if not auxiliary and (
         needy := [s.label for s in found.systems if s.recipe.select.needs_auxiliary and not s.helper]
     ):
@@ -81,7 +94,8 @@ def execute(plan: Plan) -> int:
     helped = any(system.recipe.select.needs_auxiliary and not system.helper for system in plan.systems)
     failed = 0
     try:
-        with Engine(plan.model, auxiliary=plan.auxiliary if helped else None, store=plan.store) as engine:
+        helper = plan.auxiliary if helped else None
+        with Engine(plan.model, auxiliary=helper, store=plan.store, kv_dtype=plan.kv_dtype) as engine:
             systems = _helped(engine, plan.systems)
             for source in plan.sources:
                 items = source.items(plan.items, engine.backbone)

@@ -2,8 +2,19 @@
 
 from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
+from .int8 import Int8Store
 from .memory import MemoryStore
 from .remote import Remote, RemoteStore
 from .tiered import TieredStore
 
-__all__ = ["ChunkStore", "DiskStore", "Entry", "MemoryStore", "Remote", "RemoteStore", "StoreStats", "TieredStore"]
+__all__ = [
+    "ChunkStore",
+    "DiskStore",
+    "Entry",
+    "Int8Store",
+    "MemoryStore",
+    "Remote",
+    "RemoteStore",
+    "StoreStats",
+    "TieredStore",
+]

@@ -193,6 +193,7 @@ class Administration:
             head = self._head(file.path)
             layers, heads, tokens, dim = map(int, head["keys"]["shape"])
             per_token = 2 * layers * heads * dim * _BYTES.get(head["keys"]["dtype"], 4)
+            per_token += 4 * layers * heads * ("int8.value_scales" in head)
             metadata = head["__metadata__"]
             company = format.company(metadata)
         except (OSError, format.Rejected, KeyError, TypeError, ValueError):

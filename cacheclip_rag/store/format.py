@@ -1,10 +1,11 @@
 """The file of one chunk's KV: safetensors with a self-describing, checksummed header.
 
 Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64; ``extra.NAME [n, ...]``, what an
-encoder keeps beside them. Metadata (strings): ``format``, ``key`` (the digest that names the file), ``namespace`` (JSON
-of everything the KV depends on), ``text``, ``position``; where the KV was computed in company ``company`` (a JSON list
-of those chunks' texts) and, if these had seen one another, ``joint``; and ``checksum``, the xxh3-128 of all that and
-the tensors' bytes, or their HMAC-SHA256 where the namespace has a secret. One file alone suffices to rebuild the index.
+encoder keeps beside them; ``int8.NAME``, what it takes to read KV in 8 bits (see `int8`). Metadata (strings):
+``format``, ``key`` (the digest that names the file), ``namespace`` (JSON of everything the KV depends on), ``text``,
+``position``; where the KV was computed in company ``company`` (a JSON list of those chunks' texts) and, if these had
+seen one another, ``joint``; and ``checksum``, the xxh3-128 of all that and the tensors' bytes, or their HMAC-SHA256
+where the namespace has a secret. One file alone suffices to rebuild the index.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import safetensors
@@ -20,6 +23,7 @@ import torch
 import xxhash
 
 from ..chunks import ChunkKV, Namespace
+from . import int8
 
 FORMAT = "cacheclip-rag/1"
 SUFFIX = ".safetensors"
@@ -28,7 +32,7 @@ MAX_TENSORS = 64
 
 _METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
-_EXTRA = "extra."
+_EXTRA, _PACKING = "extra.", "int8."
 
 
 class Rejected(Exception):
@@ -39,6 +43,7 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
     """The file's bytes. Raises UnicodeEncodeError for a text that is no valid Unicode (lone surrogates)."""
     tensors = {name: getattr(chunk, name) for name in _TENSORS}
     tensors |= {_EXTRA + name: tensor for name, tensor in chunk.extra.items()}
+    tensors |= {_PACKING + name: tensor for name, tensor in chunk.packing.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
@@ -117,19 +122,22 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
         position = int(metadata["position"])
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise Rejected("damaged") from error
-    extra = {name.removeprefix(_EXTRA): tensors[name] for name in tensors if name.startswith(_EXTRA)}
-    if len(tensors) != len(_TENSORS) + len(extra) or not hmac.compare_digest(
+    extra, packing = _named(tensors, _EXTRA), _named(tensors, _PACKING)
+    if len(tensors) != len(_TENSORS) + len(extra) + len(packing) or not hmac.compare_digest(
         _checksum(tensors, metadata, namespace).encode(), checksum.encode("utf-8", "surrogatepass")
     ):
         raise Rejected("checksum")
     if not set(_TENSORS) <= set(tensors):
         raise Rejected("damaged")
     kv = {name: tensors[name] for name in _TENSORS}
-    chunk = ChunkKV(
-        text=text, position=position, extra=extra, company=company(metadata), joint="joint" in metadata, **kv
-    )
+    chunk = ChunkKV(text=text, position=position, extra=extra, company=company(metadata), packing=packing, **kv)
+    chunk = replace(chunk, joint="joint" in metadata)
     _check_shapes(chunk)
     return chunk
+
+
+def _named(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_shapes(chunk: ChunkKV) -> None:
@@ -140,10 +148,10 @@ def _check_shapes(chunk: ChunkKV) -> None:
         and chunk.offsets.shape == (count, 2)
         and chunk.offsets.dtype == torch.int64
         and chunk.keys.dim() == 4
-        and chunk.keys.is_floating_point()
         and chunk.keys.dtype == chunk.values.dtype
         and chunk.keys.shape == chunk.values.shape
         and chunk.keys.shape[2] == count
+        and (int8.well_formed(chunk.keys, chunk.packing) if chunk.packing else chunk.keys.is_floating_point())
         and all(tensor.shape[:1] == (count,) for tensor in chunk.extra.values())
     )
     if not good:
