@@ -396,6 +396,19 @@ class Backbone:
 
         return output.logits[0].float(), step
 
+    @torch.inference_mode()
+    def own_logits(self, ids: Tensor, count: int) -> Tensor:
+        """The last ``count`` tokens' logits ``[count, V]`` by transformers' eager attention, without any cache.
+
+        What everything else is measured against. The model's attention is another one meanwhile, so no request may run.
+        """
+        self.model.set_attn_implementation("eager")
+        try:
+            output = self.model(input_ids=ids.to(self.device)[None], use_cache=False, logits_to_keep=count)
+        finally:
+            self.model.set_attn_implementation(self.attention)
+        return output.logits[0].float()
+
     # ---- composability and identity -------------------------------------------------------------------------------
 
     @property

@@ -6,6 +6,7 @@ line and exits with code 2.
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import store_cli
 from .catalogue import CATALOGUE
-from .errors import CacheClipError
+from .errors import CacheClipError, ConfigurationError
 from .pull import is_pulled, resolve
 
 
@@ -84,6 +85,42 @@ def pull(
         raise typer.BadParameter("give at least one NAME, or --list")
     for name in names or ():
         typer.echo(resolve(name, progress=not quiet))
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A catalogue name, hub id, folder or .gguf file.")],
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", "-s", help="The store whose files to try; a canary chunk stays in it. Default: none."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check that reuse can be trusted with a model on this machine. Exit code 1: it cannot; 2: bad input.
+
+    The verdict is kept for engines that require it: Engine(MODEL, require_verified=True).
+    """
+    from . import verified
+    from .backbone import Backbone
+    from .verification import verify as tried
+
+    found = tried(Backbone.load(resolve(model), dtype=dtype, device=device), store)
+    if found.identity:
+        try:
+            verified.write(found.identity, found.record)
+        except OSError as error:
+            raise ConfigurationError(f"the verdict cannot be kept: {error}") from error
+    if as_json:
+        typer.echo(json.dumps({"model": model, **found.record, "identity": found.identity}, indent=1))
+    else:
+        for check in found.checks:
+            verdict = "ok" if check.passed else "FAILED"
+            typer.echo(f"{verdict:6}  {check.name}: {check.found:.2g} (limit {check.limit:.2g})")
+        typer.echo(f"{model} {found.line}")
+    if not found.trusted:
+        raise typer.Exit(1)
 
 
 @app.command("eval", cls=_Lists)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import methods, prefill
+from . import methods, prefill, verified
 from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
@@ -105,6 +105,7 @@ class Engine:
         device: str | torch.device = "auto",
         on_uncomposable: Literal["error", "prefill"] = "error",
         fuse_when_idle: bool = False,
+        require_verified: bool = False,
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
@@ -118,7 +119,8 @@ class Engine:
         ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's bytes (docs/store.md says what that costs in quality).
         ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
         plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks that come often with those they
-        come with, for a method that takes fused variants.
+        come with, for a method that takes fused variants. ``require_verified``: refuse a model that ``cacheclip verify``
+        has not found good on this machine with these libraries.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -148,6 +150,9 @@ class Engine:
         self._rooms_lock = threading.Lock()
         if self.composable:
             self.library = self._library(self.backbone, self.method.encode)
+            if require_verified:
+                name = str(self.backbone.model.name_or_path if isinstance(model, Backbone) else model)
+                verified.require(verified.identity(self.library.namespace.fields, self.backbone), name)
             self._room(self.method)
             if auxiliary is not None:
                 self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)

@@ -14,7 +14,6 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import safetensors
@@ -129,9 +128,9 @@ def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
         raise Rejected("checksum")
     if not set(_TENSORS) <= set(tensors):
         raise Rejected("damaged")
-    kv = {name: tensors[name] for name in _TENSORS}
-    chunk = ChunkKV(text=text, position=position, extra=extra, company=company(metadata), packing=packing, **kv)
-    chunk = replace(chunk, joint="joint" in metadata)
+    kv: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+    about: dict[str, Any] = {"company": company(metadata), "joint": "joint" in metadata}
+    chunk = ChunkKV(text=text, position=position, extra=extra, packing=packing, **about, **kv)
     _check_shapes(chunk)
     return chunk
 
