@@ -37,6 +37,13 @@ class Background(Generic[Task]):
                 atexit.register(self.close)
             self._changed.notify_all()
 
+    def drop(self, unwanted: Callable[[Task], bool]) -> None:
+        """Leave out the tasks that wait and are unwanted."""
+        with self._changed:
+            for task in list(filter(unwanted, self._waiting)):
+                del self._waiting[task]
+            self._changed.notify_all()
+
     def flush(self) -> None:
         """Wait until nothing is left to do."""
         with self._changed:

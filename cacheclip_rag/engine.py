@@ -20,10 +20,10 @@ from . import methods, prefill, verified
 from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
-from .chunks import Namespace
+from .chunks import Namespace, canonical
 from .decoding import TextStream
 from .encode import Encoder, Harvested, Isolated
-from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError
+from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError
 from .exact import ExactCache, ExactReuse
 from .fusion import Usage
 from .harvesting import Harvesting
@@ -34,7 +34,8 @@ from .prompt import ChunkIndex
 from .pull import resolve as resolve_weights
 from .report import Report
 from .select import Everything
-from .store import ChunkStore, DiskStore, MemoryStore, Remote, RemoteStore, TieredStore
+from .store import ChunkStore, DiskStore, Documents, MemoryStore, Remote, RemoteStore, TieredStore
+from .store.admin import Administration
 from .turns import Turns
 
 log = logging.getLogger("cacheclip_rag")
@@ -119,8 +120,8 @@ class Engine:
         ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's bytes (docs/store.md says what that costs in quality).
         ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
         plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks that come often with those they
-        come with, for a method that takes fused variants. ``require_verified``: refuse a model that ``cacheclip verify``
-        has not found good on this machine with these libraries.
+        come with, for a method that takes fused variants. ``require_verified``: refuse a model that
+        ``cacheclip verify`` has not found good on this machine with these libraries.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -143,6 +144,8 @@ class Engine:
         self._tenant = tenant
         self._secret = secret.encode() if isinstance(secret, str) else secret
         self._remote = Remote(remote) if isinstance(remote, str) else remote
+        self.documents = Documents(store, tenant, self._secret)
+        """Which chunks are of which document."""
         self._uploading: list[RemoteStore] = []
         self.auxiliary: Auxiliary | None = None
         self._rooms: dict[Encoder, Reuse] = {}
@@ -186,15 +189,28 @@ class Engine:
     # ---- ingestion ------------------------------------------------------------------------------------------------
 
     def ensure(
-        self, texts: Iterable[str], progress: Callable[[int], None] | None = None, *, method: str | Method | None = None
+        self,
+        texts: Iterable[str],
+        progress: Callable[[int], None] | None = None,
+        *,
+        method: str | Method | None = None,
+        document: str | None = None,
     ) -> Ensured:
         """Keep the KV of these chunks: encode what is missing, leave what is there.
 
         Encoded as the engine's method wants it, or as ``method`` does. Never raises for a chunk: one that cannot be
         encoded or kept is listed with the reason, and prompts that contain it are prefilled as usual. Interrupting it
-        loses nothing that was finished. ``progress(done)`` is called after each chunk.
+        loses nothing that was finished. ``progress(done)`` is called after each chunk. ``document``: what they are
+        chunks of, for `forget_document`.
         """
         result = Ensured()
+        if document is not None:
+            texts = list(texts)
+            try:
+                self.documents.add(document, texts)
+            except StoreError as error:  # what is stored now could not be forgotten with its document
+                result.skipped += [(text[:40], str(error)) for text in texts]
+                return result
         chosen = self.method if method is None else methods.resolve(method)
         for done, text in enumerate(texts, start=1):
             try:
@@ -319,10 +335,33 @@ class Engine:
             store.flush()
 
     def forget(self, texts: Iterable[str]) -> None:
-        """Drop the KV of these chunks, the auxiliary model's included, and all that exact reuse keeps of prompts."""
+        """Drop the KV of these chunks, whatever was computed in their company, the auxiliary model's included, and all
+        that exact reuse keeps of prompts; whichever documents have them.
+        """
+        if gone := list(texts):
+            self._forget(gone)
+            self.documents.drop(gone)
+
+    def forget_document(self, *documents: str) -> None:
+        """Drop what `ensure` kept of these documents, for all models in the store's folder; chunks that another
+        document has as well stay.
+
+        It reads the beginning of every file in the folder. Interrupted, it can be repeated. Raises `StoreError` when
+        something cannot be removed.
+        """
+        if wanted := self.documents.only(documents):
+            known = map(self.index.text, self.index.keys())
+            self._forget([text for text in known if text is not None and self.documents.text(text) in wanted])
+        if self._store_folder is not None:
+            Administration(self._store_folder).forget_documents(documents, self._tenant, self._secret)
+        else:
+            self.documents.remove(documents)
+
+    def _forget(self, gone: Sequence[str]) -> None:
         if not self.composable:
             return
-        gone = list(texts)
+        unwanted = {canonical(text) for text in gone}
+        self._background.drop(lambda task: canonical(task[0]) in unwanted)
         with self._turns:  # a prompt on its way would leave behind what it harvests
             self._exact.clear()
             self.usage.forget([self.library.key(text) for text in gone])
@@ -333,6 +372,9 @@ class Engine:
                     room.forget(text, name)
                 if self.auxiliary is not None:
                     self.auxiliary.library.store.delete([self.auxiliary.library.key(text)])
+            for room in self._opened():
+                room.library.forget(unwanted)
+                room.fused.refresh()
 
     def knows(self, text: str) -> bool:
         """Whether the KV of this chunk is kept."""

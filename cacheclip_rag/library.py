@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import torch
@@ -95,6 +95,16 @@ class Library:
             return None
         expected = (self.backbone.layers, self.backbone.kv_heads, len(chunk), self.backbone.head_dim)
         return chunk if tuple(chunk.keys.shape) == expected and chunk.keys.dtype == self.backbone.dtype else None
+
+    def forget(self, unwanted: Collection[str]) -> None:
+        """Drop every chunk with one of these (canonical) texts, and every one that was computed in their company."""
+        self.store.delete(
+            [
+                entry.key
+                for entry in self.store.entries()
+                if any(canonical(text) in unwanted for text in (entry.text, *entry.company))
+            ]
+        )
 
     def ensure(self, text: str) -> ChunkKV:
         """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that is full is no error."""

@@ -197,9 +197,8 @@ class Reuse:
         return Prefill(layout, canvas, logits, report, step)
 
     def forget(self, text: str, name: str) -> None:
-        """Drop what is kept of a chunk and with it; ``name`` is its key in the index."""
+        """Drop what is kept of a chunk; ``name`` is its key in the index."""
         self.library.store.delete([self.library.key(text)])
-        self.fused.forget(text)
         self._prefixes = PrefixCache()  # a chunk whose KV was missing was part of a prompt's head
 
     def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:

@@ -113,14 +113,23 @@ def forget(
     documents: Annotated[list[Path] | None, typer.Argument(metavar="[DOCUMENT]...", help="Text files.")] = None,
     store: Folder = DEFAULT,
     containing: Annotated[list[str] | None, typer.Option(help="Forget chunks with this in their text.")] = None,
+    document: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Forget the chunks that were stored as this document's.")
+    ] = None,
+    tenant: Annotated[str, typer.Option(help="Whose document that is.")] = "",
+    secret_file: Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")] = None,
     namespace: OfNamespace = "",
     as_json: AsJson = False,
 ) -> None:
-    """Remove the KV of every chunk whose text stands in a DOCUMENT, or contains a phrase, for all models."""
+    """Remove the KV of every chunk whose text stands in a DOCUMENT or contains a phrase, or that only the documents
+    with these IDs have, for all models.
+    """
     from .store.admin import occurs_in
 
-    if not documents and not containing:
-        raise typer.BadParameter("give a DOCUMENT, or --containing PHRASE")
+    if not documents and not containing and not document:
+        raise typer.BadParameter("give a DOCUMENT, --document ID, or --containing PHRASE")
+    if document and (documents or containing or namespace):
+        raise typer.BadParameter("--document ID stands alone: it is one tenant's, in all namespaces")
     if any(not phrase.strip() for phrase in containing or ()):
         raise typer.BadParameter("an empty phrase is in every chunk; to remove all: cacheclip store clear")
     try:
@@ -132,8 +141,11 @@ def forget(
         return in_documents(text) or any(phrase in text for phrase in containing or ())
 
     folder = _open(store)
-    gone = folder.forget(unwanted, namespace)
-    left = sum(stored.holds(unwanted) for stored in folder.entries(namespace))
+    if document:
+        gone, left = folder.forget_documents(document, tenant, _secret(secret_file))
+    else:
+        gone = folder.forget(unwanted, namespace)
+        left = sum(stored.holds(unwanted) for stored in folder.entries(namespace))
     if as_json:
         _print({"removed": len(gone), "nbytes": sum(stored.nbytes for stored in gone), "left": left})
     else:

@@ -1,4 +1,4 @@
-"""The fused variants of a library's chunks: made, found and forgotten."""
+"""The fused variants of a library's chunks: made and found."""
 
 from __future__ import annotations
 
@@ -103,16 +103,6 @@ class FusedVariants:
             old += [mine.pop(other) for other in list(mine)[:-keep]]
         library.store.delete(old)
         return made
-
-    def forget(self, text: str) -> None:
-        """Drop the chunk's variants, and those of others that were computed behind it."""
-        text, gone = canonical(text), []
-        with self._lock:
-            self.refresh()  # another process may have fused more
-            for mine, variants in list(self._all().items()):
-                unwanted = [company for company in variants if mine == text or text in company]
-                gone += [variants.pop(company) for company in unwanted]
-        self._library.store.delete(gone)
 
     def refresh(self) -> None:
         """Look again what the store has."""

@@ -2,6 +2,7 @@
 
 from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
+from .documents import Documents
 from .int8 import Int8Store
 from .memory import MemoryStore
 from .remote import Remote, RemoteStore
@@ -10,6 +11,7 @@ from .tiered import TieredStore
 __all__ = [
     "ChunkStore",
     "DiskStore",
+    "Documents",
     "Entry",
     "Int8Store",
     "MemoryStore",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..chunks import Namespace
 from ..errors import StoreError
 from . import files, format
 from .cap import STALE, Found, SharedCap, namespaces
+from .documents import FOLDER, Documents
 
 _HEAD = 64 << 10
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -31,6 +32,7 @@ class Stored:
     bytes_per_token: int
     used: float
     company: tuple[str, ...] = ()
+    tenant: str = ""
 
     def holds(self, unwanted: Callable[[str], bool]) -> bool:
         """Whether it, or a chunk it was computed with, has such a text."""
@@ -119,7 +121,7 @@ class Administration:
             self._check_mode(file.path, result)
             if progress is not None:
                 progress(number)
-        for path in (self.folder, *namespaces(self.folder)):
+        for path in (self.folder, self.folder / FOLDER, *namespaces(self.folder)):
             self._check_mode(path, result)
         return result
 
@@ -149,9 +151,9 @@ class Administration:
         self._remove_empty()
         return gone
 
-    def forget(self, unwanted: Callable[[str], bool], namespace: str = "") -> list[Stored]:
+    def forget(self, unwanted: Callable[[str], bool], namespace: str = "", tenant: str | None = None) -> list[Stored]:
         """Remove every chunk with such a text, and every one whose KV was computed in the company of one, in all
-        namespaces whose names begin so; what was removed.
+        namespaces whose names begin so, of this tenant where one is named; what was removed.
 
         Files that cannot be read may hold such a text as well: those set aside as damaged go, and so do unfinished
         ones that say so, or whose beginning does not say what they are.
@@ -162,15 +164,39 @@ class Administration:
             if stored is None:
                 if file.garbage:
                     self._remove(file.path)
-            elif stored.holds(unwanted) and self._remove(file.path) and not file.garbage:
+            elif (
+                tenant in (None, stored.tenant)
+                and stored.holds(unwanted)
+                and self._remove(file.path)
+                and not file.garbage
+            ):
                 gone.append(stored)
         return gone
 
+    def forget_documents(
+        self, documents: Sequence[str], tenant: str = "", secret: bytes = b""
+    ) -> tuple[list[Stored], int]:
+        """Remove what only these documents of the tenant have; what was removed, and how much of it is left."""
+        known = Documents(self.folder, tenant, secret)
+        wanted = known.only(documents)
+
+        def unwanted(text: str) -> bool:
+            return known.text(text) in wanted
+
+        gone = self.forget(unwanted, tenant=tenant) if wanted else []
+        left = sum(one.tenant == tenant and one.holds(unwanted) for one in self.entries()) if wanted else 0
+        known.remove(documents)
+        return gone, left
+
     def clear(self, namespace: str = "") -> int:
-        """Remove all chunks of the namespaces whose names begin so; how many. Other files in the folder stay."""
+        """Remove all chunks of the namespaces whose names begin so; how many. Other files in the folder stay, but for
+        the notes of which document has which chunks, which go when no namespace is named.
+        """
         count = 0
         for file in self._scan(namespace):
             count += self._remove(file.path) and not file.garbage
+        if not namespace:
+            Documents(self.folder).clear()
         self._remove_empty()
         return count
 
@@ -195,11 +221,11 @@ class Administration:
             per_token = 2 * layers * heads * dim * _BYTES.get(head["keys"]["dtype"], 4)
             per_token += 4 * layers * heads * ("int8.value_scales" in head)
             metadata = head["__metadata__"]
-            company = format.company(metadata)
-        except (OSError, format.Rejected, KeyError, TypeError, ValueError):
+            company, tenant = format.company(metadata), str(json.loads(metadata["namespace"]).get("tenant", ""))
+        except (OSError, format.Rejected, KeyError, TypeError, ValueError, AttributeError, RecursionError):
             return None
         name, key, text = file.path.parent.name, metadata["key"], metadata["text"]
-        return Stored(name, key, text, tokens, file.nbytes, per_token, file.used, company)
+        return Stored(name, key, text, tokens, file.nbytes, per_token, file.used, company, tenant)
 
     @staticmethod
     def _reason(file: Found, secret: bytes) -> str | None:

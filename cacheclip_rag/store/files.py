@@ -9,7 +9,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -77,11 +77,14 @@ def publish(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
             pass
         raise
     if sync:
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_folder(path.parent)
+
+
+def mark(folder: Path, names: Iterable[str]) -> None:
+    """Make empty files, which say by being there all they say, so that they survive a power cut."""
+    for name in names:
+        os.close(os.open(folder / name, os.O_WRONLY | os.O_CREAT | _CAREFUL, 0o600))
+    _sync_folder(folder)
 
 
 def overwrite(path: Path, data: bytes) -> None:
@@ -158,6 +161,14 @@ def _open(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _sync_folder(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _write(descriptor: int, data: bytes | memoryview) -> None:

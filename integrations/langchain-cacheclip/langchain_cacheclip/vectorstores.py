@@ -37,8 +37,8 @@ class CacheClipVectorStore(VectorStore):
     """Wraps a vector store: chunks are encoded when they are added and their KV is dropped when they are deleted.
 
     Everything else is the wrapped store's. Encoding never raises, and comes after the store has the chunk: one without
-    KV only costs time. KV belongs to a text, so it stays as long as any id has that text; ids that were added before
-    this process started are seen when they are added again or deleted, not otherwise.
+    KV only costs time. KV belongs to a text, so it stays as long as any id has that text. Which id has which text is
+    kept beside the KV: every id is a document of the engine's (``engine.forget_document(id)``).
 
     Example:
         ``store = CacheClipVectorStore(Chroma(embedding_function=embeddings), llm)``
@@ -84,7 +84,7 @@ class CacheClipVectorStore(VectorStore):
         ids = None if ids is None else list(ids)
         before = self._before(self._lookup(self._known() if ids is None else ids))
         result = self.store.delete(ids, **kwargs)
-        self._deleted(before if ids is not None else _gone(before, self._lookup(list(before))))
+        self._deleted(before if ids is not None else _gone(before, self._lookup(list(before))), ids or ())
         return result
 
     async def aadd_texts(
@@ -107,7 +107,7 @@ class CacheClipVectorStore(VectorStore):
         before = self._before(await self._alookup(self._known() if ids is None else ids))
         result = await self.store.adelete(ids, **kwargs)
         gone = before if ids is not None else _gone(before, await self._alookup(list(before)))
-        await run_in_executor(None, self._deleted, gone)
+        await run_in_executor(None, self._deleted, gone, ids or ())
         return result
 
     # ---- what does not ----------------------------------------------------------------------------------------------
@@ -204,7 +204,12 @@ class CacheClipVectorStore(VectorStore):
             for id_, text in zip(ids, texts, strict=False):
                 self._refer(id_, text)
         try:
-            self._encode(self._handle.engine, list(dict.fromkeys(texts)))
+            engine = self._handle.engine
+            engine.documents.note(zip(ids, texts, strict=False))
+            for id_, text in zip(ids, texts, strict=False):
+                if id_ in before and before[id_].strip() != text.strip():
+                    engine.documents.discard(id_, [before[id_]])
+            self._encode(engine, list(dict.fromkeys(texts)))
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         self._forget(before)
@@ -221,10 +226,14 @@ class CacheClipVectorStore(VectorStore):
         for text, reason in result.skipped:
             log.debug("no KV of %r: %s", text, reason)
 
-    def _deleted(self, gone: dict[str, str]) -> None:
+    def _deleted(self, gone: dict[str, str], ids: Iterable[str]) -> None:
         with self._lock:
             for id_ in gone:
                 self._refer(id_, None)
+        try:
+            self._handle.engine.forget_document(*{*gone, *ids})
+        except Exception:
+            log.exception("the KV of deleted chunks was not dropped")
         self._forget(gone)
 
     def _forget(self, texts: dict[str, str]) -> None:
@@ -233,7 +242,8 @@ class CacheClipVectorStore(VectorStore):
             unused = [text for text in dict.fromkeys(texts.values()) if text.strip() not in self._ids]
         if unused:
             try:
-                self._handle.engine.forget(unused)
+                engine = self._handle.engine
+                engine.forget(engine.documents.unheld(unused))
             except Exception:
                 log.exception("the KV of deleted chunks was not dropped")
 

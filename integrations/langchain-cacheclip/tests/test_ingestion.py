@@ -235,3 +235,20 @@ def test_it_wraps_and_is_not_made() -> None:
         CacheClipVectorStore.from_texts(["a"], None)  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="wrap"):
         CacheClipVectorStore.from_documents([document(1)], None)  # type: ignore[arg-type]
+
+
+def test_what_an_id_had_is_found_after_a_restart_though_the_store_cannot_be_asked(
+    tiny_backbone: Backbone, tmp_path: Path, embedding: Any
+) -> None:
+    class Mute(InMemoryVectorStore):
+        def get_by_ids(self, ids: Any, /) -> Any:
+            raise NotImplementedError
+
+    inner = Mute(embedding)
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
+        CacheClipVectorStore(inner, engine).add_texts([text(1), text(2), text(2)], ids=["a", "b", "c"])
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
+        CacheClipVectorStore(inner, engine).delete(["a", "b"])
+        assert known(engine, 1, 2) == [2]  # another id has it still
+        CacheClipVectorStore(inner, engine).delete(["c"])
+        assert known(engine, 2) == []

@@ -143,6 +143,19 @@ def test_one_document_split_two_ways_keeps_both(engine: Engine) -> None:
     assert all(engine.knows(t) for t in (text(1), text(2), text(1) + text(2)))
 
 
+def test_a_document_is_forgotten_after_a_restart_but_for_what_others_have(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
+        transform = CacheClipTransform(engine)
+        transform([node(text(1), "one"), node(text(2), "one"), node(text(2), "two"), node(text(4), None)])
+        transform([node(text(3), "one"), node(text(2), "one")])  # the document as it is now
+        assert [engine.knows(text(number)) for number in (1, 2, 3, 4)] == [False, True, True, True]
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
+        engine.forget_document("one")
+        assert [engine.knows(text(number)) for number in (2, 3, 4)] == [True, False, True]
+
+
 def test_unchanged_chunks_are_encoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
     encode = engine.library.encode

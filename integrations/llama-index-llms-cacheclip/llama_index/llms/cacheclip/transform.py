@@ -67,6 +67,8 @@ class CacheClipTransform(TransformComponent):
                 log.info("%d chunks are not encoded in this worker process, but when they are first used", len(nodes))
             else:
                 texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+                # Whose chunks these are, so that engine.forget_document(ref_doc_id) finds them.
+                engine.documents.note((n.ref_doc_id, t) for n, t in zip(nodes, texts, strict=True) if n.ref_doc_id)
                 self._encode(engine, texts)
                 self._forget_replaced(engine, nodes, texts)
         except Exception:
@@ -100,7 +102,9 @@ class CacheClipTransform(TransformComponent):
             known = _documents.setdefault(engine, {})
             gone: set[str] = set()
             for document, keys in now.items():
-                gone |= known.get((self._name, document), frozenset()) - keys
+                replaced = known.get((self._name, document), frozenset()) - keys
+                engine.documents.discard(document, filter(None, map(engine.index.text, replaced)))
+                gone |= replaced
                 known[self._name, document] = frozenset(keys)
             if gone:
                 gone.difference_update(*known.values())

@@ -1,0 +1,252 @@
+"""Forgetting a document: what is its own goes from memory, disk and every model's folder; what is shared stays."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import PASSAGES, tiny_backbone
+from typer.testing import CliRunner
+
+from cacheclip_rag import Engine, StoreError, cli
+from cacheclip_rag.store import Documents, files
+from cacheclip_rag.store.admin import Administration
+
+BACKBONE, OTHER = tiny_backbone(), tiny_backbone("qwen2")
+
+
+def open_engine(folder: Path | None, **options: Any) -> Engine:
+    return Engine(options.pop("backbone", BACKBONE), method="naive", store=folder, **options)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    with open_engine(tmp_path / "kv", auxiliary=OTHER) as opened:
+        yield opened
+
+
+def known(engine: Engine) -> list[int]:
+    return [number for number, text in enumerate(PASSAGES) if engine.knows(text)]
+
+
+def traces(folder: Path, text: str) -> list[Path]:
+    """Files in whose names or bytes a text, a part of it, or its digest is left."""
+    marks = [text.encode(), text[20:60].encode(), hashlib.sha256(text.encode()).hexdigest().encode()]
+    marks += [Documents(None, tenant).text(text).encode() for tenant in ("", "acme")]
+    return [
+        path
+        for path in folder.rglob("*")
+        if any(mark in os.fsencode(path.name) or (path.is_file() and mark in path.read_bytes()) for mark in marks)
+    ]
+
+
+def test_what_only_this_document_has_goes(engine: Engine, tmp_path: Path) -> None:
+    engine.ensure(PASSAGES[:3], document="one")
+    engine.ensure(PASSAGES[2:4], document="two")
+    engine.forget_document("one")
+    assert known(engine) == [2, 3]
+    assert not traces(tmp_path / "kv", PASSAGES[0]) and not traces(tmp_path / "kv", PASSAGES[1])
+    assert traces(tmp_path / "kv", PASSAGES[2])
+    engine.forget_document("two")
+    assert known(engine) == [] and not any(traces(tmp_path / "kv", text) for text in PASSAGES)
+    assert engine.auxiliary is not None and engine.auxiliary.library.store.stats().entries == 0
+    assert list((tmp_path / "kv" / "documents").iterdir()) == []
+
+
+def test_the_trace_that_is_looked_for_would_be_found(engine: Engine, tmp_path: Path) -> None:
+    engine.ensure(PASSAGES[:1], document="one")
+    assert len(traces(tmp_path / "kv", PASSAGES[0])) == 3  # of two models, and the note
+
+
+def test_several_documents_at_once_may_share_chunks_among_them(engine: Engine) -> None:
+    engine.ensure(PASSAGES[:2], document="one")
+    engine.ensure(PASSAGES[1:3], document="two")
+    engine.ensure(PASSAGES[2:4], document="three")
+    engine.forget_document("one", "two")
+    assert known(engine) == [2, 3]
+
+
+def test_it_is_known_after_a_restart_and_by_other_models(tmp_path: Path) -> None:
+    for backbone in (BACKBONE, OTHER):
+        with open_engine(tmp_path, backbone=backbone) as engine:
+            engine.ensure(PASSAGES[:2], document="one")
+            engine.ensure(PASSAGES[1:3], document="two")
+    with open_engine(tmp_path) as engine:
+        engine.forget_document("one")
+        assert known(engine) == [1, 2] and not traces(tmp_path, PASSAGES[0])
+    with open_engine(tmp_path, backbone=OTHER) as engine:
+        assert known(engine) == [1, 2]
+
+
+def test_a_chunk_that_was_evicted_is_its_document_s_when_it_comes_back(engine: Engine, tmp_path: Path) -> None:
+    engine.ensure(PASSAGES[:1], document="one")
+    engine.library.store.delete([engine.library.key(PASSAGES[0])])
+    engine.ensure(PASSAGES[:1])  # as a prompt would have it
+    engine.forget_document("one")
+    assert known(engine) == [] and not traces(tmp_path / "kv", PASSAGES[0])
+
+
+def test_forgetting_a_text_ends_every_document_s_claim_to_it(engine: Engine, tmp_path: Path) -> None:
+    engine.ensure(PASSAGES[:1], document="one")
+    engine.ensure(PASSAGES[:1], document="two")
+    engine.forget(PASSAGES[:1])
+    assert not traces(tmp_path / "kv", PASSAGES[0])
+
+
+def test_what_was_computed_in_its_company_goes_too(engine: Engine, tmp_path: Path) -> None:
+    engine.ensure(PASSAGES[:2], document="one")
+    engine.ensure(PASSAGES[2:3], document="two")
+    library = engine.library
+    for company in ((PASSAGES[0],), (PASSAGES[2],)):
+        kv = replace(library.encode(PASSAGES[3]), company=company)
+        assert library.store.put(library.namespace.key(PASSAGES[3], company), kv)
+    engine.forget_document("one")
+    assert [entry.company for entry in library.store.entries() if entry.text == PASSAGES[3]] == [(PASSAGES[2],)]
+    assert not traces(tmp_path / "kv", PASSAGES[0])
+    engine.forget([PASSAGES[2]])
+    assert not [entry for entry in library.store.entries() if entry.company]
+
+
+def test_forgetting_a_text_reaches_all_encodings_of_it(tmp_path: Path) -> None:
+    with open_engine(tmp_path) as engine:
+        engine.ensure(PASSAGES[:1], method="promptcache", document="one")
+        engine.ensure(PASSAGES[:1])
+    with open_engine(tmp_path) as engine:  # that never asks for the other encoding
+        engine.forget_document("one")
+    assert not traces(tmp_path, PASSAGES[0])
+
+
+def test_in_memory_documents_are_known_as_well() -> None:
+    engine = open_engine(None)
+    engine.ensure(PASSAGES[:2], document="one")
+    engine.ensure(PASSAGES[1:2], document="two")
+    engine.forget_document("one")
+    assert known(engine) == [1]
+
+
+def test_background_work_does_not_bring_it_back(engine: Engine) -> None:
+    engine.documents.add("one", PASSAGES[:1])
+    engine._active = 1  # as if a request were being answered: the background waits
+    engine.ensure_later(PASSAGES[1:2])
+    engine.ensure_later(PASSAGES[:1])
+    engine.index.add(engine.library.key(PASSAGES[0]), PASSAGES[0])
+    engine.forget_document("one")
+    engine._active = 0
+    engine.flush()
+    assert known(engine) == [1]
+
+
+def test_tenants_have_documents_of_their_own(tmp_path: Path) -> None:
+    with open_engine(tmp_path, tenant="acme") as acme, open_engine(tmp_path, tenant="zenith") as zenith:
+        for engine in (acme, zenith):
+            engine.ensure(PASSAGES[:1], document="one")
+        acme.forget_document("one")
+        assert (known(acme), known(zenith)) == ([], [0])
+        zenith.forget_document("two")
+        assert known(zenith) == [0]
+
+
+def test_names_are_digests_and_keyed_ones_with_a_secret(tmp_path: Path) -> None:
+    Documents(tmp_path).add("../../etc/passwd\0\ud800", ["text"])
+    Documents(tmp_path, secret=b"secret").add("one", ["text"])
+    plain, keyed = Documents(tmp_path), Documents(tmp_path, secret=b"secret")
+    assert plain.of("../../etc/passwd\0\ud800") == {plain.text("text")}
+    assert keyed.of("one") == {keyed.text("text")} and keyed.text("text") != plain.text("text")
+    assert plain.of("one") == frozenset()
+    assert all(path.stat().st_size == 0 and path.stat().st_mode & 0o777 == 0o600 for path in plain.path.iterdir())
+    assert plain.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_documents_that_differ_by_blanks_are_different(tmp_path: Path) -> None:
+    documents = Documents(tmp_path)
+    documents.add("one", ["text"])
+    assert documents.of("one ") == frozenset() and documents.of("one")
+
+
+def test_what_cannot_be_noted_is_not_stored(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "mark", full)
+        result = engine.ensure(PASSAGES[:2], document="one")
+    assert len(result.skipped) == 2 and "no space left" in result.skipped[0][1] and known(engine) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "mark", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+        engine.ensure(PASSAGES[:2], document="one")
+    assert known(engine) == [0, 1]
+    engine.forget_document("one")
+    assert known(engine) == []
+
+
+def test_a_forgetting_that_was_interrupted_can_be_repeated(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.ensure(PASSAGES[:3], document="one")
+    remove, count, stop = files.remove, 0, 0
+
+    def dying(path: Path) -> None:
+        nonlocal count
+        count += 1
+        if count > stop:
+            raise OSError(errno.EIO, "input/output error")
+        remove(path)
+
+    for until in range(1, 25, 3):
+        stop, count = until, 0
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "remove", dying)
+            try:
+                engine.forget_document("one")
+            except StoreError:
+                assert engine.documents.of("one") or not traces(tmp_path / "kv", PASSAGES[0])
+    engine.forget_document("one")
+    assert not any(traces(tmp_path / "kv", text) for text in PASSAGES)
+
+
+def test_who_notes_and_removes_at_the_same_time_undoes_nothing(tmp_path: Path) -> None:
+    """Objects share nothing but the folder, so threads stand for processes."""
+
+    def note(process: int) -> None:
+        documents = Documents(tmp_path)
+        for number in range(10):
+            documents.add("shared", [f"text {process} {number}"])
+            documents.add(f"own {process}", [f"text {process} {number}", f"own {number}"])
+        documents.remove([f"own {process}"])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(note, range(4)))
+    documents = Documents(tmp_path)
+    assert len(documents.of("shared")) == 40 and documents.of("own 1") == frozenset()
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def forget(folder: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["store", "forget", "--store", str(folder), *arguments])
+
+
+def test_the_command_forgets_documents(tmp_path: Path) -> None:
+    with open_engine(tmp_path / "kv") as engine, open_engine(tmp_path / "kv", secret="hush") as keyed:
+        engine.ensure(PASSAGES[:2], document="one")
+        engine.ensure(PASSAGES[1:3], document="two")
+        keyed.ensure(PASSAGES[3:4], document="one")
+    done = forget(tmp_path / "kv", "--document", "one", "--tenant", "acme")
+    assert done.exit_code == 0 and done.stdout.startswith("removed 0 chunks")
+    done = forget(tmp_path / "kv", "--document", "one")
+    assert done.exit_code == 0 and done.stdout.startswith("removed 1 chunks") and done.stdout.endswith("0 are left\n")
+    assert not traces(tmp_path / "kv", PASSAGES[0]) and traces(tmp_path / "kv", PASSAGES[1])
+    (tmp_path / "secret").write_text("hush\n")
+    done = forget(tmp_path / "kv", "--document", "one", "--secret-file", str(tmp_path / "secret"))
+    assert done.stdout.startswith("removed 1 chunks") and not traces(tmp_path / "kv", PASSAGES[3])
+    assert forget(tmp_path / "kv", "--document", "one", "--containing", "x").exit_code == 2
+    Administration(tmp_path / "kv").clear()
+    assert list((tmp_path / "kv" / "documents").iterdir()) == []
