@@ -168,6 +168,8 @@ class Engine:
         self._background = Background(self._do_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self.last_report: Report | None = None
+        self.observers: list[Callable[[Report], None]] = []
+        """Called with the report of each request that has ended, on the thread that ended it: metrics, traces."""
 
     def open_auxiliary(
         self,
@@ -475,7 +477,7 @@ class Engine:
                 report.finish_reason = report.finish_reason or "cancelled"
                 report.total = time.perf_counter() - start
                 self.last_report = report
-                log.info("%s", report)
+                self._tell(report)
 
         return TextStream(run(), self.backbone.tokenizer, report, stop or ())
 
@@ -617,6 +619,14 @@ class Engine:
     def _opened(self) -> list[Reuse]:
         with self._rooms_lock:
             return list(self._rooms.values())
+
+    def _tell(self, report: Report) -> None:
+        log.info("%s", report.line)
+        for observer in self.observers:
+            try:
+                observer(report)
+            except Exception:  # who watches must not break an answer
+                log.exception("an observer of requests failed")
 
     def _count(self, change: int) -> None:
         with self._active_lock:

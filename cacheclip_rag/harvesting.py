@@ -13,7 +13,7 @@ from .encode import Harvested, Variants
 from .encode.harvested import ChunkMass, harvest
 from .library import Library
 from .methods import Method
-from .prefill import Prefill, Reuse, fitting
+from .prefill import Prefill, Reuse, fates, fitting
 from .prompt import ChunkIndex, Span, align
 from .report import Report
 
@@ -63,6 +63,7 @@ class Harvesting(Reuse):
             self.variants.add(span.key, harvest(kv, number, before, probe.mass[rows].cpu(), lengths))
         report.prompt_tokens = report.fresh = len(tokens)
         report.canvas_bytes = canvas.nbytes
+        report.fates = fates(layout)
         return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
     def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:

@@ -22,7 +22,7 @@ from .library import Library
 from .methods import Method
 from .prefixes import PrefixCache
 from .prompt import ChunkIndex, Layout, Span, align, find_question
-from .report import ChunkUse, Report
+from .report import ChunkUse, Fate, Fates, Report
 from .select import Request
 from .select.query_guided import question_scores
 
@@ -46,7 +46,9 @@ def native(backbone: Backbone, prompt: str, report: Report) -> Prefill:
     tokens = fitting(backbone, backbone.tokenise_prompt(prompt))
     logits, step = backbone.native_prefill(tokens.ids)
     report.prompt_tokens = report.fresh = len(tokens)
-    return Prefill(align(prompt, tokens.ids, tokens.offsets, [], []), None, logits, report, step)
+    layout = align(prompt, tokens.ids, tokens.offsets, [], [])
+    report.fates = fates(layout)
+    return Prefill(layout, None, logits, report, step)
 
 
 def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: Report) -> Prefill:
@@ -61,6 +63,7 @@ def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: 
     report.prompt_tokens = report.fresh = len(tokens)
     report.canvas_bytes = canvas.nbytes
     layout = align(prompt, tokens.ids, tokens.offsets, [], [])
+    report.fates = fates(layout)
     return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
 
@@ -86,7 +89,26 @@ def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str,
         cache.keep(tokens.ids, borders, canvas, report.seconds["recompute"] / (count - known))
     report.prompt_tokens, report.prefix, report.fresh = count, known, count - known
     report.canvas_bytes = canvas.nbytes
+    report.fates = fates(layout, known)
     return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
+
+
+def fates(layout: Layout, prefix: int = 0, recomputed: Tensor | None = None, exact: Tensor | None = None) -> Fates:
+    """What became of each token: the first ``prefix`` came from an earlier request.
+
+    Where chunks were reused, ``recomputed [n]`` (rows) were refreshed, and those in ``exact [T]`` (bool) needed no
+    repair.
+    """
+    kinds = torch.where(layout.edge, int(Fate.EDGE), int(Fate.FRESH))
+    if recomputed is not None and exact is not None:
+        kinds[layout.reusable] = int(Fate.REUSED)
+        kinds[exact] = int(Fate.EXACT)
+        kinds[recomputed] = int(Fate.RECOMPUTED)
+        if layout.reusable[-1]:
+            kinds[-1] = int(Fate.FRESH)  # the last token is always computed
+    kinds[:prefix] = int(Fate.PREFIX)
+    borders = [border for span in layout.spans for border in (span.start, span.end)]
+    return Fates.of(layout.prompt, layout.offsets[:, 0].numpy(), kinds.numpy(), borders)
 
 
 def document_borders(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
@@ -191,6 +213,7 @@ class Reuse:
         report.reused = count - prefix - len(chosen) - len(fresh)
         report.edges = int(layout.edge.sum())
         report.canvas_bytes = canvas.nbytes
+        report.fates = fates(layout, prefix, chosen, exact)
         report.chunks = [self._use(layout, n, chosen, held, exact, missing) for n in range(len(spans))]
         report.fallbacks += [f"chunk {key[:12]} prefilled: {reason}" for key, reason in missing.items()]
         step = backbone.on_canvas(canvas, shift=int(positions.max()) + 1 - count, shape=shape)

@@ -29,6 +29,7 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from cacheclip_rag.integration import EngineHandle, EngineSettings, encoding_of, pump, read_options
 
 from .engines import restore
+from .events import tell
 from .prompts import ChatTemplate, UserTurn
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class CacheClipLLM(CustomLLM):
         self, prompt: str, kwargs: dict[str, Any], respond: Respond[R], cancel: threading.Event | None = None
     ) -> R:
         answer = self.engine.generate(prompt, cancel=cancel, **self._options(kwargs))
-        self._last_report = answer.report
+        self._ended(answer.report)
         return respond(answer.text, None, answer.report)
 
     def _stream(
@@ -199,7 +200,11 @@ class CacheClipLLM(CustomLLM):
             yield respond(text, "", stream.report)  # only now are the token counts and the finish reason known
         finally:
             stream.close()
-            self._last_report = stream.report
+            self._ended(stream.report)
+
+    def _ended(self, report: Report) -> None:
+        self._last_report = report
+        tell(self.model_name, report)
 
     async def _aanswer(self, prompt: Callable[[], str], kwargs: dict[str, Any], respond: Respond[R]) -> R:
         cancel = threading.Event()

@@ -1,12 +1,18 @@
-"""What happened in one request, in numbers."""
+"""The report itself: what happened in one request, in numbers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from .fates import Fates
+
+if TYPE_CHECKING:  # how a report is shown is loaded when it is
+    from matplotlib.figure import Figure
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,12 @@ class Report:
     total: float = 0.0
     finish_reason: str = ""
     canvas_bytes: int = 0
+    fates: Fates | None = field(default=None, repr=False, compare=False)
+    """What became of each token, and the prompt: for showing. Not part of `as_dict`, so of no log, row or response."""
+    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """What people call the chunks, by key: to be filled by who knows. Chunks without are shown by how they begin."""
+    full_prefill: float | None = field(default=None, compare=False)
+    """Seconds to the first token of a full prefill of this prompt, where somebody measured it."""
 
     @property
     def ratio(self) -> float:
@@ -90,9 +102,13 @@ class Report:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, derived numbers included."""
+        """JSON-ready, derived numbers included; no text of the prompt."""
+        kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("fates", "sources")}
         return {
-            **asdict(self),
+            **kept,
+            "chunks": [asdict(use) for use in self.chunks],
+            "fallbacks": list(self.fallbacks),
+            "seconds": dict(self.seconds),
             "ratio": self.ratio,
             "bound": self.bound,
             "cached_tokens": self.cached_tokens,
@@ -106,6 +122,29 @@ class Report:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @property
+    def line(self) -> str:
+        """The request in one line, for logs."""
+        return " ".join(str(self).replace("\n  fell back:", "; fell back:").split())
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of what `_repr_html_` shows. Raises `ConfigurationError` without matplotlib."""
+        from .plot import figure
+
+        return figure(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every token coloured by its fate, where the time went, why anything missed."""
+        from .html import html
+
+        return html(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What ``rich.print`` shows at a terminal."""
+        from .terminal import renderables
+
+        yield from renderables(self)
 
     def __str__(self) -> str:
         text = (

@@ -1,0 +1,94 @@
+"""A report as a matplotlib figure."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+from . import story
+from .fates import Fate
+from .html import STAGE_COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .record import Report
+
+
+def figure(report: Report) -> Figure:
+    """Where the time went, the prompt token by token, and what was reused of each chunk.
+
+    Raises `ConfigurationError` without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError("figures need matplotlib: pip install 'cacheclip-rag[plots]'") from error
+    heights = [1.1, 0.7, 0.4 + 0.28 * len(report.chunks)]
+    drawn = Figure(figsize=(9, sum(heights) + 1.4), layout="constrained")
+    times, strip, chunks = drawn.subplots(3, 1, height_ratios=heights)
+    drawn.suptitle(f"{report.method}: {story.headline(report)}", fontsize=10)
+    _times(times, report)
+    _strip(strip, report)
+    _chunks(chunks, report)
+    return drawn
+
+
+def _times(axis: Any, report: Report) -> None:
+    left, full = 0.0, story.full_prefill(report)
+    for (stage, value), colour in zip(story.stages(report).items(), cycle(STAGE_COLOURS), strict=False):
+        axis.barh("this request", value, left=left, color=colour, label=f"{stage} {story.seconds(value)}")
+        left += value
+    if full:
+        axis.barh("full prefill" if full[1] else "full prefill, est.", full[0], color="#8f8f8f")
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds to the first token", fontsize=8)
+    axis.tick_params(labelsize=8)
+    if report.seconds:
+        axis.legend(fontsize=7, ncols=4, loc="lower right", framealpha=0.7)
+
+
+def _strip(axis: Any, report: Report) -> None:
+    axis.set_yticks([])
+    axis.tick_params(labelsize=8)
+    axis.set_xlabel("prompt token", fontsize=8)
+    if report.fates is None:
+        return
+    bars: dict[Fate, list[tuple[float, float]]] = {}
+    for run in report.fates.runs():
+        bars.setdefault(run.fate, []).append((run.row, run.tokens))
+    counts = report.fates.counts()
+    for fate in (fate for fate in story.NAMES if fate in bars):
+        label = f"{story.NAMES[fate]} {counts[fate]:,}"
+        axis.broken_barh(bars[fate], (0, 1), facecolors=story.COLOURS[fate], label=label)
+    axis.set_xlim(0, report.fates.tokens)
+    for piece in story.pieces(report):
+        if piece.use is not None:
+            axis.axvline(piece.runs[0].row, color="black", linewidth=0.8)
+    axis.legend(fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.75), frameon=False)
+
+
+def _chunks(axis: Any, report: Report) -> None:
+    if not report.chunks:
+        axis.set_axis_off()
+        return
+    # mathtext and control characters in a document's text are not for matplotlib to interpret
+    names = [f"{n}. {plain(story.title(report, use))[:44]}" for n, use in enumerate(report.chunks, start=1)]
+    left = [0] * len(names)
+    for fate, counts in (
+        (Fate.REUSED, [use.reused for use in report.chunks]),
+        (Fate.RECOMPUTED, [use.recomputed for use in report.chunks]),
+        (Fate.FRESH, [use.computed for use in report.chunks]),
+    ):
+        axis.barh(range(len(names)), counts, left=left, color=story.COLOURS[fate])
+        left = [a + b for a, b in zip(left, counts, strict=True)]
+    axis.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+    axis.invert_yaxis()
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_xlabel("tokens of each chunk", fontsize=8)
+
+
+def plain(text: str) -> str:
+    """Without characters that are none to be seen, or that steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
