@@ -7,6 +7,7 @@ line and exits with code 2.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from . import store_cli
+from . import app_cli, store_cli
 from .catalogue import CATALOGUE
 from .errors import CacheClipError, ConfigurationError
 from .pull import is_pulled, resolve
@@ -50,6 +51,8 @@ class _Lists(TyperCommand):
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
 app.add_typer(store_cli.app, name="store")
+app.command()(app_cli.ingest)
+app.command()(app_cli.ask)
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,7 +70,10 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Reuse the KV cache of document chunks, so that answers start sooner."""
+    """Reuse the KV cache of document chunks, so that answers start sooner.
+
+    To begin: `cacheclip ingest FOLDER`, then `cacheclip ask "..."`; `cacheclip bench` measures this machine.
+    """
 
 
 @app.command()
@@ -212,6 +218,40 @@ def analyse(
     helpers = auxiliary or ["smollm2-135m-instruct"]
     for line in work.answer(question, data or [], rows, figure, model, helpers, method, by, measure, items):
         typer.echo(line)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="The model that answers.")] = "smollm2-135m-instruct",
+    auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else query_guided.")
+    ] = (None),
+    ratio: Annotated[float | None, typer.Option(help="Recompute ratio; default: the method's.")] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks in a prompt.")] = 8,
+    tokens: Annotated[int, typer.Option(min=32, help="Tokens of a chunk, about.")] = 200,
+    pairs: Annotated[int, typer.Option(min=1, help="Prompts that are measured.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure this machine: full prefill against reuse of the same chunks, with quality beside the speed.
+
+    Takes about a minute with the default model on two CPU cores. Each prompt is new; its chunks were read before.
+    KL says how far the first token's distribution is from full prefill's, for this method and for plain reuse.
+    Generated prose says nothing about the quality of answers: `cacheclip eval` does.
+    """
+    from .app_cli import bar, quietly
+    from .engine import Engine  # torch is slow to import
+    from .evaluation import bench as work
+
+    with quietly():
+        with bar() as progress:
+            progress("opening the model", 0, 0)
+            with Engine(model, auxiliary=auxiliary, method=method) as engine:
+                result = work.run(engine, chunks=chunks, tokens=tokens, pairs=pairs, ratio=ratio, progress=progress)
+        if as_json:
+            typer.echo(json.dumps(asdict(result) | {"model": model, "machine": work.machine()}))
+        else:
+            typer.echo("\n".join(work.lines(result)))
 
 
 def _print_catalogue() -> None:

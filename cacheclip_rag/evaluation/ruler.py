@@ -150,7 +150,7 @@ def _item(
     task: str, tokens: int, seed: int, chars: int, passage_chars: int, haystack: Sequence[str] | None
 ) -> tuple[Item, str]:
     """An item whose passages have ``chars`` characters, to the word, and these passages as ``data.prompt`` has them."""
-    words = _words(_prose(random.Random(f"prose {task} {tokens} {seed}"), haystack), chars)
+    words = _words(sentences(random.Random(f"prose {task} {tokens} {seed}"), haystack), chars)
     rng = random.Random(f"{task} {tokens} {seed}")  # another, so that the needles stay the same in every round
     text = " ".join(words).lower()
     riddle = (_variables if task == "vt" else _magic)(rng, text, *_SHAPES[task])
@@ -225,7 +225,8 @@ def _words(texts: Iterator[str], chars: int) -> list[str]:
     return words
 
 
-def _prose(rng: random.Random, haystack: Sequence[str] | None) -> Iterator[str]:
+def sentences(rng: random.Random, haystack: Sequence[str] | None = None) -> Iterator[str]:
+    """Sentences without end: made up, or the haystack's, from a place in it that is drawn."""
     if haystack is not None:
         yield from islice(cycle(haystack), int(rng.random() * len(haystack)), None)
     while True:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.llms.cacheclip import CacheClipLLM, CacheClipReuseEvent
@@ -14,7 +15,7 @@ from cacheclip_rag import Engine
 
 
 class Seen(BaseEventHandler):
-    events: list[Any] = []
+    events: list[Any] = Field(default_factory=list)
     broken: bool = False
 
     @classmethod

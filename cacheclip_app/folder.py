@@ -1,0 +1,180 @@
+"""A folder of documents, read through LlamaIndex' readers and kept as vectors and chunk KV."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import chromadb
+from chromadb.config import Settings
+from llama_index.core import SimpleDirectoryReader, VectorStoreIndex
+from llama_index.core.embeddings import BaseEmbedding
+from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.llms.cacheclip import CacheClipLLM
+from llama_index.readers.file import HTMLTagReader
+from llama_index.vector_stores.chroma import ChromaVectorStore
+
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.pull import resolve
+
+SUFFIXES = (".pdf", ".md", ".markdown", ".html", ".htm", ".txt", ".rst")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is, and of how much."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Where the chunks of a folder are, and for which model; kept beside them, so that asking needs no options."""
+
+    home: Path
+    model: str
+    auxiliary: str | None = None
+    chunk_size: int = 320
+
+    @classmethod
+    def read(cls, home: Path) -> Library:
+        """Raises `ConfigurationError` where nothing was ingested."""
+        try:
+            settings = json.loads((home / "index" / "settings.json").read_text(encoding="utf-8"))
+            return cls(home, **settings)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"{home} holds no ingested documents: run `cacheclip ingest FOLDER` first ({error})"
+            ) from error
+
+    @property
+    def folder(self) -> Path:
+        return self.home / "index"
+
+    def write(self) -> None:
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "home"}
+        (self.folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+    def llm(self, **options: Any) -> CacheClipLLM:
+        return CacheClipLLM(self.model, auxiliary=self.auxiliary, kv_dir=str(self.home), **options)
+
+    def vectors(self) -> ChromaVectorStore:
+        settings = Settings(anonymized_telemetry=False)
+        client = chromadb.PersistentClient(str(self.folder / "chroma"), settings=settings)
+        return ChromaVectorStore(chroma_collection=client.get_or_create_collection("chunks"))
+
+    def index(self, embedding: BaseEmbedding) -> VectorStoreIndex:
+        return VectorStoreIndex.from_vector_store(self.vectors(), embed_model=embedding)
+
+
+@dataclass
+class Ingested:
+    """What an ingestion found and did. ``encoded``: chunks whose KV was computed now."""
+
+    files: int
+    chunks: int
+    encoded: int
+    removed: int
+    seconds: float
+    unread: list[str] = field(default_factory=list)
+    """Files nothing could be read from."""
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """``(beginning of the chunk, reason)``: without KV, so prefilled whenever they are retrieved."""
+
+
+def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: Progress = lambda *_: None) -> Ingested:
+    """Bring the library up to date with the folder: new and changed files are read, those that are gone forgotten.
+
+    Interrupting it loses nothing that was finished; the same call goes on from there. Raises `ConfigurationError` for
+    a folder without documents, and what opening the model raises.
+    """
+    start = time.perf_counter()
+    files = _files(folder)
+    progress("reading files", 0, 0)
+    documents = _read(folder, files)
+    resolve(library.model)  # a misspelt name is found before an hour of work
+    with contextlib.suppress(ConfigurationError):
+        if Library.read(library.home).chunk_size != library.chunk_size:  # cut otherwise, every chunk is another
+            shutil.rmtree(library.folder)
+    library.folder.mkdir(parents=True, exist_ok=True)
+    vectors = library.vectors()
+    before = {text_of(node) for node in vectors.get_nodes(node_ids=None)}
+    progress("embedding", 0, 0)
+    _embed(library, documents, vectors, embedding)
+    after = list(dict.fromkeys(text_of(node) for node in vectors.get_nodes(node_ids=None)))
+    library.write()
+
+    engine = library.llm().engine
+    gone = before.difference(after)
+    engine.forget(gone)
+    result = engine.ensure(after, lambda done: progress("reading chunks with the model", done, len(after)))
+    read = {document.metadata["source"] for document in documents}
+    unread = [name for file in files if (name := _name(folder, file)) not in read]
+    seconds = time.perf_counter() - start
+    return Ingested(len(read), len(after), result.encoded, len(gone), seconds, unread, result.skipped)
+
+
+def text_of(node: BaseNode) -> str:
+    """A chunk as response synthesizers put it into prompts."""
+    return node.get_content(metadata_mode=MetadataMode.LLM)
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigurationError(f"{folder} is not a folder")
+    hidden = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = [path for path in hidden if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not files:
+        raise ConfigurationError(f"{folder} holds no documents; those that can be read: {', '.join(SUFFIXES)}")
+    return files
+
+
+def _name(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _read(folder: Path, files: list[Path]) -> list[Document]:
+    """A document a file, or a page of a PDF; one that cannot be read is said so on stderr and left out."""
+    html = HTMLTagReader("body")
+    reader = SimpleDirectoryReader(
+        input_files=[str(file) for file in files],
+        file_extractor={".html": html, ".htm": html},
+        file_metadata=lambda path: {"source": _name(folder, Path(path))},
+        filename_as_id=True,
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # the reader prints what it cannot read
+        found = reader.load_data()
+    documents = []
+    for document in found:
+        if not document.text.strip():
+            continue
+        page = document.metadata.get("page_label")
+        document.metadata = {"source": document.metadata["source"]} | ({"page": page} if page else {})
+        documents.append(document)
+    return documents
+
+
+def _embed(library: Library, documents: list[Document], vectors: ChromaVectorStore, embedding: BaseEmbedding) -> None:
+    """Split and embed what is new or changed, and drop what is gone from the vector store."""
+    path = library.folder / "documents.json"
+    known = SimpleDocumentStore.from_persist_path(str(path)) if path.exists() else SimpleDocumentStore()
+    for document in documents:
+        if known.get_document_hash(document.id_) is None:
+            vectors.delete(document.id_)  # of an ingestion that was interrupted
+    splitter = SentenceSplitter(chunk_size=library.chunk_size, chunk_overlap=20)
+    pipeline = IngestionPipeline(
+        transformations=[splitter, embedding],
+        docstore=known,
+        docstore_strategy=DocstoreStrategy.UPSERTS_AND_DELETE,
+        vector_store=vectors,
+        disable_cache=True,
+    )
+    pipeline.run(documents=documents, show_progress=len(documents) > 20 and sys.stderr.isatty())
+    known.persist(str(path))

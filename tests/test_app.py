@@ -1,0 +1,200 @@
+"""`cacheclip ingest` and `cacheclip ask` over a folder of a hundred documents, with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("llama_index.readers.file")
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from cacheclip_app import Library
+from cacheclip_app.folder import text_of
+from cacheclip_rag import cli
+from cacheclip_rag.pull import resolve
+
+TOWNS = ["Arden", "Bellow", "Corwen", "Dunmore", "Elsted", "Farlow", "Glanton", "Hexley", "Ingram", "Jarvis"]
+THINGS = ["lighthouse", "railway", "bakery", "museum", "orchard"]
+THINGS += ["printing-house", "observatory", "ferry", "theatre", "brewery"]
+
+
+def paragraph(town: str, thing: str, year: int) -> str:
+    return (
+        f"The {thing} of {town} was founded in {year} by the council of the town, after a public vote. "
+        f"It stands beside the old bridge and employs {year % 37 + 3} people, most of them from {town} itself. "
+        f"Visitors are welcome at the {thing} on every day but Monday, and on {year % 28 + 1} May entry is free."
+    )
+
+
+def pdf(text: str) -> bytes:
+    """The smallest PDF with one page of text."""
+    lines = "".join(f"({part}) Tj T* " for part in text.split(". "))
+    stream = f"BT /F1 9 Tf 12 TL 40 700 Td {lines}ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R"
+        b" /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n" % len(stream) + stream + b"\nendstream",
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    body, places = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, start=1):
+        places.append(len(body))
+        body += b"%d 0 obj\n" % number + content + b"\nendobj\n"
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return body + (
+        b"xref\n0 6\n0000000000 65535 f \n"
+        + table
+        + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(body)
+    )
+
+
+def write(folder: Path, number: int, year: int) -> Path:
+    town, thing = TOWNS[number % 10], THINGS[number // 10]
+    text = paragraph(town, thing, year)
+    kind = ("txt", "md", "html", "pdf")[number % 4]
+    path = folder / town / f"{thing}.{kind}"
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pdf":
+        path.write_bytes(pdf(text))
+    elif kind == "html":
+        path.write_text(f"<html><head><title>no</title></head><body><h1>{thing}</h1><p>{text}</p></body></html>")
+    else:
+        path.write_text(f"# {thing}\n\n{text}" if kind == "md" else text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.25,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documents")
+    for number in range(100):
+        write(folder, number, 1800 + number)
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "secret.txt").write_text("Nobody is to read this, which is long enough to be a chunk.")
+    (folder / "photo.jpg").write_bytes(b"\xff\xd8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("home")
+
+
+def run(*words: object, **options: Any) -> Any:
+    return CliRunner().invoke(cli.app, [str(word) for word in words], **options)
+
+
+def ingest(folder: Path, home: Path, model: str) -> dict[str, Any]:
+    result = run("ingest", folder, "--home", home, "--model", model, "--auxiliary", "none", "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def chunks(home: Path) -> dict[str, str]:
+    """Every chunk by the file it is from."""
+    nodes = Library.read(home).vectors().get_nodes(node_ids=None)
+    return {node.metadata["source"]: text_of(node) for node in nodes}
+
+
+def test_a_hundred_documents_from_first_to_last(folder: Path, home: Path, model: str) -> None:
+    first = ingest(folder, home, model)
+    assert (first["files"], first["chunks"], first["encoded"], first["removed"]) == (100, 100, 100, 0)
+    known = chunks(home)
+    assert len(known) == 100 and not any("secret" in name or "photo" in name for name in known)
+    html, page = known["Corwen/lighthouse.html"], known["Dunmore/lighthouse.pdf"]
+    assert "founded in 1802" in html and "<p>" not in html and "founded in 1803" in page
+
+    again = ingest(folder, home, model)
+    assert (again["chunks"], again["encoded"], again["removed"]) == (100, 0, 0)
+
+    changed = write(folder, 0, 1999)
+    gone = write(folder, 1, 1801)
+    gone.unlink()
+    third = ingest(folder, home, model)
+    assert (third["files"], third["chunks"], third["encoded"], third["removed"]) == (99, 99, 1, 2)
+    old, known = known, chunks(home)
+    assert "1999" in known["Arden/lighthouse.txt"] and "Bellow/lighthouse.md" not in known
+    engine = Library.read(home).llm().engine
+    assert engine.knows(known["Arden/lighthouse.txt"]) and changed.exists()
+    assert not engine.knows(old["Arden/lighthouse.txt"])  # the KV of what is gone went with it
+    assert not engine.knows(old["Bellow/lighthouse.md"])
+
+
+def test_questions_find_and_reuse_chunks(folder: Path, home: Path, model: str) -> None:
+    if not (home / "index").exists():
+        ingest(folder, home, model)
+    question = "When was the theatre of Glanton founded?"
+    result = run("ask", question, "--home", home, "--json", "--tokens", 3, "--top-k", 4)
+    assert result.exit_code == 0, result.output
+    reply = json.loads(result.stdout)
+    assert any(source.startswith("Glanton/theatre") for source in reply["sources"]) and len(reply["sources"]) == 4
+    report = reply["report"]
+    assert len(report["chunks"]) == 4 and report["reused"] > 0 and report["fallbacks"] == []
+
+    shown = run("ask", question, "--home", home, "--tokens", 3, "--top-k", 4, "--compare")
+    assert shown.exit_code == 0, shown.output
+    assert "from Glanton/theatre" in shown.stdout and "full prefill" in shown.stdout
+    assert "estimated" not in shown.stdout  # it was measured
+
+    session = run(
+        "ask", "--home", home, "--tokens", 2, "--no-report", input=f"{question}\nAnd the brewery?\n\nno more\n"
+    )
+    assert session.exit_code == 0 and session.stdout.count("from ") == 2
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, folder: Path) -> None:
+    for words, told in (
+        (("ask", "x", "--home", tmp_path / "nothing"), "run `cacheclip ingest FOLDER` first"),
+        (("ingest", tmp_path / "nowhere", "--home", tmp_path), "is not a folder"),
+        (("ingest", tmp_path, "--home", tmp_path / "home"), "holds no documents"),
+        (("ingest", folder, "--home", tmp_path / "home", "--model", "no-such-model"), "no-such-model"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 2 and told in result.stderr, (words, result.output)
+        assert "Traceback" not in result.output
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, model: str) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    write(documents, 0, 1800)
+    (documents / "broken.pdf").write_bytes(b"not a pdf")
+    result = run("ingest", documents, "--home", tmp_path / "home", "--model", model, "--auxiliary", "none", "--json")
+    assert result.exit_code == 1 and "broken.pdf" in result.stderr
+    assert json.loads(result.stdout)["unread"] == ["broken.pdf"]
+
+
+def test_without_llama_index_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cacheclip_app", None)
+    result = run("ask", "x")
+    assert result.exit_code == 2 and "pip install 'cacheclip-rag[app]'" in result.stderr
+    for command in ("ingest", "ask"):
+        assert run(command, "--help").exit_code == 0
