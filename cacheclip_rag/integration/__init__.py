@@ -4,8 +4,21 @@ Here and not in each of them, so that an application that uses two frameworks op
 torch or transformers before the first engine does.
 """
 
+from .chunk_kv import OnMiss, encode, warm
 from .engines import EngineHandle, EngineSettings, encoding_of
+from .holdings import Holdings
 from .options import read_options, refuse_misspelling
 from .pump import pump
 
-__all__ = ["EngineHandle", "EngineSettings", "encoding_of", "pump", "read_options", "refuse_misspelling"]
+__all__ = [
+    "EngineHandle",
+    "EngineSettings",
+    "Holdings",
+    "OnMiss",
+    "encode",
+    "encoding_of",
+    "pump",
+    "read_options",
+    "refuse_misspelling",
+    "warm",
+]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnableLambda, run_in_executor
 from pydantic import ConfigDict, Field
 
-from cacheclip_rag.integration import EngineHandle
+from cacheclip_rag.integration import EngineHandle, OnMiss, warm
 
 from .engines import handle_of
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from .chat_models import ChatCacheClip
 
 log = logging.getLogger("cacheclip_rag")
-
-OnMiss: TypeAlias = Literal["background", "encode", "ignore"]
 
 
 class CacheClipCompressor(BaseDocumentCompressor):
@@ -50,7 +48,7 @@ class CacheClipCompressor(BaseDocumentCompressor):
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        warm(self.handle, documents, query, self.on_miss)
+        _prepare(self.handle, documents, query, self.on_miss)
         return documents
 
     async def acompress_documents(
@@ -68,7 +66,7 @@ def cacheclip_warm(llm: ChatCacheClip | Engine, *, on_miss: OnMiss = "background
     handle = handle_of(llm)
 
     def step(value: Any) -> Any:
-        warm(handle, _documents(value), _question(value), on_miss)
+        _prepare(handle, _documents(value), _question(value), on_miss)
         return value
 
     async def astep(value: Any) -> Any:
@@ -77,26 +75,12 @@ def cacheclip_warm(llm: ChatCacheClip | Engine, *, on_miss: OnMiss = "background
     return RunnableLambda(step, astep, name="cacheclip_warm")
 
 
-def warm(handle: EngineHandle, documents: Sequence[Document], question: str | None, on_miss: OnMiss) -> None:
-    """Tell the engine what is coming. Never raises."""
+def _prepare(handle: EngineHandle, documents: Sequence[Document], question: str | None, on_miss: OnMiss) -> None:
+    """Never raises."""
     try:
-        _warm(handle.engine, [document.page_content for document in documents], question or None, on_miss)
+        warm(handle.engine, [document.page_content for document in documents], question or None, on_miss)
     except Exception:
         log.exception("retrieved chunks not prepared; the model prefills what it finds no KV for")
-
-
-def _warm(engine: Engine, texts: list[str], question: str | None, on_miss: OnMiss) -> None:
-    from cacheclip_rag.chunks import MIN_CHARS, canonical
-
-    texts = [text for text in dict.fromkeys(texts) if len(canonical(text)) >= MIN_CHARS]
-    engine.hint(texts, question)
-    if on_miss == "ignore":
-        return
-    missing = [text for text in texts if not engine.knows(text)]
-    if missing and on_miss == "background":
-        engine.ensure_later(missing)
-    elif missing:
-        engine.ensure(missing)
 
 
 def _documents(value: Any) -> list[Document]:

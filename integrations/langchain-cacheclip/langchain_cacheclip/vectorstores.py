@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +10,8 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import VectorStore
-from tqdm.auto import tqdm
+
+from cacheclip_rag.integration import Holdings, encode
 
 from .engines import handle_of
 
@@ -53,9 +53,7 @@ class CacheClipVectorStore(VectorStore):
         self.store = store
         self.show_progress = show_progress
         self._handle = handle_of(llm)
-        self._texts: dict[str, str] = {}
-        self._ids: dict[str, set[str]] = {}
-        self._lock = threading.Lock()
+        self._held = Holdings()
 
     @classmethod
     def from_texts(cls, texts: list[str], embedding: Embeddings, metadatas: Any = None, **kwargs: Any) -> NoReturn:
@@ -82,7 +80,7 @@ class CacheClipVectorStore(VectorStore):
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         """The wrapped store's deletion; of what it deleted by other means than ids, what this object added is known."""
         ids = None if ids is None else list(ids)
-        before = self._before(self._lookup(self._known() if ids is None else ids))
+        before = self._before(self._lookup(self._held.ids() if ids is None else ids))
         result = self.store.delete(ids, **kwargs)
         self._deleted(before if ids is not None else _gone(before, self._lookup(list(before))), ids or ())
         return result
@@ -104,7 +102,7 @@ class CacheClipVectorStore(VectorStore):
 
     async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         ids = None if ids is None else list(ids)
-        before = self._before(await self._alookup(self._known() if ids is None else ids))
+        before = self._before(await self._alookup(self._held.ids() if ids is None else ids))
         result = await self.store.adelete(ids, **kwargs)
         gone = before if ids is not None else _gone(before, await self._alookup(list(before)))
         await run_in_executor(None, self._deleted, gone, ids or ())
@@ -175,61 +173,28 @@ class CacheClipVectorStore(VectorStore):
             return {document.id: document.page_content for document in read() if document.id is not None}
         except Exception as error:  # not every store can be asked; then only what was added here is known
             log.debug("%s cannot be asked for ids: %s", type(self.store).__name__, error)
-            with self._lock:
-                return {id_: self._texts[id_] for id_ in wanted if id_ in self._texts}
-
-    def _known(self) -> list[str]:
-        with self._lock:
-            return list(self._texts)
+            return self._held.texts(wanted)
 
     def _before(self, found: dict[str, str]) -> dict[str, str]:
         """Remember what the store had before it changes, whoever put it there."""
-        with self._lock:
-            for id_, text in found.items():
-                self._refer(id_, text)
+        self._held.hold(found)
         return found
 
-    def _refer(self, id_: str, text: str | None) -> None:
-        old = self._texts.pop(id_, None)
-        if old is not None and id_ in self._ids.get(old, ()):
-            self._ids[old].remove(id_)
-            if not self._ids[old]:
-                del self._ids[old]
-        if text is not None:
-            self._texts[id_] = text.strip()
-            self._ids.setdefault(text.strip(), set()).add(id_)
-
     def _added(self, ids: Sequence[str], texts: Sequence[str], before: dict[str, str]) -> None:
-        with self._lock:
-            for id_, text in zip(ids, texts, strict=False):
-                self._refer(id_, text)
+        self._held.hold(dict(zip(ids, texts, strict=False)))
         try:
             engine = self._handle.engine
             engine.documents.note(zip(ids, texts, strict=False))
             for id_, text in zip(ids, texts, strict=False):
                 if id_ in before and before[id_].strip() != text.strip():
                     engine.documents.discard(id_, [before[id_]])
-            self._encode(engine, list(dict.fromkeys(texts)))
+            encode(engine, texts, self.show_progress)
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         self._forget(before)
 
-    def _encode(self, engine: Engine, texts: list[str]) -> None:
-        bar = tqdm(total=len(texts), desc="KV of chunks", unit="chunk", delay=1, disable=not self.show_progress)
-
-        def progress(done: int) -> None:
-            bar.update(done - bar.n)
-
-        with bar:
-            result = engine.ensure(texts, progress=progress)
-        log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
-        for text, reason in result.skipped:
-            log.debug("no KV of %r: %s", text, reason)
-
     def _deleted(self, gone: dict[str, str], ids: Iterable[str]) -> None:
-        with self._lock:
-            for id_ in gone:
-                self._refer(id_, None)
+        self._held.release(gone)
         try:
             self._handle.engine.forget_document(*{*gone, *ids})
         except Exception:
@@ -238,8 +203,7 @@ class CacheClipVectorStore(VectorStore):
 
     def _forget(self, texts: dict[str, str]) -> None:
         """Drop the KV of those of these texts that no id has any more. Never raises."""
-        with self._lock:
-            unused = [text for text in dict.fromkeys(texts.values()) if text.strip() not in self._ids]
+        unused = self._held.unused(texts.values())
         if unused:
             try:
                 engine = self._handle.engine

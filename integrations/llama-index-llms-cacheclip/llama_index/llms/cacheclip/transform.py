@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
-from tqdm.auto import tqdm
 
-from cacheclip_rag.integration import EngineHandle
+from cacheclip_rag.integration import EngineHandle, encode
 
 from .engines import handle_of, restore
 
@@ -69,7 +68,7 @@ class CacheClipTransform(TransformComponent):
                 texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
                 # Whose chunks these are, so that engine.forget_document(ref_doc_id) finds them.
                 engine.documents.note((n.ref_doc_id, t) for n, t in zip(nodes, texts, strict=True) if n.ref_doc_id)
-                self._encode(engine, texts)
+                encode(engine, texts, self.show_progress)
                 self._forget_replaced(engine, nodes, texts)
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
@@ -77,18 +76,6 @@ class CacheClipTransform(TransformComponent):
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         return await asyncio.to_thread(self, nodes, **kwargs)
-
-    def _encode(self, engine: Engine, texts: list[str]) -> None:
-        bar = tqdm(total=len(texts), desc="KV of chunks", unit="chunk", delay=1, disable=not self.show_progress)
-
-        def progress(done: int) -> None:
-            bar.update(done - bar.n)
-
-        with bar:
-            result = engine.ensure(texts, progress=progress)
-        log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
-        for text, reason in result.skipped:
-            log.debug("no KV of %r: %s", text, reason)
 
     def _forget_replaced(self, engine: Engine, nodes: Sequence[BaseNode], texts: Sequence[str]) -> None:
         """Drop chunks that their document had at an earlier call of this object and that no document has now."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.llms.cacheclip.engines import handle_of, restore
 
-from cacheclip_rag.integration import EngineHandle
+from cacheclip_rag.integration import EngineHandle, OnMiss, warm
 
 if TYPE_CHECKING:
     from llama_index.llms.cacheclip import CacheClipLLM
@@ -27,7 +27,7 @@ class CacheClipPostprocessor(BaseNodePostprocessor):
     that it sees the chunks that the LLM will see.
     """
 
-    on_miss: Literal["background", "encode", "ignore"] = Field(
+    on_miss: OnMiss = Field(
         default="background",
         description="Chunks without KV: encode them after the answer, before it, or not at all.",
     )
@@ -47,24 +47,12 @@ class CacheClipPostprocessor(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         try:
             # MetadataMode.LLM is what response synthesizers put into the prompt
-            self._prepare([node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes], query_bundle)
+            texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+            question = None if query_bundle is None else query_bundle.query_str
+            warm(self._handle.engine, texts, question, self.on_miss)
         except Exception:
             log.exception("retrieved chunks not prepared; the LLM prefills what it finds no KV for")
         return nodes
-
-    def _prepare(self, texts: list[str], query_bundle: QueryBundle | None) -> None:
-        from cacheclip_rag.chunks import MIN_CHARS, canonical
-
-        engine = self._handle.engine
-        texts = [text for text in dict.fromkeys(texts) if len(canonical(text)) >= MIN_CHARS]
-        engine.hint(texts, None if query_bundle is None else query_bundle.query_str)
-        if self.on_miss == "ignore":
-            return
-        missing = [text for text in texts if not engine.knows(text)]
-        if missing and self.on_miss == "background":
-            engine.ensure_later(missing)
-        elif missing:
-            engine.ensure(missing)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore(self, state)

@@ -1,0 +1,209 @@
+"""`CacheClipVectorStore`: any vector store, and the KV of what is in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, SerializeAsAny
+from llama_index.core.schema import BaseNode, MetadataMode
+from llama_index.core.vector_stores.types import (
+    BasePydanticVectorStore,
+    MetadataFilter,
+    MetadataFilters,
+    VectorStoreQuery,
+    VectorStoreQueryResult,
+)
+
+from cacheclip_rag.integration import EngineHandle, Holdings, encode
+
+from .engines import handle_of
+from .forgetting import Forgetting
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+    from cacheclip_rag.engine import Engine
+
+    from .base import CacheClipLLM
+
+log = logging.getLogger("cacheclip_rag")
+
+
+class CacheClipVectorStore(BasePydanticVectorStore):
+    """Wraps a vector store: chunks are encoded when they are added and their KV is dropped when they are deleted.
+
+    Everything else is the wrapped store's. Encoding never raises, and comes after the store has the chunk: one without
+    KV only costs time. KV belongs to a text, so it stays as long as any node has that text; nodes that were added
+    before this process started are seen when they are deleted, if the wrapped store keeps text and can be asked.
+
+    LlamaIndex changes a document by deleting all of it and adding the new version. So KV of deleted nodes is dropped
+    with the next `add`, which may bring their text back, or ``grace`` seconds later, or when the process ends.
+
+    Example:
+        ``store = CacheClipVectorStore(ChromaVectorStore(chroma_collection=collection), llm)``
+
+    """
+
+    store: SerializeAsAny[BasePydanticVectorStore] = Field(description="The wrapped store.")
+    show_progress: bool = Field(default=True, description="A progress bar, once encoding takes over a second.")
+    grace: float = Field(default=300.0, ge=0.0, description="The longest that KV outlives its last node, in seconds.")
+
+    _handle: EngineHandle = PrivateAttr()
+    _held: Holdings = PrivateAttr()
+    _documents: dict[str, str | None] = PrivateAttr(default_factory=dict)
+    _forgetting: Forgetting = PrivateAttr()
+
+    def __init__(self, store: BasePydanticVectorStore, llm: CacheClipLLM | Engine, **fields: Any) -> None:
+        """The engine is opened when the first chunks come. Raises TypeError for another ``llm``."""
+        handle = handle_of(llm)
+        own = {"stores_text": store.stores_text, "is_embedding_query": store.is_embedding_query}
+        super().__init__(store=store, **{**own, **fields})
+        self._handle, self._held = handle, Holdings()
+        self._forgetting = Forgetting(handle, self._held, self.grace)
+        weakref.finalize(self, self._forgetting.at_the_end)
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "CacheClipVectorStore"
+
+    def flush(self) -> None:
+        """Drop the KV of deleted nodes now."""
+        self._forgetting.now()
+
+    # ---- what changes the store -------------------------------------------------------------------------------------
+
+    def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        ids = self.store.add(nodes, **kwargs)
+        self._added(nodes)
+        return ids
+
+    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        gone = self._ask(None, _of(ref_doc_id))
+        self.store.delete(ref_doc_id, **delete_kwargs)
+        self._gone(gone, self._nodes_of(ref_doc_id))
+
+    def delete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        gone = self._ask(node_ids, filters)
+        self.store.delete_nodes(node_ids, filters, **delete_kwargs)
+        self._gone(gone, () if filters else node_ids)
+
+    def clear(self) -> None:
+        gone = self._ask(None, None)
+        self.store.clear()
+        self._gone(gone, self._held.ids())
+
+    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        ids = await self.store.async_add(nodes, **kwargs)
+        await asyncio.to_thread(self._added, nodes)
+        return ids
+
+    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        gone = await self._aask(None, _of(ref_doc_id))
+        await self.store.adelete(ref_doc_id, **delete_kwargs)
+        await asyncio.to_thread(self._gone, gone, self._nodes_of(ref_doc_id))
+
+    async def adelete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        gone = await self._aask(node_ids, filters)
+        await self.store.adelete_nodes(node_ids, filters, **delete_kwargs)
+        await asyncio.to_thread(self._gone, gone, () if filters else node_ids)
+
+    async def aclear(self) -> None:
+        gone = await self._aask(None, None)
+        await self.store.aclear()
+        await asyncio.to_thread(self._gone, gone, self._held.ids())
+
+    # ---- what does not ----------------------------------------------------------------------------------------------
+
+    @property
+    def client(self) -> Any:
+        return self.store.client
+
+    def get_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+    ) -> list[BaseNode]:
+        return self.store.get_nodes(node_ids, filters, **kwargs)
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+    ) -> list[BaseNode]:
+        return await self.store.aget_nodes(node_ids, filters, **kwargs)
+
+    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        return self.store.query(query, **kwargs)
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        return await self.store.aquery(query, **kwargs)
+
+    def persist(self, persist_path: str, fs: AbstractFileSystem | None = None) -> None:
+        self.store.persist(persist_path, fs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or "store" not in self.__dict__:
+                raise
+            return getattr(self.store, name)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _added(self, nodes: Sequence[BaseNode]) -> None:
+        texts = _texts(nodes)
+        before = self._held.texts(texts)
+        self._held.hold(texts)
+        self._documents.update((node.node_id, node.ref_doc_id) for node in nodes)
+        try:
+            encode(self._handle.engine, texts.values(), self.show_progress)
+        except Exception:
+            log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
+        self._forgetting.later(before.values())
+        self._forgetting.now()
+
+    def _gone(self, asked: dict[str, str], ids: Iterable[str] | None) -> None:
+        """Nodes left the store: those it told of before, and those that are known here."""
+        gone = {**asked, **self._held.texts(ids or ())}
+        self._held.release(gone)
+        for id_ in gone:
+            self._documents.pop(id_, None)
+        self._forgetting.later(gone.values())
+
+    def _nodes_of(self, ref_doc_id: str) -> list[str]:
+        return [id_ for id_, document in list(self._documents.items()) if document == ref_doc_id]
+
+    def _ask(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> dict[str, str]:
+        """The texts of nodes that are about to be deleted, as far as the store can tell."""
+        if node_ids == []:  # to some stores that means all
+            return {}
+        try:
+            return _texts(self.store.get_nodes(node_ids, filters))
+        except Exception as error:
+            return self._not_told(error)
+
+    async def _aask(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> dict[str, str]:
+        if node_ids == []:
+            return {}
+        try:
+            return _texts(await self.store.aget_nodes(node_ids, filters))
+        except Exception as error:
+            return self._not_told(error)
+
+    def _not_told(self, error: Exception) -> dict[str, str]:
+        log.debug("%s cannot be asked for its nodes: %s", type(self.store).__name__, error)
+        return {}
+
+
+def _texts(nodes: Iterable[BaseNode]) -> dict[str, str]:
+    """By node id, what response synthesizers will put into the prompt."""
+    return {node.node_id: node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes}
+
+
+def _of(ref_doc_id: str) -> MetadataFilters:
+    return MetadataFilters(filters=[MetadataFilter(key="ref_doc_id", value=ref_doc_id)])
