@@ -139,5 +139,5 @@ def _parameters(method: Method) -> list[str]:
 def _ratio(text: str) -> float:
     try:
         return check_ratio(float(text))
-    except ValueError as error:  # ConfigurationError is one, too
+    except (ValueError, ConfigurationError) as error:
         raise ConfigurationError(f'a ratio is a number from 0 to 1, not "{text}"') from error

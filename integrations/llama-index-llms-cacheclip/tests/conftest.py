@@ -108,6 +108,16 @@ def record(engine: Engine) -> Calls:
     return calls
 
 
+def script(engine: Engine, *answers: str) -> None:
+    """From now on, the engine's model writes these answers, one a request; the prefill is its own."""
+    waiting = list(answers)
+
+    def generate(*args: Any, max_new_tokens: int, **options: Any) -> Iterator[int]:
+        yield from engine.backbone.tokenise(waiting.pop(0), plain=True).ids.tolist()[:max_new_tokens]
+
+    engine.backbone.generate = generate  # type: ignore[method-assign]
+
+
 def wanted(engine: Engine, response: Any) -> list[str]:
     """Keys of the chunks that a response is made from."""
     return [engine.library.key(n.node.get_content(MetadataMode.LLM)) for n in response.source_nodes]
@@ -116,6 +126,12 @@ def wanted(engine: Engine, response: Any) -> list[str]:
 @pytest.fixture(scope="session")
 def recorder() -> Callable[[Engine], Calls]:
     return record
+
+
+@pytest.fixture
+def scripted(engine: Engine) -> Iterator[Callable[..., None]]:
+    yield lambda *answers: script(engine, *answers)
+    engine.backbone.__dict__.pop("generate", None)
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,19 @@ from cacheclip_rag import Engine
 QUESTION = "Who drove the last train of the harbour railway, and what did it carry?"
 
 
-@pytest.mark.parametrize("how", ["query", "aquery", "stream", "astream"])
-@pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "accumulate", "compact_accumulate"])
+MODES = ["compact", "refine", "tree_summarize", "accumulate", "compact_accumulate"]
+
+
+@pytest.mark.behaviour("LlamaIndex", "every response mode; sync, async, streaming, async streaming")
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [
+        (mode, how)
+        for mode in MODES
+        for how in ["query", "aquery", "stream", "astream"]
+        if "accumulate" not in mode or "stream" not in how  # LlamaIndex does not stream accumulated answers
+    ],
+)
 async def test_every_response_mode(
     mode: str,
     how: str,
@@ -30,8 +41,6 @@ async def test_every_response_mode(
     keys_of: Any,
 ) -> None:
     streaming = "stream" in how
-    if streaming and "accumulate" in mode:
-        pytest.skip("LlamaIndex does not stream accumulated answers")
     CacheClipTransform(llm)(nodes_of())
     calls = recorder(engine)
     query_engine = passages_index.as_query_engine(
@@ -58,6 +67,7 @@ async def test_every_response_mode(
     assert all(not stream.report.fallbacks and stream.report.reused for stream in calls.streams)
 
 
+@pytest.mark.behaviour("LlamaIndex", "20 at once, tasks and threads: each call has its own chunks")
 async def test_twenty_concurrent_queries_get_their_own_chunks(
     llm: CacheClipLLM, engine: Engine, embedding: Any, nodes_of: Any, recorder: Any, keys_of: Any
 ) -> None:
@@ -75,28 +85,7 @@ async def test_twenty_concurrent_queries_get_their_own_chunks(
     assert len({tuple(keys_of(engine, response)) for response in responses}) > 10
 
 
-@pytest.mark.parametrize("mode", ["context", "condense_plus_context"])
-def test_chat_engines(
-    mode: str,
-    llm: CacheClipLLM,
-    engine: Engine,
-    passages_index: VectorStoreIndex,
-    nodes_of: Any,
-    recorder: Any,
-    keys_of: Any,
-) -> None:
-    CacheClipTransform(llm)(nodes_of())
-    chat = passages_index.as_chat_engine(
-        chat_mode=mode, llm=llm, similarity_top_k=2, node_postprocessors=[CacheClipPostprocessor(llm)]
-    )
-    calls = recorder(engine)
-    for question in ["Who built the lighthouse?", "And who kept it?"]:
-        calls.clear()
-        response = chat.stream_chat(question)
-        assert "".join(response.response_gen)
-        assert calls.keys()[-2:] == keys_of(engine, response)
-
-
+@pytest.mark.behaviour("LlamaIndex", "settings are all it takes: no postprocessor, no llm handed over")
 def test_settings(
     llm: CacheClipLLM,
     engine: Engine,

@@ -22,12 +22,14 @@ from llama_index.core.base.llms.types import (
     MessageRole,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_validator
+from llama_index.core.instrumentation.span import active_span_id
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 
 from cacheclip_rag.integration import EngineHandle, EngineSettings, encoding_of, pump, read_options
 
+from .closing import closes_its_stream, noted
 from .engines import restore
 from .events import tell
 from .prompts import ChatTemplate, UserTurn
@@ -152,13 +154,15 @@ class CacheClipLLM(CustomLLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         return self._answer(self._chat_prompt(messages), kwargs, _chat)
 
+    @closes_its_stream
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        return self._stream(self._completion_prompt(prompt, formatted), kwargs, _completion)
+        return noted(self._stream(self._completion_prompt(prompt, formatted), kwargs, _completion))
 
+    @closes_its_stream
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        return self._stream(self._chat_prompt(messages), kwargs, _chat)
+        return noted(self._stream(self._chat_prompt(messages), kwargs, _chat))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -168,13 +172,15 @@ class CacheClipLLM(CustomLLM):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         return await self._aanswer(lambda: self._chat_prompt(messages), kwargs, _chat)
 
+    @closes_its_stream
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        return await self._astream(lambda: self._completion_prompt(prompt, formatted), kwargs, _completion)
+        return noted(await self._astream(lambda: self._completion_prompt(prompt, formatted), kwargs, _completion))
 
+    @closes_its_stream
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        return await self._astream(lambda: self._chat_prompt(messages), kwargs, _chat)
+        return noted(await self._astream(lambda: self._chat_prompt(messages), kwargs, _chat))
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -182,16 +188,17 @@ class CacheClipLLM(CustomLLM):
         self, prompt: str, kwargs: dict[str, Any], respond: Respond[R], cancel: threading.Event | None = None
     ) -> R:
         answer = self.engine.generate(prompt, cancel=cancel, **self._options(kwargs))
-        self._ended(answer.report)
+        self._over(answer.report, active_span_id.get())
         return respond(answer.text, None, answer.report)
 
     def _stream(
         self, prompt: str, kwargs: dict[str, Any], respond: Respond[R], cancel: threading.Event | None = None
     ) -> Generator[R, None, None]:
         """Wrong options raise here, not at the first ``next``."""
-        return self._responses(self.engine.stream(prompt, cancel=cancel, **self._options(kwargs)), respond)
+        stream = self.engine.stream(prompt, cancel=cancel, **self._options(kwargs))
+        return self._responses(stream, respond, active_span_id.get())
 
-    def _responses(self, stream: TextStream, respond: Respond[R]) -> Generator[R, None, None]:
+    def _responses(self, stream: TextStream, respond: Respond[R], span: str | None) -> Generator[R, None, None]:
         text = ""
         try:
             for delta in stream:
@@ -200,11 +207,11 @@ class CacheClipLLM(CustomLLM):
             yield respond(text, "", stream.report)  # only now are the token counts and the finish reason known
         finally:
             stream.close()
-            self._ended(stream.report)
+            self._over(stream.report, span)
 
-    def _ended(self, report: Report) -> None:
+    def _over(self, report: Report, span: str | None) -> None:
         self._last_report = report
-        tell(self.model_name, report)
+        tell(self.model_name, report, span)
 
     async def _aanswer(self, prompt: Callable[[], str], kwargs: dict[str, Any], respond: Respond[R]) -> R:
         cancel = threading.Event()

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.events import BaseEvent
+from llama_index.core.instrumentation.events.base import BaseEvent
 
 if TYPE_CHECKING:
     from cacheclip_rag.report import Report
@@ -16,7 +16,11 @@ dispatcher = get_dispatcher(__name__)
 
 
 class CacheClipReuseEvent(BaseEvent):
-    """A request has ended: how many prompt tokens were read from cache and not recomputed, and the whole report."""
+    """A request has ended: how many prompt tokens were read from cache and not recomputed, and the whole report.
+
+    ``report`` is `cacheclip_rag.Report.as_dict`, as in a response's ``raw["cacheclip"]``. Comes once a call, streams
+    that were left early included.
+    """
 
     model_name: str
     prompt_tokens: int
@@ -31,8 +35,11 @@ class CacheClipReuseEvent(BaseEvent):
         return "CacheClipReuseEvent"
 
 
-def tell(model_name: str, report: Report) -> None:
-    """Send the event. A handler that fails is logged: the answer is there already."""
+def tell(model_name: str, report: Report, span: str | None) -> None:
+    """Send the event. A handler that fails is logged: the answer is there already.
+
+    ``span``: the id of the call's span; a stream ends when it is not the active one any more.
+    """
     try:
         dispatcher.event(
             CacheClipReuseEvent(
@@ -43,6 +50,7 @@ def tell(model_name: str, report: Report) -> None:
                 fresh_tokens=report.fresh,
                 time_to_first_token=report.ttft,
                 report=report.as_dict(),
+                span_id=span,
             )
         )
     except Exception:
