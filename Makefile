@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test torture check bench quality results clean
+.PHONY: setup demo test behaviours torture check bench quality results clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ test: setup  ## the whole suite; the weights it needs are SmolLM2's and MiniLM's
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
 	@$(RUN)/python -m pytest
 
+behaviours: setup  ## try everything docs/frameworks.md lists, and write its table
+	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
+	@$(RUN)/python scripts/behaviours.py
+
 torture: setup  ## break the chunk store on purpose, at length (some ten minutes; ROUNDS=20000 for a night)
 	@$(RUN)/python tests/torture.py --rounds $(or $(ROUNDS),200)
 
@@ -38,6 +42,7 @@ check: setup  ## style, types, and that nothing imports upward
 bench: setup  ## exactness, then speed with quality beside it (about forty minutes on two cores)
 	@$(RUN)/python benchmarks/exact.py --model qwen2.5-coder-0.5b-instruct
 	@$(RUN)/python benchmarks/speed.py --methods cacheclip
+	@$(RUN)/python benchmarks/concurrency.py
 	@$(RUN)/python -m cacheclip_rag.evaluation $(RESULTS)/quality-1.5b.jsonl
 
 quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; resumable)

@@ -36,7 +36,7 @@ from .report import Report
 from .select import Everything
 from .store import ChunkStore, DiskStore, Documents, MemoryStore, Remote, RemoteStore, TieredStore
 from .store.admin import Administration
-from .turns import Turns
+from .turns import Seats, Turns
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -107,6 +107,7 @@ class Engine:
         on_uncomposable: Literal["error", "prefill"] = "error",
         fuse_when_idle: bool = False,
         require_verified: bool = False,
+        max_requests: int = 16,
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
@@ -121,7 +122,9 @@ class Engine:
         ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
         plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks that come often with those they
         come with, for a method that takes fused variants. ``require_verified``: refuse a model that
-        ``cacheclip verify`` has not found good on this machine with these libraries.
+        ``cacheclip verify`` has not found good on this machine with these libraries. ``max_requests``: how
+        many may be in flight, each with the KV of its prompt in memory; others wait. A stream is in flight until it is
+        read to its end or closed.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -135,6 +138,8 @@ class Engine:
         if kv_dtype not in get_args(KVDtype):
             raise ConfigurationError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
         self._kv_dtype: KVDtype = kv_dtype
+        if max_requests < 1:
+            raise ConfigurationError(f"max_requests must be at least 1, not {max_requests}")
         self._store_folder, self._memory_bytes, self._disk_bytes = store, memory_bytes, disk_bytes
         self.backbone = _backbone(model, dtype, device)
         if self.backbone.obstacle is not None and on_uncomposable == "error":
@@ -161,10 +166,9 @@ class Engine:
                 self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
         self.usage = Usage(self._usage_file())
         self._fuse_when_idle = fuse_when_idle
-        self._turns = Turns()
+        self._turns, self._seats = Turns(), Seats(max_requests)
         self._hints: OrderedDict[tuple[str, frozenset[str]], None] = OrderedDict()
         self._hints_lock = threading.Lock()
-        self._active, self._active_lock = 0, threading.Lock()
         self._background = Background(self._do_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self.last_report: Report | None = None
@@ -446,8 +450,11 @@ class Engine:
 
         def run() -> Iterator[int]:
             start = time.perf_counter()
-            self._count(1)
+            seated = False
             try:
+                seated = self._seats.take(cancel)
+                if not seated:
+                    return
                 ready = self._prefill(prompt, chosen, ratio, question, max_new_tokens, report, cancel)
                 length = min(max_new_tokens, self.backbone.window - len(ready.layout))
                 steps = self.backbone.generate(
@@ -473,7 +480,8 @@ class Engine:
                 report.finish_reason = "error"
                 raise
             finally:
-                self._count(-1)
+                if seated:
+                    self._seats.give()
                 report.finish_reason = report.finish_reason or "cancelled"
                 report.total = time.perf_counter() - start
                 self.last_report = report
@@ -628,10 +636,6 @@ class Engine:
             except Exception:  # who watches must not break an answer
                 log.exception("an observer of requests failed")
 
-    def _count(self, change: int) -> None:
-        with self._active_lock:
-            self._active += change
-
     def _in_turn(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
         def turn(token: Tensor, row: int) -> Tensor:
             with self._turns:
@@ -666,7 +670,7 @@ class Engine:
 
     def _do_later(self, task: _Task) -> None:
         patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up
-        while self._active and time.monotonic() < patience:
+        while self._seats.taken and time.monotonic() < patience:
             time.sleep(0.02)
         if task.fuse:
             met = map(self.index.text, self.usage.company(self.library.key(task.text), 10))

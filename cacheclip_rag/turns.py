@@ -1,10 +1,18 @@
-"""A fair lock: whoever asked first goes first."""
+"""Who may compute, and how many may be on their way: whoever asked first goes first."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from types import TracebackType
+
+log = logging.getLogger("cacheclip_rag")
+
+_LOOK = 0.05
+"""Seconds between two looks at whether a waiting caller has gone."""
+_PATIENCE = 60.0
+"""Seconds of waiting for a seat after which the log says so."""
 
 
 class Turns:
@@ -48,3 +56,63 @@ class Turns:
     @property
     def idle(self) -> bool:
         return not self._busy
+
+
+class Seats:
+    """How many requests may be in flight, each with a canvas in memory; the others wait, in the order of asking.
+
+    A seat is held from before the prefill to the end of the answer, so a stream that is neither read to its end nor
+    closed keeps one.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._free = self.limit = limit
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+
+    @property
+    def taken(self) -> int:
+        return self.limit - self._free
+
+    def take(self, cancel: threading.Event | None = None) -> bool:
+        """Wait for a seat. False, and no seat, if ``cancel`` is set before there is one."""
+        with self._lock:
+            if cancel is not None and cancel.is_set():
+                return False
+            if self._free:
+                self._free -= 1
+                return True
+            mine = threading.Event()
+            self._queue.append(mine)
+        seated = False
+        try:
+            seated = self._wait(mine, cancel)
+        finally:
+            if not seated:
+                self._leave(mine)
+        return seated
+
+    def give(self) -> None:
+        with self._lock:
+            if self._queue:
+                self._queue.popleft().set()
+            else:
+                self._free += 1
+
+    def _wait(self, mine: threading.Event, cancel: threading.Event | None) -> bool:
+        waited = 0.0
+        while not mine.wait(_LOOK):
+            if cancel is not None and cancel.is_set():
+                return False
+            waited += _LOOK
+            if waited >= _PATIENCE > waited - _LOOK:
+                log.warning("a request waits for one of %d in flight to end; is a stream left open?", self.limit)
+        return True
+
+    def _leave(self, mine: threading.Event) -> None:
+        """Give up waiting; a seat that came at the last moment goes to the next."""
+        with self._lock:
+            if mine in self._queue:
+                self._queue.remove(mine)
+                return
+        self.give()

@@ -16,7 +16,7 @@ from cacheclip_rag import turns as turns_module
 from cacheclip_rag.background import Background
 from cacheclip_rag.canvas import Canvas
 from cacheclip_rag.prefixes import WORTH, PrefixCache
-from cacheclip_rag.turns import Turns
+from cacheclip_rag.turns import Seats, Turns
 
 PATIENCE = 20.0
 
@@ -133,6 +133,68 @@ def test_an_interrupt_while_waiting_loses_no_turn(monkeypatch: pytest.MonkeyPatc
     assert turns.idle
     with turns:
         assert not turns.idle
+
+
+# ---- seats -------------------------------------------------------------------------------------------------------
+
+
+def test_seats_are_given_in_the_order_of_asking() -> None:
+    seats, order = Seats(2), []
+    assert seats.take() and seats.take() and seats.taken == 2
+
+    def take(number: int) -> None:
+        assert seats.take()
+        order.append(number)
+        seats.give()
+
+    threads = []
+    for number in range(10):
+        threads.append(start(lambda number=number: take(number)))  # type: ignore[misc]
+        until(lambda number=number: len(seats._queue) == number + 1)  # type: ignore[misc]
+    assert order == []
+    seats.give()
+    join(*threads)
+    assert order == list(range(10)) and seats.taken == 1
+
+
+def test_a_caller_who_goes_away_takes_no_seat() -> None:
+    seats, cancel, results = Seats(1), threading.Event(), []
+    assert seats.take()
+    waiting = start(lambda: results.append(seats.take(cancel)))
+    until(lambda: len(seats._queue) == 1)
+    cancel.set()
+    join(waiting)
+    assert results == [False] and not seats._queue
+    seats.give()
+    assert not seats.take(cancel) and seats.taken == 0 and seats.take()
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_an_interrupt_while_waiting_loses_no_seat(monkeypatch: pytest.MonkeyPatch, granted: bool) -> None:
+    seats = Seats(1)
+    assert seats.take()
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if granted:
+                seats.give()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(turns_module.threading, "Event", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            seats.take()
+    assert not seats._queue and seats.taken == (0 if granted else 1)
+
+
+def test_a_long_wait_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(turns_module, "_PATIENCE", 0.05)
+    seats = Seats(1)
+    assert seats.take()
+    waiting = start(seats.take)
+    until(lambda: "stream left open" in caplog.text)
+    seats.give()
+    join(waiting)
 
 
 # ---- background --------------------------------------------------------------------------------------------------

@@ -404,7 +404,7 @@ def test_closing_or_cancelling_a_stream_ends_the_request(engine):
     prompt = prompt_of(engine, PASSAGES)
     with engine.stream(prompt, max_new_tokens=500, eos_token_id=-1) as stream:
         next(stream)
-    assert stream.report.finish_reason == "cancelled" and engine._active == 0
+    assert stream.report.finish_reason == "cancelled" and engine._seats.taken == 0
     cancel = threading.Event()
     cancel.set()
     stream = engine.stream(prompt, cancel=cancel)
@@ -435,7 +435,7 @@ def test_an_interrupt_during_generation_leaves_the_engine_working(engine, monkey
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompt, max_new_tokens=6)
     monkeypatch.undo()
-    assert engine.generate(prompt, max_new_tokens=6).ids == expected and engine._active == 0
+    assert engine.generate(prompt, max_new_tokens=6).ids == expected and engine._seats.taken == 0
 
 
 def test_a_call_inside_a_stream_does_not_wait_for_it(engine):

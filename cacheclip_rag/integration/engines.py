@@ -27,6 +27,7 @@ class EngineSettings:
     tenant: str = ""
     dtype: str = "auto"
     device: str = "auto"
+    max_requests: int = 16
 
     def open(self) -> Engine:
         from ..engine import Engine
@@ -40,6 +41,7 @@ class EngineSettings:
             tenant=self.tenant,
             dtype=self.dtype,
             device=self.device,
+            max_requests=self.max_requests,
         )
 
 

@@ -83,6 +83,7 @@ class ChatCacheClip(BaseChatModel):
     tenant: str = Field(default="", description="Separates chunk KV of different owners.")
     dtype: str = Field(default="auto", description='"float32", "bfloat16", ..., or "auto".')
     device: str = Field(default="auto", description='"cpu", "cuda", ..., or "auto".')
+    max_requests: int = Field(default=16, ge=1, description="In flight at the same time; further ones wait.")
     # A field, because configurable_fields() makes models anew from their fields.
     given: EngineHandle | None = Field(default=None, exclude=True, repr=False, description="See `from_engine`.")
 
@@ -388,6 +389,7 @@ class ChatCacheClip(BaseChatModel):
             tenant=self.tenant,
             dtype=self.dtype,
             device=self.device,
+            max_requests=self.max_requests,
         )
 
 

@@ -16,6 +16,7 @@ LONG = 3000
 """Tokens: far more than the tiny model decodes before a cancelled request is noticed."""
 
 
+@pytest.mark.behaviour("LangChain", "the event loop stays free")
 @pytest.mark.parametrize("ask", ["ainvoke", "astream"])
 async def test_the_event_loop_stays_free(
     llm: ChatCacheClip, engine: Engine, ask: str, monkeypatch: pytest.MonkeyPatch
@@ -48,6 +49,7 @@ async def test_the_event_loop_stays_free(
     assert all(waited) and ticks and threading.get_ident() not in threads
 
 
+@pytest.mark.behaviour("LangChain", "cancellation: streams left early, calls cancelled; nothing is left behind")
 def test_closing_a_stream_ends_its_request(llm: ChatCacheClip, engine: Engine, recorder: Any) -> None:
     calls = recorder(engine)
     expected = llm.invoke("Next.").text
@@ -56,10 +58,11 @@ def test_closing_a_stream_ends_its_request(llm: ChatCacheClip, engine: Engine, r
     stream.close()  # type: ignore[attr-defined]
     report = calls.streams[-1].report
     assert report.finish_reason == "cancelled" and 0 < report.completion_tokens < 10
-    assert engine._active == 0
+    assert engine._seats.taken == 0
     assert llm.invoke("Next.").text == expected
 
 
+@pytest.mark.behaviour("LangChain", "cancellation: streams left early, calls cancelled; nothing is left behind")
 @pytest.mark.parametrize("how", ["aclose", "break", "cancel"])
 async def test_leaving_an_async_stream_ends_its_request(
     llm: ChatCacheClip, engine: Engine, recorder: Any, how: str
@@ -90,6 +93,7 @@ async def test_leaving_an_async_stream_ends_its_request(
     assert (await llm.ainvoke("Next.")).text == expected
 
 
+@pytest.mark.behaviour("LangChain", "cancellation: streams left early, calls cancelled; nothing is left behind")
 async def test_cancelling_a_call_ends_its_request(llm: ChatCacheClip, engine: Engine, recorder: Any) -> None:
     calls, decoding, finished = recorder(engine), asyncio.Event(), threading.Event()
     loop, generate = asyncio.get_running_loop(), engine.backbone.generate
@@ -115,6 +119,7 @@ async def test_cancelling_a_call_ends_its_request(llm: ChatCacheClip, engine: En
     assert report.finish_reason == "cancelled" and report.completion_tokens < LONG
 
 
+@pytest.mark.behaviour("LangChain", "calls inside a stream do not wait for it")
 @pytest.mark.timeout(120)
 async def test_a_call_inside_a_stream_does_not_wait_for_it(llm: ChatCacheClip) -> None:
     outer, inner = llm.invoke("Outer.").text, llm.invoke("Inner.").text
@@ -130,6 +135,7 @@ async def test_a_call_inside_a_stream_does_not_wait_for_it(llm: ChatCacheClip) -
     assert text == outer
 
 
+@pytest.mark.behaviour("LangChain", "one object serves several event loops")
 def test_one_model_serves_several_event_loops(llm: ChatCacheClip) -> None:
     async def read() -> str:
         return "".join([piece.text async for piece in llm.astream("Hello.")])
@@ -137,6 +143,7 @@ def test_one_model_serves_several_event_loops(llm: ChatCacheClip) -> None:
     assert len({asyncio.run(read()) for _ in range(3)} | {llm.invoke("Hello.").text}) == 1
 
 
+@pytest.mark.behaviour("LangChain", "errors reach the caller and the callbacks, and the next request is served")
 async def test_an_error_in_the_middle_of_a_stream_reaches_the_reader(
     llm: ChatCacheClip, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,10 +160,38 @@ async def test_an_error_in_the_middle_of_a_stream_reaches_the_reader(
     assert llm.invoke("Hello.").text
 
 
-def test_threads_get_the_answers_of_one_after_another(informed: Engine, prompt: str) -> None:
+@pytest.mark.behaviour("LangChain", "50 at once, tasks and threads: the answers of one after another")
+async def test_fifty_at_once_get_the_answers_of_one_after_another(informed: Engine, prompt: str) -> None:
     llm = ChatCacheClip.from_engine(informed, max_tokens=3)
-    prompts = [f"{prompt} [{i}]" for i in range(20)]
+    prompts = [f"{prompt} [{i}]" for i in range(50)]
     expected = [llm.invoke(p).text for p in prompts]
-    with ThreadPoolExecutor(20) as pool:
+
+    async def streamed(p: str) -> Any:
+        pieces = [piece async for piece in llm.astream(p)]
+        return sum(pieces[1:], pieces[0])
+
+    ways = [llm.ainvoke, streamed]
+    answers = await asyncio.gather(*[ways[i % 2](p) for i, p in enumerate(prompts)])
+    assert [answer.text for answer in answers] == expected
+    with ThreadPoolExecutor(50) as pool:
         assert list(pool.map(lambda p: llm.invoke(p).text, prompts)) == expected
-    assert informed._active == 0
+    assert [answer.text for answer in llm.batch(prompts, config={"max_concurrency": 20})] == expected
+    assert informed._seats.taken == 0
+
+
+@pytest.mark.behaviour("LangChain", "a limit on requests in flight; those that wait can be cancelled")
+async def test_a_call_that_waits_can_be_cancelled(tiny_backbone: Any) -> None:
+    with Engine(tiny_backbone, method="query_guided", max_requests=1) as engine:
+        llm = ChatCacheClip.from_engine(engine, max_tokens=4)
+        expected = llm.invoke("Next.").text
+        open_one = llm.stream("First.", max_tokens=LONG)
+        next(open_one)
+        waiting = [asyncio.create_task(llm.ainvoke("Next.")) for _ in range(3)]
+        while len(engine._seats._queue) < 3:
+            await asyncio.sleep(0.001)
+        waiting[0].cancel()
+        while len(engine._seats._queue) > 2:
+            await asyncio.sleep(0.001)
+        open_one.close()
+        first, *others = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(first, asyncio.CancelledError) and [o.text for o in others] == [expected] * 2  # type: ignore[union-attr]

@@ -60,6 +60,7 @@ def retrieval_chain(retriever: Any, llm: Any) -> Runnable[Any, Any]:
     return create_retrieval_chain(retriever, create_stuff_documents_chain(llm, PROMPT))
 
 
+@pytest.mark.behaviour("LangChain", "every chain (stuff, retrieval, LCEL); sync, async, streaming, batch")
 @pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "astream", "batch", "abatch"])
 async def test_every_way_through_a_chain(
     how: str, llm: ChatCacheClip, engine: Engine, store: Any, recorder: Any, keys_of: Any
@@ -78,6 +79,7 @@ async def test_every_way_through_a_chain(
     assert calls.streams[0].report.reused and not calls.streams[0].report.fallbacks
 
 
+@pytest.mark.behaviour("LangChain", "own document prompts and separators")
 def test_own_document_prompt_and_separator(
     llm: ChatCacheClip, engine: Engine, store: Any, recorder: Any, keys_of: Any
 ) -> None:
@@ -92,6 +94,7 @@ def test_own_document_prompt_and_separator(
     assert calls.keys() == keys_of(engine, documents) and "[p" in calls.prompts[0]
 
 
+@pytest.mark.behaviour("LangChain", "branches, retries, fallbacks")
 def test_branches_retries_fallbacks(
     llm: ChatCacheClip, engine: Engine, store: Any, recorder: Any, keys_of: Any
 ) -> None:
@@ -105,6 +108,7 @@ def test_branches_retries_fallbacks(
     assert calls.keys() == keys_of(engine, both["a"]["context"])
 
 
+@pytest.mark.behaviour("LangChain", "20 at once, tasks and threads: each call has its own chunks")
 def test_twenty_at_once_get_their_own_chunks(
     llm: ChatCacheClip, engine: Engine, many: Any, recorder: Any, keys_of: Any
 ) -> None:
@@ -117,6 +121,7 @@ def test_twenty_at_once_get_their_own_chunks(
     assert len({tuple(keys_of(engine, result["context"])) for result in results}) > 10
 
 
+@pytest.mark.behaviour("LangChain", "20 at once, tasks and threads: each call has its own chunks")
 async def test_twenty_tasks_get_their_own_chunks(
     llm: ChatCacheClip, engine: Engine, many: Any, recorder: Any, keys_of: Any
 ) -> None:
@@ -127,6 +132,7 @@ async def test_twenty_tasks_get_their_own_chunks(
         assert calls.keys(containing=f"[{i}]") == keys_of(engine, result["context"])
 
 
+@pytest.mark.behaviour("LangChain", "a store that cannot be wrapped: compressor and `cacheclip_warm`")
 @pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "batch"])
 async def test_a_store_that_cannot_be_wrapped(
     how: str, llm: ChatCacheClip, engine: Engine, embedding: Any, documents_of: Any, recorder: Any, keys_of: Any
@@ -156,6 +162,7 @@ async def test_a_store_that_cannot_be_wrapped(
     assert calls.keys() == keys_of(engine, context)
 
 
+@pytest.mark.behaviour("LangChain", "nothing known: ordinary prefill, and the postprocessor repairs it")
 def test_nothing_known_is_an_ordinary_prefill(llm: ChatCacheClip, engine: Engine, recorder: Any) -> None:
     calls = recorder(engine)
     create_stuff_documents_chain(llm, PROMPT).invoke({"context": [Document(PASSAGES[0])], "input": QUESTION})
@@ -163,6 +170,7 @@ def test_nothing_known_is_an_ordinary_prefill(llm: ChatCacheClip, engine: Engine
     assert not report.chunks and not report.fallbacks and report.fresh == report.prompt_tokens
 
 
+@pytest.mark.behaviour("LangChain", "history-aware retrieval")
 def test_history(llm: ChatCacheClip, engine: Engine, store: Any, recorder: Any, keys_of: Any) -> None:
     calls = recorder(engine)
     rewrite = ChatPromptTemplate.from_messages([("placeholder", "{chat_history}"), ("human", "Rewrite: {input}")])
@@ -174,6 +182,7 @@ def test_history(llm: ChatCacheClip, engine: Engine, store: Any, recorder: Any, 
     assert [use.key for use in second.report.chunks] == keys_of(engine, result["context"])
 
 
+@pytest.mark.behaviour("LangChain", "agents: chunks in a tool's answer; streaming or not, alone or in a workflow")
 def test_an_agent_finds_chunks_in_a_tools_answer(
     engine: Engine, store: Any, recorder: Any, scripted: Any, keys_of: Any
 ) -> None:
@@ -192,6 +201,7 @@ def test_an_agent_finds_chunks_in_a_tools_answer(
     assert calls.keys() == keys_of(engine, store.similarity_search("harbour railway", k=2))
 
 
+@pytest.mark.behaviour("LangChain", "agents: context put in by middleware")
 def test_an_agent_that_is_told_the_context(
     plain_engine: Engine, embedding: Any, documents_of: Any, recorder: Any, keys_of: Any
 ) -> None:
@@ -210,6 +220,7 @@ def test_an_agent_that_is_told_the_context(
     assert not calls.streams[0].report.fallbacks
 
 
+@pytest.mark.behaviour("LangChain", "structured output: agents and `with_structured_output`")
 def test_an_agent_with_structured_answers(engine: Engine) -> None:
     class Answer(BaseModel):
         """The answer."""
@@ -221,6 +232,7 @@ def test_an_agent_with_structured_answers(engine: Engine) -> None:
     assert isinstance(result["structured_response"], Answer)
 
 
+@pytest.mark.behaviour("LangChain", "structured output: agents and `with_structured_output`")
 def test_structured_output_keeps_the_chunks(engine: Engine, store: Any, recorder: Any, keys_of: Any) -> None:
     class Answer(BaseModel):
         driver: str
@@ -232,6 +244,9 @@ def test_structured_output_keeps_the_chunks(engine: Engine, store: Any, recorder
     assert calls.keys() == keys_of(engine, documents)
 
 
+@pytest.mark.behaviour(
+    "LangChain", "texts: equal nodes, marks in a text, parents, overlaps, changed metadata, short ones"
+)
 def test_chunks_inside_a_larger_text_and_overlapping_ones(
     llm: ChatCacheClip, engine: Engine, embedding: Any, recorder: Any
 ) -> None:
@@ -246,6 +261,7 @@ def test_chunks_inside_a_larger_text_and_overlapping_ones(
     assert calls.keys() == [engine.library.key(text) for text in texts[:3]]
 
 
+@pytest.mark.behaviour("LangChain", "chunks of another model are misses, not errors")
 def test_another_engines_chunks_are_misses(
     engine: Engine, store: Any, backbone_of: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,6 +18,7 @@ def retrieved(documents_of: Any) -> list[Document]:
     return documents_of()[:3]
 
 
+@pytest.mark.behaviour("LangChain", "retrieved texts come back untouched")
 @pytest.mark.parametrize("on_miss", ["background", "encode", "ignore"])
 async def test_documents_come_back_as_they_were(llm: ChatCacheClip, retrieved: list[Document], on_miss: Any) -> None:
     before = [document.model_dump_json() for document in retrieved]

@@ -53,6 +53,7 @@ def known(engine: Engine, *numbers: int) -> list[int]:
     return [number for number in numbers if engine.knows(text(number))]
 
 
+@pytest.mark.behaviour("LangChain", "ingestion: `index()` and `aindex()`, incremental and full cleanup")
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_index(store: Any, engine: Engine, encoded: list[str], asynchronous: bool) -> None:
     """Added, skipped, changed, moved to another source, cleaned up: the KV follows."""
@@ -82,6 +83,7 @@ async def test_index(store: Any, engine: Engine, encoded: list[str], asynchronou
     assert known(engine, *range(8)) == []
 
 
+@pytest.mark.behaviour("LangChain", "ingestion: ids written over")
 def test_ids_written_over(store: Any, engine: Engine, encoded: list[str]) -> None:
     store.add_documents([document(1), document(2)], ids=["a", "b"])
     store.add_documents([document(1)], ids=["a"])
@@ -103,6 +105,7 @@ async def test_ids_written_over_asynchronously(store: Any, engine: Engine) -> No
     assert known(engine, 3, 4) == [4]
 
 
+@pytest.mark.behaviour("LangChain", "ingestion: what the vector store adds and deletes, the KV follows")
 def test_a_shared_text_stays_until_its_last_id_goes(store: Any, engine: Engine) -> None:
     store.add_texts([text(1), f"\n{text(1)} "], ids=["a", "b"])
     store.delete(["a"])
@@ -153,6 +156,7 @@ def test_a_store_that_cannot_be_asked_for_ids(engine: Engine, embedding: Any) ->
     assert known(engine, 1, 2, 3) == [3]
 
 
+@pytest.mark.behaviour("LangChain", "ingestion: a failure in encoding loses no vectors")
 @pytest.mark.parametrize("broken", ["ensure", "forget"])
 async def test_a_failure_in_encoding_does_not_touch_the_store(
     broken: str, store: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +179,7 @@ def test_a_model_that_cannot_be_opened_does_not_stop_ingestion(embedding: Any, t
     assert store.get_by_ids(["a"]) == []
 
 
+@pytest.mark.behaviour("LangChain", "ingestion: a restarted application finds all KV")
 def test_a_restarted_application_finds_all_kv(
     tiny_backbone: Backbone, tmp_path: Path, embedding: Any, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +196,7 @@ def test_a_restarted_application_finds_all_kv(
         assert calls.keys() == [engine.library.key(text(2))]
 
 
+@pytest.mark.behaviour("LangChain", "ingestion: KV that was evicted is made again")
 def test_kv_that_was_evicted_is_made_again(engine: Engine, embedding: Any) -> None:
     """`index` skips what it has a record of, so only retrieval notices."""
     store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine)

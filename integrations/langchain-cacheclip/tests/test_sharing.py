@@ -34,6 +34,7 @@ def test_making_a_model_loads_nothing() -> None:
     assert CacheClipCompressor(llm).handle.peek() is None
 
 
+@pytest.mark.behaviour("LangChain", "objects with equal fields share one engine")
 def test_equal_fields_share_an_engine(by_name: ChatCacheClip, tiny_folder: Path, tmp_path: Path) -> None:
     def other(**fields: Any) -> ChatCacheClip:
         return ChatCacheClip(str(tiny_folder), **fields)
@@ -110,6 +111,7 @@ def run_worker(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", WORKER, str(path)], capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.behaviour("LangChain", "worker processes")
 def test_another_process_opens_its_own_when_it_needs_one(by_name: ChatCacheClip, tmp_path: Path) -> None:
     (tmp_path / "objects").write_bytes(pickle.dumps((by_name, CacheClipCompressor(by_name))))
     done = run_worker(tmp_path / "objects")

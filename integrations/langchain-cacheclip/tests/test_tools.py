@@ -136,6 +136,7 @@ def test_bare_calls(answer: str, calls: int) -> None:
     assert sent + rest.text == ("" if calls else answer)
 
 
+@pytest.mark.behaviour("LangChain", "tool calls, forced ones too")
 async def test_calls_reach_the_message(engine: Engine, scripted: Callable[..., None]) -> None:
     scripted(*[f"One moment.\n{CALL}"] * 4)
     llm = ChatCacheClip.from_engine(engine).bind_tools([weather, clock])
@@ -169,6 +170,7 @@ def test_tools_are_offered_by_the_template(engine: Engine, llm: ChatCacheClip, r
     assert "<tools>" not in "".join(calls.prompts[1:])
 
 
+@pytest.mark.behaviour("LangChain", "tool calls, forced ones too")
 @pytest.mark.parametrize(
     "choice", ["any", "required", True, "weather", {"type": "function", "function": {"name": "clock"}}]
 )
@@ -215,6 +217,7 @@ def test_tool_histories(engine: Engine, llm: ChatCacheClip, recorder: Any) -> No
     assert "<tool_response>\nrain\n</tool_response>" in calls.prompts[0]
 
 
+@pytest.mark.behaviour("LangChain", "structured output: agents and `with_structured_output`")
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 @pytest.mark.parametrize("temperature", [0, 2.0])
 def test_structured_output_has_the_shape(engine: Engine, method: Any, temperature: float) -> None:

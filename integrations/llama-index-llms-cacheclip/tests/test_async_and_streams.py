@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ LONG = 3000
 """Tokens: far more than the tiny model decodes before a cancelled request is noticed."""
 
 
+@pytest.mark.behaviour("LlamaIndex", "the event loop stays free")
 @pytest.mark.parametrize("ask", ["acomplete", "achat", "astream_complete", "astream_chat"])
 async def test_the_event_loop_stays_free(
     llm: CacheClipLLM, engine: Engine, ask: str, monkeypatch: pytest.MonkeyPatch
@@ -47,6 +49,7 @@ async def test_the_event_loop_stays_free(
     assert all(waited) and ticks and threading.get_ident() not in threads
 
 
+@pytest.mark.behaviour("LlamaIndex", "cancellation: streams left early, calls cancelled; nothing is left behind")
 @pytest.mark.parametrize("ask", ["stream_complete", "stream_chat"])
 def test_closing_a_stream_ends_its_request(llm: CacheClipLLM, engine: Engine, recorder: Any, ask: str) -> None:
     calls, question = recorder(engine), [ChatMessage("Go on.")] if "chat" in ask else "Go on."
@@ -56,10 +59,11 @@ def test_closing_a_stream_ends_its_request(llm: CacheClipLLM, engine: Engine, re
     stream.close()
     report = calls.streams[-1].report
     assert report.finish_reason == "cancelled" and 0 < report.completion_tokens < 10
-    assert engine._active == 0
+    assert engine._seats.taken == 0
     assert llm.complete("Next.").text == expected
 
 
+@pytest.mark.behaviour("LlamaIndex", "cancellation: streams left early, calls cancelled; nothing is left behind")
 @pytest.mark.parametrize("ask", ["astream_complete", "astream_chat"])
 @pytest.mark.parametrize("how", ["aclose", "break", "cancel"])
 async def test_leaving_an_async_stream_ends_its_request(
@@ -91,6 +95,7 @@ async def test_leaving_an_async_stream_ends_its_request(
     assert (await llm.acomplete("Next.")).text == expected
 
 
+@pytest.mark.behaviour("LlamaIndex", "cancellation: streams left early, calls cancelled; nothing is left behind")
 async def test_cancelling_a_call_ends_its_request(llm: CacheClipLLM, engine: Engine, recorder: Any) -> None:
     calls, decoding, finished = recorder(engine), asyncio.Event(), threading.Event()
     loop, generate = asyncio.get_running_loop(), engine.backbone.generate
@@ -116,6 +121,7 @@ async def test_cancelling_a_call_ends_its_request(llm: CacheClipLLM, engine: Eng
     assert report.finish_reason == "cancelled" and report.completion_tokens < LONG
 
 
+@pytest.mark.behaviour("LlamaIndex", "calls inside a stream do not wait for it")
 @pytest.mark.timeout(120)
 async def test_a_call_inside_a_stream_does_not_wait_for_it(llm: CacheClipLLM) -> None:
     outer, inner = llm.complete("Outer.").text, llm.complete("Inner.").text
@@ -130,6 +136,7 @@ async def test_a_call_inside_a_stream_does_not_wait_for_it(llm: CacheClipLLM) ->
     assert text == outer
 
 
+@pytest.mark.behaviour("LlamaIndex", "one object serves several event loops")
 def test_one_llm_serves_several_event_loops(llm: CacheClipLLM) -> None:
     async def read() -> str:
         text = ""
@@ -140,6 +147,7 @@ def test_one_llm_serves_several_event_loops(llm: CacheClipLLM) -> None:
     assert len({asyncio.run(read()) for _ in range(3)} | {llm.complete("Hello.").text}) == 1
 
 
+@pytest.mark.behaviour("LlamaIndex", "errors reach the caller and the callbacks, and the next request is served")
 async def test_an_error_in_the_middle_of_a_stream_reaches_the_reader(
     llm: CacheClipLLM, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,3 +160,38 @@ async def test_an_error_in_the_middle_of_a_stream_reaches_the_reader(
         with pytest.raises(RuntimeError, match="device"):
             [_ async for _ in await llm.astream_complete("Hello.")]
     assert llm.complete("Hello.").text
+
+
+@pytest.mark.behaviour("LlamaIndex", "50 at once, tasks and threads: the answers of one after another")
+async def test_fifty_at_once_get_the_answers_of_one_after_another(informed: Engine, prompt: str) -> None:
+    llm = CacheClipLLM.from_engine(informed, max_new_tokens=4)
+    prompts = [f"{prompt}[{i}]" for i in range(50)]
+    expected = [llm.complete(p).text for p in prompts]
+
+    async def streamed(p: str) -> str:
+        return [piece.text async for piece in await llm.astream_complete(p)][-1]
+
+    ways = [llm.acomplete, streamed]
+    answers = await asyncio.gather(*[ways[i % 2](p) for i, p in enumerate(prompts)])
+    assert [str(answer) for answer in answers] == expected
+    with ThreadPoolExecutor(50) as pool:
+        assert list(pool.map(lambda p: llm.complete(p).text, prompts)) == expected
+    assert informed._seats.taken == 0
+
+
+@pytest.mark.behaviour("LlamaIndex", "a limit on requests in flight; those that wait can be cancelled")
+async def test_a_call_that_waits_can_be_cancelled(tiny_backbone: Any) -> None:
+    with Engine(tiny_backbone, method="query_guided", max_requests=1) as engine:
+        llm = CacheClipLLM.from_engine(engine, max_new_tokens=4)
+        expected = llm.complete("Next.").text
+        open_one = llm.stream_complete("First.", max_new_tokens=LONG)
+        next(open_one)
+        waiting = [asyncio.create_task(llm.acomplete("Next.")) for _ in range(3)]
+        while len(engine._seats._queue) < 3:
+            await asyncio.sleep(0.001)
+        waiting[0].cancel()
+        while len(engine._seats._queue) > 2:
+            await asyncio.sleep(0.001)
+        open_one.close()
+        first, *others = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(first, asyncio.CancelledError) and [str(other) for other in others] == [expected] * 2

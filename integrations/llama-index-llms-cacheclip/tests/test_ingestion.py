@@ -57,6 +57,7 @@ def test_class(engine: Engine) -> None:
     assert CacheClipTransform.class_name() == "CacheClipTransform"
 
 
+@pytest.mark.behaviour("LlamaIndex", "ingestion: a restarted application finds all KV")
 def test_a_restarted_application_finds_all_kv(
     tiny_backbone: Backbone,
     tmp_path: Path,
@@ -93,6 +94,7 @@ async def test_nodes_come_back_as_they_were(engine: Engine, nodes_of: Any) -> No
     assert all(engine.knows(n.get_content(metadata_mode=MetadataMode.LLM)) for n in nodes)
 
 
+@pytest.mark.behaviour("LlamaIndex", "ingestion: a failure in encoding loses no vectors")
 @pytest.mark.parametrize("broken", ["ensure", "forget"])
 def test_failing_to_encode_does_not_lose_a_documents_vectors(
     broken: str,
@@ -122,6 +124,7 @@ def test_failing_to_encode_does_not_lose_a_documents_vectors(
     assert any("gone now" in text for text in stored["documents"])
 
 
+@pytest.mark.behaviour("LlamaIndex", "ingestion: with the transform alone, replaced chunks are forgotten")
 def test_replaced_chunks_are_forgotten_unless_another_document_has_them(engine: Engine) -> None:
     transform, other = CacheClipTransform(engine), CacheClipTransform(engine)
     transform([node(text(1), "a"), node(text(2), "a"), node(text(3), "a"), node(text(2), "b"), node(text(9), None)])
@@ -166,6 +169,7 @@ def test_unchanged_chunks_are_encoded_once(engine: Engine, monkeypatch: pytest.M
     assert encoded == [text(i) for i in (1, 2, 3)]
 
 
+@pytest.mark.behaviour("LlamaIndex", "chunks of another model are misses, not errors")
 def test_another_model_is_another_ingestion_cache_key(
     engine: Engine, tiny_backbone: Backbone, narrow_backbone: Backbone, nodes_of: Any
 ) -> None:
@@ -181,6 +185,7 @@ def test_another_model_is_another_ingestion_cache_key(
     assert first == get_transformation_hash(nodes, CacheClipTransform(engine, show_progress=False))
 
 
+@pytest.mark.behaviour("LlamaIndex", "worker processes")
 @pytest.mark.timeout(300)
 def test_workers_defer_and_the_postprocessor_makes_up_for_it(
     tiny_folder: Path,

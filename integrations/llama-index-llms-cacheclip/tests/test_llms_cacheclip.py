@@ -58,6 +58,7 @@ def test_predict_uses_the_chat_template_once(llm: CacheClipLLM, engine: Engine, 
     assert calls.prompts == [engine.backbone.chat([{"role": "user", "content": "Say hello."}])]
 
 
+@pytest.mark.behaviour("LlamaIndex", "own prompt functions")
 def test_own_prompt_functions_are_respected(engine: Engine, recorder: Any) -> None:
     llm = CacheClipLLM.from_engine(
         engine,
@@ -80,6 +81,7 @@ def test_stream_pieces(llm: CacheClipLLM) -> None:
     assert pieces[-1].raw["cacheclip"]["finish_reason"] == "length"
 
 
+@pytest.mark.behaviour("LlamaIndex", "ratio 1 is plain transformers, token for token")
 def test_full_recompute_is_plain_transformers(smollm2: Engine, prompt: str) -> None:
     text = smollm2.backbone.chat([{"role": "user", "content": prompt}])
     model = AutoModelForCausalLM.from_pretrained(resolve("smollm2-135m-instruct"), dtype=torch.float32)
@@ -169,6 +171,7 @@ def test_a_model_without_chat_template_gets_the_bare_text(tiny_backbone: Backbon
         assert calls.prompts == ["Once upon a time"]
 
 
+@pytest.mark.behaviour("LlamaIndex", "callbacks and usage: every call is counted once, streamed or not")
 async def test_one_event_and_the_right_count_per_call(llm: CacheClipLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     handler = TokenCountingHandler(tokenizer=lambda text: pytest.fail("counted by hand"))
     monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([handler]))
@@ -201,6 +204,7 @@ async def test_one_event_and_the_right_count_per_call(llm: CacheClipLLM, monkeyp
         assert handler.completion_llm_token_count == report.completion_tokens == 6
 
 
+@pytest.mark.behaviour("LlamaIndex", "prompts longer than the window: a clear error, and the next request is served")
 async def test_a_prompt_beyond_the_window_is_an_error_and_the_next_one_is_served(narrow_backbone: Backbone) -> None:
     with Engine(narrow_backbone, method="query_guided") as engine:
         llm, long = CacheClipLLM.from_engine(engine, max_new_tokens=4), "word " * 200

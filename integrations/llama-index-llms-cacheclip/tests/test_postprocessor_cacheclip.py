@@ -28,6 +28,7 @@ def test_class() -> None:
     assert CacheClipPostprocessor.class_name() == "CacheClipPostprocessor"
 
 
+@pytest.mark.behaviour("LlamaIndex", "retrieved texts come back untouched")
 @pytest.mark.parametrize("on_miss", ["background", "encode", "ignore"])
 async def test_nodes_come_back_as_they_were(
     llm: CacheClipLLM, retrieved: list[NodeWithScore], texts: list[str], on_miss: str

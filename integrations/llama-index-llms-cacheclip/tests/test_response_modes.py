@@ -198,7 +198,7 @@ async def test_structured_output(
     assert len(calls) == 1 and len(calls.keys()) == 2 and '"name"' in calls.prompts[0]
 
 
-@pytest.mark.behaviour("LlamaIndex", "callbacks: every call of a query engine is counted once")
+@pytest.mark.behaviour("LlamaIndex", "callbacks and usage: every call is counted once, streamed or not")
 @pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize"])
 def test_a_query_engine_is_counted_once(
     mode: str,

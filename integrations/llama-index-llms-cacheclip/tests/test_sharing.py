@@ -34,6 +34,7 @@ def test_making_an_llm_loads_nothing() -> None:
     assert llm.kv_dir == "kv" and llm.stop == ["\n"] and llm._handle.peek() is None
 
 
+@pytest.mark.behaviour("LlamaIndex", "objects with equal fields share one engine")
 def test_equal_fields_share_an_engine(by_name: CacheClipLLM, tiny_folder: Path, tmp_path: Path) -> None:
     def other(**fields: Any) -> CacheClipLLM:
         return CacheClipLLM(model_name=str(tiny_folder), **fields)
@@ -111,6 +112,7 @@ def run_worker(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", WORKER, str(path)], capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.behaviour("LlamaIndex", "worker processes")
 def test_another_process_opens_its_own_when_it_needs_one(by_name: CacheClipLLM, tmp_path: Path) -> None:
     objects = (by_name, CacheClipPostprocessor(by_name), CacheClipTransform(by_name), [TextNode(text="word " * 50)])
     (tmp_path / "objects").write_bytes(pickle.dumps(objects))

@@ -70,6 +70,7 @@ def test_class(inner: BasePydanticVectorStore, store: CacheClipVectorStore) -> N
         CacheClipVectorStore(inner, "qwen")  # type: ignore[arg-type]
 
 
+@pytest.mark.behaviour("LlamaIndex", "ingestion: what the vector store adds and deletes, the KV follows")
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_added_and_deleted(store: Any, engine: Engine, asynchronous: bool) -> None:
     async def call(name: str, *arguments: Any) -> Any:
@@ -254,6 +255,7 @@ def test_a_model_that_cannot_be_opened_does_not_stop_ingestion(tmp_path: Path) -
     assert not store.get_nodes(None)
 
 
+@pytest.mark.behaviour("LlamaIndex", "ingestion: a restarted application finds all KV")
 def test_a_restarted_application_finds_all_kv(
     tiny_backbone: Backbone, tmp_path: Path, embedding: Any, recorder: Any, keys_of: Any, monkeypatch: Any
 ) -> None:

@@ -72,6 +72,7 @@ class CacheClipLLM(CustomLLM):
     tenant: str = Field(default="", description="Separates chunk KV of different owners.")
     dtype: str = Field(default="auto", description='"float32", "bfloat16", ..., or "auto".')
     device: str = Field(default="auto", description='"cpu", "cuda", ..., or "auto".')
+    max_requests: int = Field(default=16, ge=1, description="In flight at the same time; further ones wait.")
 
     _handle: EngineHandle = PrivateAttr()
     _last_report: Report | None = PrivateAttr(default=None)
@@ -254,6 +255,7 @@ class CacheClipLLM(CustomLLM):
             tenant=self.tenant,
             dtype=self.dtype,
             device=self.device,
+            max_requests=self.max_requests,
         )
 
     def _attach(self, handle: EngineHandle) -> None:

@@ -1,0 +1,123 @@
+"""One engine, several users: throughput and time to first token, as ratios to one user's.
+
+    python benchmarks/concurrency.py --model smollm2-135m-instruct --users 1 4 16
+
+Every user asks one question after another about four known chunks of the shipped PEPs, from a thread of its own, and
+reads a short answer as it is streamed. The same questions are asked whatever the number of users. Beside it: what it
+costs to recognise ten chunks in a prompt when 10,000 are known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import threading
+import time
+from queue import Empty, SimpleQueue
+from statistics import median
+
+import torch
+from speed import CORPUS, chunks_of, prompt_of
+
+from cacheclip_rag import Engine
+from cacheclip_rag.prompt import ChunkIndex
+
+
+def ask_all(engine: Engine, prompts: list[str], users: int, tokens: int) -> tuple[float, list[float], list[str]]:
+    """Seconds for all, seconds to the first token of each (waiting included), and the answers."""
+    questions: SimpleQueue[int] = SimpleQueue()
+    for number in range(len(prompts)):
+        questions.put(number)
+    first, answers = [0.0] * len(prompts), [""] * len(prompts)
+
+    def user() -> None:
+        while True:
+            try:
+                number = questions.get_nowait()
+            except Empty:
+                return
+            start = time.perf_counter()
+            stream = engine.stream(prompts[number], max_new_tokens=tokens, min_new_tokens=tokens)
+            answers[number] = next(stream)
+            first[number] = time.perf_counter() - start
+            answers[number] += "".join(stream)
+
+    threads = [threading.Thread(target=user) for _ in range(users)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start, first, answers
+
+
+def users_table(engine: Engine, users: list[int], requests: int, tokens: int) -> None:
+    generator = random.Random(0)
+    chunks = chunks_of(engine, 1500, generator)
+    engine.ensure(chunks)
+    prompts = [
+        prompt_of(engine, generator.sample(chunks, 4), f"Question {number}: what is proposed, and why?")
+        for number in range(requests)
+    ]
+    ask_all(engine, prompts[:2], 1, tokens)  # warms everything up
+    alone: tuple[float, float, list[str]] | None = None
+    print("| users | throughput | median time to first token | slowest | answers as alone |\n|---|---|---|---|---|")
+    for number in users:
+        seconds, first, answers = ask_all(engine, prompts, number, tokens)
+        if alone is None:
+            alone = seconds, median(first), answers
+            print(f"| {number} | {requests / seconds:.2f} a second | {median(first):.2f} s | {max(first):.2f} s | |")
+            continue
+        equal = sum(a == b for a, b in zip(answers, alone[2], strict=True))
+        print(
+            f"| {number} | {alone[0] / seconds:.2f} times | {median(first) / alone[1]:.1f} times "
+            f"| {max(first) / alone[1]:.1f} times | {equal}/{requests} |",
+            flush=True,
+        )
+
+
+def recognition(count: int = 10_000, size: int = 1600, trials: int = 20) -> None:
+    """How long it takes to find ten chunks, or none, in a prompt of 17,000 characters when many are known."""
+    generator = random.Random(0)
+    words = sorted({word for path in CORPUS.glob("*.txt") for word in path.read_text(encoding="utf-8").split()})
+
+    def text() -> str:
+        made = " ".join(generator.choices(words, k=size // 5))
+        return made[:size].strip()
+
+    index, texts = ChunkIndex(), [text() for _ in range(count)]
+    start = time.perf_counter()
+    for number, known in enumerate(texts):
+        index.add(str(number), known)
+    adding = time.perf_counter() - start
+    found = "\n\n".join(generator.sample(texts, 10)) + "\n\nWhat is proposed?"
+    missed = "\n\n".join(text() for _ in range(10)) + "\n\nWhat is proposed?"
+    assert len(index.find(found)) == 10 and not index.find(missed)
+    for name, prompt in (("ten known chunks", found), ("nothing known", missed)):
+        times = []
+        for _ in range(trials):
+            start = time.perf_counter()
+            index.find(prompt)
+            times.append(time.perf_counter() - start)
+        size = f"{count} chunks known, prompt of {len(prompt)} characters"
+        print(f"recognition, {size}, {name}: {1000 * median(times):.1f} ms")
+    print(f"making a chunk known: {1e6 * adding / count:.0f} µs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--users", nargs="*", type=int, default=[1, 4, 16])
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=8)
+    args = parser.parse_args()
+    machine = platform.processor() or platform.machine()
+    print(f"{args.model} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    with Engine(args.model, method="query_guided") as engine:
+        users_table(engine, args.users, args.requests, args.tokens)
+    recognition()
+
+
+if __name__ == "__main__":
+    main()
