@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check bench quality results clean
+.PHONY: setup demo test behaviours torture check bench bench-store quality results clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,9 @@ bench: setup  ## exactness, then speed with quality beside it (about forty minut
 	@$(RUN)/python benchmarks/speed.py --methods cacheclip
 	@$(RUN)/python benchmarks/concurrency.py
 	@$(RUN)/python -m cacheclip_rag.evaluation $(RESULTS)/quality-1.5b.jsonl
+
+bench-store: setup  ## what the chunk store's promises cost against plain safetensors, and with 100,000 entries
+	@$(RUN)/python benchmarks/store.py
 
 quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; resumable)
 	@$(RUN)/python benchmarks/quality.py $(DATA) --out $(RESULTS)/quality-1.5b.jsonl

@@ -7,6 +7,7 @@ import hmac
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -32,14 +33,14 @@ class Namespace:
     fields: Mapping[str, Any]
     secret: bytes = field(default=b"", repr=False)
 
-    @property
+    @cached_property
     def json(self) -> str:
         fields = dict(self.fields)
         if self.secret:
             fields["keyed"] = hmac.new(self.secret, b"cacheclip-rag namespace", hashlib.sha256).hexdigest()[:32]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 

@@ -41,7 +41,7 @@ def write(who: Mapping[str, str], record: Mapping[str, Any]) -> Path:
 def require(who: Mapping[str, str], name: str) -> None:
     """Raises `ConfigurationError` unless the model was verified and found good; ``name``: what it was opened by."""
     try:
-        record = json.loads(files.read(path(who), 1 << 20))
+        record = json.loads(bytes(files.read(path(who), 1 << 20)))
         same, trusted, line = record["identity"] == dict(who), record["trusted"] is True, str(record["line"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         same = trusted = False

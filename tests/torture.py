@@ -138,7 +138,7 @@ class System:
     """Stands in for ``os`` in `files`: counts the calls that can fail and does something at the one it was told."""
 
     CALLS = frozenset(
-        "open read write fsync ftruncate close replace unlink utime stat fstat scandir mkdir".split()  # noqa: SIM905
+        "open read readv write fsync ftruncate close replace unlink utime stat fstat scandir mkdir".split()  # noqa: SIM905
     )
 
     def __init__(self, at: int = -1, act: Callable[[str, Any], Any] | None = None) -> None:
@@ -188,11 +188,13 @@ class Short(System):
 
     def after(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         most = self.random.choice((1, 7, 64, 1000))
-        self.short += name in ("write", "read")
+        self.short += name in ("write", "read", "readv")
         if name == "write":
             return real(arguments[0], arguments[1][:most])
         if name == "read":
             return real(arguments[0], min(arguments[1], most))
+        if name == "readv":
+            return real(arguments[0], [arguments[1][0][:most]])
         return real(*arguments, **options)
 
 

@@ -61,7 +61,7 @@ class References:
     def get(self, prompt: str) -> Reference | None:
         path = self.path(prompt)
         try:
-            return self._load(files.read(path), prompt)
+            return self._load(bytes(files.read(path)), prompt)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:

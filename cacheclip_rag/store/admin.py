@@ -256,7 +256,7 @@ class Administration:
     @staticmethod
     def _about(path: Path) -> dict[str, Any]:
         try:
-            about = json.loads(files.read(path / "namespace.json", format.MAX_HEADER))
+            about = json.loads(bytes(files.read(path / "namespace.json", format.MAX_HEADER)))
         except (OSError, ValueError, RecursionError):
             return {}
         return about if isinstance(about, dict) else {}

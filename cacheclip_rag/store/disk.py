@@ -53,7 +53,7 @@ class DiskStore:
         self.folder = Path(folder).expanduser()
         self.path = self.folder / namespace.digest[:32]
         self._index: dict[str, _Known] = {}
-        self._reading: Counter[Path] = Counter()
+        self._reading: Counter[str] = Counter()
         self._vanished: deque[str] = deque(maxlen=1 << 16)
         self._stats = StoreStats()
         self._lock, self._writing = threading.RLock(), threading.Lock()
@@ -111,18 +111,21 @@ class DiskStore:
 
     def get(self, key: str) -> ChunkKV | None:
         if key not in self._index:
-            self._count(misses=1)
+            with self._lock:
+                self._stats.misses += 1
             return None
         path = self._file(key)
         with self._lock:
-            self._reading[path] += 1
+            self._reading[key] += 1
         try:
             chunk = self._load(key, path)
         finally:
             with self._lock:
-                self._reading[path] -= 1
-                self._reading += Counter()  # drops zeros
-        self._count(hits=chunk is not None, misses=chunk is None)
+                self._reading[key] -= 1
+                if not self._reading[key]:
+                    del self._reading[key]
+                self._stats.hits += chunk is not None
+                self._stats.misses += chunk is None
         return chunk
 
     def _load(self, key: str, path: Path) -> ChunkKV | None:
@@ -274,11 +277,6 @@ class DiskStore:
         with self._lock:
             self._stats.reject(reason)
 
-    def _count(self, hits: int = 0, misses: int = 0) -> None:
-        with self._lock:
-            self._stats.hits += hits
-            self._stats.misses += misses
-
     def _set_aside(self, key: str, reason: str, seen: os.stat_result | None) -> None:
         """Take a damaged file out of the way, unless another process has replaced it since it was ``seen``."""
         log.warning("stored chunk %s is not served: %s", key[:12], reason)
@@ -315,9 +313,10 @@ class DiskStore:
     def _last_used(self, file: Found) -> float | None:
         """When a file was last used, to the moment where it was by this process; None for what is being read."""
         with self._lock:
-            if file.path in self._reading:
+            mine = file.path.parent == self.path
+            if mine and file.path.stem in self._reading:
                 return None
-            known = self._index.get(file.path.stem) if file.path.parent == self.path else None
+            known = self._index.get(file.path.stem) if mine else None
             return file.used if known is None else max(file.used, known.used)
 
     def _note_evicted(self, gone: Collection[Found]) -> None:

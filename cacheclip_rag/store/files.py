@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
 TEMPORARY = ".tmp-"
@@ -21,23 +22,25 @@ _CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr
 _PIECE = 1 << 30  # bytes read at a time, at most
 
 
-def read(path: Path, limit: int | None = None) -> bytes:
-    """The whole file. Plain reads, no memory map: a file cut short under a map kills the process.
+def read(path: Path, limit: int | None = None) -> memoryview:
+    """The whole file, in writable memory of its own. Plain reads, no memory map: a file cut short under a map kills the
+    process.
 
-    A file of more than ``limit`` bytes is an OSError (EFBIG), and so is anything but a regular file.
+    A file of more than ``limit`` bytes is an OSError (EFBIG), as is one that grows meanwhile, and anything but a
+    regular file.
     """
     descriptor = _open(path)
     try:
         size = os.fstat(descriptor).st_size
         if limit is not None and size > limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-        pieces, length = list[bytes](), 0
-        while piece := os.read(descriptor, min(_PIECE, max(size - length, 1))):
-            pieces.append(piece)
-            length += len(piece)
-            if limit is not None and length > limit:  # it grows while it is read
-                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-        return b"".join(pieces)  # no copy of the usual one piece
+        # Memory that nobody has filled with zeros first, and that tensors can lie in without another copy.
+        whole, length = np.empty(size, np.uint8).data, 0
+        while length < size and (count := _read_into(descriptor, whole[length : length + _PIECE])):
+            length += count
+        if os.read(descriptor, 1):
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return whole[:length]
     finally:
         os.close(descriptor)
 
@@ -169,6 +172,14 @@ def _sync_folder(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _read_into(descriptor: int, target: memoryview) -> int:
+    if hasattr(os, "readv"):
+        return os.readv(descriptor, [target])
+    piece = os.read(descriptor, len(target))
+    target[: len(piece)] = piece
+    return len(piece)
 
 
 def _write(descriptor: int, data: bytes | memoryview) -> None:

@@ -16,13 +16,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 import xxhash
+from torch import Tensor
 
 from ..chunks import ChunkKV, Namespace
 from . import int8
+from .layout import Placed, read_tensors
+from .layout import Rejected as Rejected
 
 FORMAT = "cacheclip-rag/1"
 SUFFIX = ".safetensors"
@@ -32,10 +34,6 @@ MAX_TENSORS = 64
 _METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
 _EXTRA, _PACKING = "extra.", "int8."
-
-
-class Rejected(Exception):
-    """A file that must not be served; the message is the reason, in a word or two."""
 
 
 def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
@@ -57,19 +55,23 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
         metadata["company"] = json.dumps(chunk.company)
         if chunk.joint:
             metadata["joint"] = "true"
-    metadata["checksum"] = _checksum(tensors, metadata, namespace)
+    placed = {name: Placed(tensor, _bytes(tensor)) for name, tensor in tensors.items()}
+    metadata["checksum"] = _checksum(placed, metadata, namespace)
     try:
         return safetensors.torch.save(tensors, metadata)
     except RuntimeError:  # some of them share memory, as an extra that is a view of the keys does
         return safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
 
 
-def header(head: bytes) -> dict[str, str]:
+Data = bytes | bytearray | memoryview
+
+
+def header(head: Data) -> dict[str, str]:
     """The metadata at the start of a file. Raises `Rejected`."""
     return fields(head)["__metadata__"]
 
 
-def fields(head: bytes) -> dict[str, Any]:
+def fields(head: Data) -> dict[str, Any]:
     """The header at the start of a file: dtypes and shapes by tensor, and the checked metadata. Raises `Rejected`."""
     if len(head) < 8:
         raise Rejected("truncated")
@@ -79,7 +81,7 @@ def fields(head: bytes) -> dict[str, Any]:
     if len(head) < 8 + length:
         raise Rejected("truncated")
     try:
-        found = json.loads(head[8 : 8 + length])
+        found = json.loads(bytes(head[8 : 8 + length]))
         metadata = found["__metadata__"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Rejected("damaged header") from error
@@ -96,8 +98,10 @@ def fields(head: bytes) -> dict[str, Any]:
 
 def company(metadata: dict[str, str]) -> tuple[str, ...]:
     """The texts a chunk's KV was computed with. Raises `Rejected`."""
+    if "company" not in metadata:
+        return ()
     try:
-        texts = json.loads(metadata.get("company", "[]"))
+        texts = json.loads(metadata["company"])
     except (ValueError, RecursionError) as error:
         raise Rejected("damaged header") from error
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -105,31 +109,35 @@ def company(metadata: dict[str, str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def load(data: bytes, key: str, namespace: Namespace) -> ChunkKV:
+def load(data: Data, key: str, namespace: Namespace) -> ChunkKV:
     """The chunk in a file's bytes, if all of it is as it was written, for this key and this namespace.
 
-    Raises `Rejected` otherwise.
+    Its tensors lie in ``data`` where that can be written to, and in one copy of it otherwise. Raises `Rejected`.
     """
-    metadata = header(data)
+    view = memoryview(data) if not memoryview(data).readonly else memoryview(bytearray(data))
+    found = fields(view)
+    metadata = dict(found.pop("__metadata__"))
     if metadata["namespace"] != namespace.json:
         raise Rejected("other model")
-    text, checksum = metadata["text"], metadata.pop("checksum")
-    if metadata["key"] != key or namespace.key(text, company(metadata), "joint" in metadata) != key:
+    text, checksum, others = metadata["text"], metadata.pop("checksum"), company(metadata)
+    joint = "joint" in metadata
+    if metadata["key"] != key or namespace.key(text, others, joint) != key:
         raise Rejected("other key")
     try:
-        tensors = safetensors.torch.load(data)
         position = int(metadata["position"])
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except ValueError as error:
         raise Rejected("damaged") from error
+    placed = read_tensors(found, view[8 + int.from_bytes(view[:8], "little") :])
+    tensors = {name: one.tensor for name, one in placed.items()}
     extra, packing = _named(tensors, _EXTRA), _named(tensors, _PACKING)
     if len(tensors) != len(_TENSORS) + len(extra) + len(packing) or not hmac.compare_digest(
-        _checksum(tensors, metadata, namespace).encode(), checksum.encode("utf-8", "surrogatepass")
+        _checksum(placed, metadata, namespace).encode(), checksum.encode("utf-8", "surrogatepass")
     ):
         raise Rejected("checksum")
     if not set(_TENSORS) <= set(tensors):
         raise Rejected("damaged")
     kv: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
-    about: dict[str, Any] = {"company": company(metadata), "joint": "joint" in metadata}
+    about: dict[str, Any] = {"company": others, "joint": joint}
     chunk = ChunkKV(text=text, position=position, extra=extra, packing=packing, **about, **kv)
     _check_shapes(chunk)
     return chunk
@@ -157,12 +165,15 @@ def _check_shapes(chunk: ChunkKV) -> None:
         raise Rejected("shapes")
 
 
-def _checksum(tensors: dict[str, Any], metadata: dict[str, str], namespace: Namespace) -> str:
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _checksum(tensors: Mapping[str, Placed], metadata: dict[str, str], namespace: Namespace) -> str:
     """Over everything that is served: the tensors and what the header says of them."""
     digest: Any = hmac.new(namespace.secret, digestmod=hashlib.sha256) if namespace.secret else xxhash.xxh3_128()
     digest.update(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, (tensor, raw) in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(raw)
     return digest.hexdigest()
