@@ -116,7 +116,7 @@ class Usage:
     def _read(self) -> OrderedDict[str, Counter[str]]:
         assert self._path is not None
         try:
-            data = json.loads(files.read(self._path, _MAX_BYTES))
+            data = json.loads(bytes(files.read(self._path, _MAX_BYTES)))
             if data["format"] != _FORMAT:
                 raise ValueError("another format")
             return OrderedDict(
