@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,19 +21,29 @@ _BATCH = 1024
 class Neighbourhood:
     """Every chunk's nearest others by the cosine of their embeddings, kept up to date as chunks come and go.
 
-    ``count``: how many; a corpus with fewer has fewer. Texts that are the same once stripped are one chunk.
+    ``count``: how many; a corpus with fewer has fewer. ``tolerance``: the share of a chunk's neighbours that may be
+    others than last time before the chunk counts as changed. Texts that are the same once stripped are one chunk.
     Source: FusionRAG (arXiv 2601.12904), similarity-guided preprocessing: exact inner-product search.
     """
 
-    def __init__(self, count: int = 10) -> None:
+    def __init__(self, count: int = 10, tolerance: float = 0.3) -> None:
         if count < 1:
             raise ConfigurationError(f"count must be at least 1 neighbour, not {count}")
-        self.count = count
+        if not 0.0 <= tolerance < 1.0:
+            raise ConfigurationError(f"tolerance is a share from 0 to less than 1, not {tolerance}")
+        self.count, self.tolerance = count, tolerance
+        self._given: dict[str, list[str]] = {}
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
         self._width = 0
 
     def __len__(self) -> int:
         return len(self._vectors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._vectors))
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and canonical(text) in self._vectors
 
     def add(self, texts: Sequence[str], vectors: Any) -> None:
         """Take in chunks with their embeddings ``[n, d]``. Raises ConfigurationError, and takes in none, for embeddings
@@ -57,6 +67,7 @@ class Neighbourhood:
     def remove(self, texts: Iterable[str]) -> None:
         for text in texts:
             self._vectors.pop(canonical(text), None)
+            self._given.pop(canonical(text), None)
 
     def nearest(self, texts: Iterable[str] | None = None) -> dict[str, list[str]]:
         """The neighbours of these chunks (None: of all), the most similar first. Unknown texts are left out."""
@@ -74,6 +85,19 @@ class Neighbourhood:
             kept = np.argsort(-scores, axis=1, kind="stable")[:, : min(self.count, len(known) - 1)]
             found |= {known[n]: [known[other] for other in row] for n, row in zip(mine, kept, strict=True)}
         return found
+
+    def changed(self) -> dict[str, list[str]]:
+        """The neighbours of chunks that are new, or whose neighbourhood is another than this said last.
+
+        What it gives is taken for done: fuse it.
+        """
+        changed = {}
+        for text, now in self.nearest().items():
+            before = self._given.get(text)
+            fresh = len(set(now) - set(before or ()))
+            if before is None or set(before) - self._vectors.keys() or fresh > self.tolerance * max(1, len(now)):
+                changed[text] = self._given[text] = now
+        return changed
 
 
 def similar(texts: Sequence[str], embed: Embed, count: int = 10) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ torch or transformers before the first engine does.
 
 from .chunk_kv import OnMiss, encode, warm
 from .engines import EngineHandle, EngineSettings, encoding_of
+from .fusing import Fuser
 from .holdings import Holdings
 from .options import read_options, refuse_misspelling
 from .pump import pump
@@ -13,6 +14,7 @@ from .pump import pump
 __all__ = [
     "EngineHandle",
     "EngineSettings",
+    "Fuser",
     "Holdings",
     "OnMiss",
     "encode",

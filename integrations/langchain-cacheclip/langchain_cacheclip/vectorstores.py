@@ -11,7 +11,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import VectorStore
 
-from cacheclip_rag.integration import Holdings, encode
+from cacheclip_rag.integration import Fuser, Holdings, encode
 
 from .engines import handle_of
 
@@ -40,13 +40,20 @@ class CacheClipVectorStore(VectorStore):
     KV only costs time. KV belongs to a text, so it stays as long as any id has that text. Which id has which text is
     kept beside the KV: every id is a document of the engine's (``engine.forget_document(id)``).
 
+    With ``fuse=10`` every chunk is fused with the ten others most like it as well, by the store's own embeddings: for
+    methods that take fused variants (``method="auto"``, ``"fusionrag"``), at twice the cost. Leave it out where
+    documents must not colour one another's KV.
+
     Example:
         ``store = CacheClipVectorStore(Chroma(embedding_function=embeddings), llm)``
 
     """
 
-    def __init__(self, store: VectorStore, llm: ChatCacheClip | Engine, *, show_progress: bool = True) -> None:
-        """``show_progress``: a progress bar, once encoding takes over a second. Raises TypeError for another ``llm``.
+    def __init__(
+        self, store: VectorStore, llm: ChatCacheClip | Engine, *, show_progress: bool = True, fuse: int = 0
+    ) -> None:
+        """``show_progress``: a progress bar, once encoding takes over a second. Raises TypeError for another ``llm``,
+        ValueError for ``fuse`` with a store that has no embeddings.
 
         The engine is opened when the first chunks come.
         """
@@ -54,6 +61,11 @@ class CacheClipVectorStore(VectorStore):
         self.show_progress = show_progress
         self._handle = handle_of(llm)
         self._held = Holdings()
+        self._fuser: Fuser | None = None
+        if fuse:
+            if (embeddings := store.embeddings) is None:
+                raise ValueError(f"fuse={fuse} needs a store with embeddings; {type(store).__name__} has none")
+            self._fuser = Fuser(fuse, embeddings.embed_documents)
 
     @classmethod
     def from_texts(cls, texts: list[str], embedding: Embeddings, metadatas: Any = None, **kwargs: Any) -> NoReturn:
@@ -189,6 +201,8 @@ class CacheClipVectorStore(VectorStore):
                 if id_ in before and before[id_].strip() != text.strip():
                     engine.documents.discard(id_, [before[id_]])
             encode(engine, texts, self.show_progress)
+            if self._fuser is not None:
+                self._fuser(engine, self.show_progress)
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         self._forget(before)

@@ -258,3 +258,26 @@ def test_what_an_id_had_is_found_after_a_restart_though_the_store_cannot_be_aske
         assert known(engine, 1, 2) == [2]  # another id has it still
         CacheClipVectorStore(inner, engine).delete(["c"])
         assert known(engine, 2) == []
+
+
+@pytest.mark.behaviour("LangChain", "ingestion: chunks fused with those they resemble (`fuse=10`)")
+def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embedding: Any) -> None:
+    engine = Engine(tiny_backbone, method="auto")
+    store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine, fuse=2, show_progress=False)
+    ids = store.add_texts([text(1), text(2)])
+    store.add_texts([text(3)])
+    fused = engine._room(engine.method).fused
+    assert {frozenset(company) for company in fused.of(text(3))} == {
+        frozenset(),
+        frozenset({text(1).strip(), text(2).strip()}),
+    }
+    store.delete(ids[:1])
+    assert not any(text(1).strip() in company for number in (2, 3) for company in fused.of(text(number)))
+
+    class Bare(InMemoryVectorStore):
+        @property
+        def embeddings(self) -> None:
+            return None
+
+    with pytest.raises(ValueError, match="needs a store with embeddings"):
+        CacheClipVectorStore(Bare(embedding), engine, fuse=2)

@@ -10,10 +10,12 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llama_index.core import Settings
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
-from cacheclip_rag.integration import EngineHandle, encode
+from cacheclip_rag.integration import EngineHandle, Fuser, encode
 
 from .engines import handle_of, restore
 
@@ -38,6 +40,10 @@ class CacheClipTransform(TransformComponent):
     by then, and a chunk without KV only costs time. In a worker process (``num_workers``) it leaves the work to
     `CacheClipPostprocessor` rather than load a model per worker.
 
+    With ``fuse=10`` every chunk is fused with the ten others most like it as well, by ``embed_model``, or by
+    ``Settings.embed_model``: for methods that take fused variants (``method="auto"``, ``"fusionrag"``), at twice the
+    cost. Leave it out where documents must not colour one another's KV.
+
     Example:
         ``IngestionPipeline(transformations=[SentenceSplitter(), embed_model, CacheClipTransform(llm)])``
 
@@ -46,14 +52,20 @@ class CacheClipTransform(TransformComponent):
     fingerprint: str = Field(description="Identifies the model's KV; part of the ingestion cache's key.")
     show_progress: bool = Field(default=True, exclude=True, description="A progress bar, once it takes over a second.")
 
+    fuse: int = Field(default=0, ge=0, description="How many similar chunks each is fused with; 0 for none.")
+
     _handle: EngineHandle = PrivateAttr()
+    _fuser: Fuser | None = PrivateAttr(default=None)
     _name: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
-    def __init__(self, llm: CacheClipLLM | Engine, **fields: Any) -> None:
+    def __init__(self, llm: CacheClipLLM | Engine, *, embed_model: BaseEmbedding | None = None, **fields: Any) -> None:
         """``llm`` is loaded now, since the fingerprint depends on its weights. Raises what opening it raises."""
         handle = handle_of(llm)
         super().__init__(**{"fingerprint": _fingerprint(handle.engine), **fields})
         self._handle = handle
+        if self.fuse:
+            model = embed_model or Settings.embed_model
+            self._fuser = Fuser(self.fuse, model.get_text_embedding_batch)
 
     @classmethod
     def class_name(cls) -> str:
@@ -70,6 +82,8 @@ class CacheClipTransform(TransformComponent):
                 engine.documents.note((n.ref_doc_id, t) for n, t in zip(nodes, texts, strict=True) if n.ref_doc_id)
                 encode(engine, texts, self.show_progress)
                 self._forget_replaced(engine, nodes, texts)
+                if self._fuser is not None:
+                    self._fuser(engine, self.show_progress)
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         return nodes
