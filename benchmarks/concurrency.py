@@ -80,7 +80,8 @@ def users_table(engine: Engine, users: list[int], requests: int, tokens: int) ->
 def recognition(count: int = 10_000, size: int = 1600, trials: int = 20) -> None:
     """How long it takes to find ten chunks, or none, in a prompt of 17,000 characters when many are known."""
     generator = random.Random(0)
-    words = sorted({word for path in CORPUS.glob("*.txt") for word in path.read_text(encoding="utf-8").split()})
+    corpus = " ".join(path.read_text(encoding="utf-8") for path in sorted(CORPUS.glob("*.txt")))
+    words = sorted({word for word in corpus.split() if word.isalpha()})
 
     def text() -> str:
         made = " ".join(generator.choices(words, k=size // 5))

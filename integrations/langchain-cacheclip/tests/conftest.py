@@ -120,6 +120,12 @@ def scripted(engine: Engine) -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture(scope="session")
+def writing() -> Callable[..., None]:
+    """For an engine that the test opened itself."""
+    return script
+
+
+@pytest.fixture(scope="session")
 def keys_of() -> Callable[[Engine, Sequence[Document]], list[str]]:
     return lambda engine, documents: [engine.library.key(document.page_content) for document in documents]
 

@@ -135,6 +135,12 @@ def scripted(engine: Engine) -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture(scope="session")
+def writing() -> Callable[..., None]:
+    """For an engine that the test opened itself."""
+    return script
+
+
+@pytest.fixture(scope="session")
 def keys_of() -> Callable[[Engine, Any], list[str]]:
     return wanted
 
