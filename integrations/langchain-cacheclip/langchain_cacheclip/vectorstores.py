@@ -120,6 +120,26 @@ class CacheClipVectorStore(VectorStore):
         await run_in_executor(None, self._deleted, gone, ids or ())
         return result
 
+    # Not of LangChain's interface, but Chroma's and others': a store without them says so.
+
+    def update_documents(self, ids: list[str], documents: list[Document]) -> None:
+        before = self._before(self._lookup(ids))
+        self.store.update_documents(ids, documents)  # type: ignore[attr-defined]
+        self._added(ids, [document.page_content for document in documents], before)
+
+    def update_document(self, document_id: str, document: Document) -> None:
+        self.update_documents([document_id], [document])
+
+    def delete_collection(self) -> None:
+        """KV goes of what this object has seen in the collection."""
+        self.store.delete_collection()  # type: ignore[attr-defined]
+        self._deleted(self._held.texts(self._held.ids()))
+
+    def reset_collection(self) -> None:
+        """KV goes of what this object has seen in the collection."""
+        self.store.reset_collection()  # type: ignore[attr-defined]
+        self._deleted(self._held.texts(self._held.ids()))
+
     # ---- what does not ----------------------------------------------------------------------------------------------
 
     @property

@@ -141,6 +141,24 @@ def test_deleting_by_other_means(engine: Engine, embedding: Any) -> None:
         store.delete_collection()
 
 
+@pytest.mark.behaviour("LangChain", "ingestion: updates and whole collections, where the store has them")
+def test_updates_and_whole_collections(engine: Engine, encoded: list[str], embedding: Any) -> None:
+    chroma = Chroma(collection_name=f"c{uuid.uuid4().hex}", embedding_function=embedding)
+    store = CacheClipVectorStore(chroma, engine)
+    store.add_documents([document(1), document(2), document(3)], ids=["a", "b", "c"])
+    store.update_document("a", document(4))
+    assert known(engine, 1, 2, 3, 4) == [2, 3, 4] and len(encoded) == 4
+    store.update_documents(["b", "c"], [document(2, revised=True), document(5)])
+    assert known(engine, 2, 3, 4, 5) == [2, 4, 5] and len(encoded) == 5
+    store.reset_collection()
+    assert known(engine, 2, 4, 5) == [] and not store.get()["ids"]
+    store.add_documents([document(6)])
+    store.delete_collection()
+    assert known(engine, 6) == []
+    with pytest.raises(AttributeError, match="update_documents"):
+        CacheClipVectorStore(InMemoryVectorStore(embedding), engine).update_documents(["a"], [document(1)])
+
+
 def test_a_store_that_cannot_be_asked_for_ids(engine: Engine, embedding: Any) -> None:
     class Mute(InMemoryVectorStore):
         def get_by_ids(self, ids: Any, /) -> Any:

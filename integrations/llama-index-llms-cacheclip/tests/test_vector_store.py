@@ -222,6 +222,35 @@ def test_deleted_kv_goes_with_the_next_add_or_when_asked_or_after_a_while(engine
     assert known(engine, 3, 4) == [4]  # nobody can bring it back
 
 
+@pytest.mark.behaviour("LlamaIndex", "ingestion: interrupted and begun again, it goes on where it was")
+def test_an_interrupted_ingestion_goes_on_where_it_was(
+    tiny_backbone: Backbone, tmp_path: Path, embedding: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(engine: Engine) -> None:
+        IngestionPipeline(transformations=[embedding], vector_store=CacheClipVectorStore(chroma(), engine)).run(
+            nodes=[TextNode(id_=f"n{i}", text=text(i)) for i in range(8)]
+        )
+
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
+        encode, seen = engine.library.encode, []
+
+        def interrupted(text: str) -> Any:
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(text)
+            return encode(text)
+
+        monkeypatch.setattr(engine.library, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(engine)
+    with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
+        again: list[str] = []
+        encode_again = engine.library.encode
+        monkeypatch.setattr(engine.library, "encode", lambda text: again.append(text) or encode_again(text))
+        run(engine)
+        assert again == [text(i) for i in range(3, 8)]
+
+
 def test_deleted_kv_goes_by_itself(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten, forget = threading.Event(), engine.forget
     monkeypatch.setattr(engine, "forget", lambda texts: (forget(texts), forgotten.set()))
