@@ -45,6 +45,7 @@ class ChunkIndex:
         self._keys: list[str | None] = []
         # hash of a window -> chunk number << 32 | offset, or a list of them. Hashes only nominate; text decides.
         self._anchors: dict[int, int | list[int]] = {}
+        self._boilerplate = 0  # anchors that more than MAX_CANDIDATES chunks share
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -78,6 +79,7 @@ class ChunkIndex:
                     self._anchors[anchor] = [known, place]
                 else:
                     known.append(place)
+                    self._boilerplate += len(known) == MAX_CANDIDATES + 1
 
     def remove(self, key: str) -> None:
         with self._lock:
@@ -90,6 +92,7 @@ class ChunkIndex:
                 anchor, place = hash(text[offset : offset + WINDOW]), number << 32 | offset
                 known = self._anchors[anchor]
                 rest = [] if isinstance(known, int) else [p for p in known if p != place]
+                self._boilerplate -= len(rest) == MAX_CANDIDATES
                 if rest:
                     self._anchors[anchor] = rest if len(rest) > 1 else rest[0]
                 else:
@@ -104,6 +107,8 @@ class ChunkIndex:
         """
         with self._lock:
             spans = self._scan(prompt, 0, len(prompt), hints, common=False)
+            if not self._boilerplate:
+                return spans
             gaps, last = [], 0
             for span in spans:
                 gaps.append((last, span.start))
@@ -118,7 +123,9 @@ class ChunkIndex:
         spans: list[Span] = []
         last = position = start
         while position <= end - WINDOW:
-            found = self._longest(prompt, position, last, end, hints, common)
+            found = None
+            if hash(prompt[position : position + WINDOW]) in self._anchors:  # seldom, so this is all that text costs
+                found = self._longest(prompt, position, last, end, hints, common)
             if found is None:
                 position += 1
                 continue
