@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check bench bench-store quality results clean
+.PHONY: setup demo test behaviours torture check docs bench bench-store quality results clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,10 @@ check: setup  ## style, types, and that nothing imports upward
 	@$(RUN)/mypy
 	@$(RUN)/lint-imports
 
+docs: setup  ## the documentation's site, into site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 bench: setup  ## exactness, then speed with quality beside it (about forty minutes on two cores)
 	@$(RUN)/python benchmarks/exact.py --model qwen2.5-coder-0.5b-instruct
 	@$(RUN)/python benchmarks/speed.py --methods cacheclip
@@ -67,4 +71,4 @@ results: setup  ## DATA=folder: every method on every set, 20 items each (hours;
 	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis

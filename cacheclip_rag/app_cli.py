@@ -48,7 +48,7 @@ def ingest(
 
     Then: cacheclip ask "What do the documents say about ...?"
     """
-    app = _app()
+    app = _app("folder")
     library = app.Library(home, model, None if auxiliary.lower() in ("none", "") else auxiliary, chunk_size)
     with quietly(), bar() as progress:
         result = app.ingest(folder, library, _embedding(), progress)
@@ -86,15 +86,14 @@ def ask(
     The answer appears as it is written, then where it is from and what happened to the prompt's tokens. Without a
     question it goes on asking until an empty line or Ctrl-D.
     """
-    app = _app()
-    library = app.Library.read(home)
+    library = _app("folder").Library.read(home)
     if as_json and question is None:
         raise ConfigurationError("--json answers one question: cacheclip ask --json QUESTION")
     console = Console(highlight=False, soft_wrap=True)
     with quietly():
         with bar() as progress:
             progress("opening the model", 0, 0)
-            session = app.Session(library, _embedding(), top_k=top_k, ratio=ratio, tokens=tokens)
+            session = _app("session").Session(library, _embedding(), top_k=top_k, ratio=ratio, tokens=tokens)
         try:
             for asked in [question] if question is not None else _questions(console):
                 reply = session.ask(asked, _silent if as_json else _show, compare)
@@ -131,9 +130,9 @@ def _silent(_: str) -> None:
     pass
 
 
-def _app() -> Any:
+def _app(room: str) -> Any:
     try:
-        return importlib.import_module("cacheclip_app")
+        return importlib.import_module(f"cacheclip_app.{room}")
     except ImportError as error:
         raise ConfigurationError(
             f"{error}; ingest and ask need LlamaIndex: pip install 'cacheclip-rag[app]'"
@@ -141,7 +140,7 @@ def _app() -> Any:
 
 
 def _embedding() -> Any:
-    return importlib.import_module("cacheclip_app.embedding").MiniLM()
+    return _app("embedding").MiniLM()
 
 
 @contextmanager
@@ -166,9 +165,11 @@ def quietly() -> Iterator[None]:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("pypdf").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         yield
     except KeyboardInterrupt:
         typer.echo("\ncacheclip: stopped; what was finished is kept", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        logging.disable(logging.NOTSET)

@@ -13,3 +13,31 @@ def smollm2() -> Backbone:
     from cacheclip_rag.pull import resolve
 
     return Backbone.load(resolve("smollm2-135m-instruct"), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a small random model that has SmolLM2's tokenizer and number of heads, for whole applications."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from cacheclip_rag.pull import resolve
+
+    folder = tmp_path_factory.mktemp("stand-in")
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=36,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=4,
+        max_position_embeddings=8192,
+        initializer_range=0.25,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

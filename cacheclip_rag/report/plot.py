@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,17 @@ def figure(report: Report) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError("figures need matplotlib: pip install 'cacheclip-rag[plots]'") from error
+
+    class Shown(Figure):
+        """A figure that a notebook shows whether or not pyplot was imported."""
+
+        def _repr_png_(self) -> bytes:
+            drawn = io.BytesIO()
+            self.savefig(drawn, format="png")
+            return drawn.getvalue()
+
     heights = [1.1, 0.7, 0.4 + 0.28 * len(report.chunks)]
-    drawn = Figure(figsize=(9, sum(heights) + 1.4), layout="constrained")
+    drawn = Shown(figsize=(9, sum(heights) + 1.4), layout="constrained")
     times, strip, chunks = drawn.subplots(3, 1, height_ratios=heights)
     drawn.suptitle(f"{report.method}: {story.headline(report)}", fontsize=10)
     _times(times, report)
