@@ -56,7 +56,7 @@ def _times(axis: Any, report: Report) -> None:
     axis.set_xlabel("seconds to the first token", fontsize=8)
     axis.tick_params(labelsize=8)
     if report.seconds:
-        axis.legend(fontsize=7, ncols=4, loc="lower right", framealpha=0.7)
+        axis.legend(fontsize=7, ncols=7, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
 
 
 def _strip(axis: Any, report: Report) -> None:
