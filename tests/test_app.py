@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, model: str) -> None
 
 
 def test_without_llama_index_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cacheclip_app", None)
+    monkeypatch.setitem(sys.modules, "cacheclip_app.folder", None)
     result = run("ask", "x")
     assert result.exit_code == 2 and "pip install 'cacheclip-rag[app]'" in result.stderr
     for command in ("ingest", "ask"):
