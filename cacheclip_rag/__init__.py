@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from .backbone import Backbone
     from .chunks import ChunkKV
     from .decoding import TextStream
-    from .engine import Answer, Engine, Ensured
+    from .engine import Answer, Engine
     from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError, WeightsError
+    from .ingestion import Ensured
     from .methods import METHODS, Method
     from .report import ChunkUse, Report
 
@@ -26,7 +27,7 @@ _HOMES = {
     "ChunkUse": "report",
     "ConfigurationError": "errors",
     "Engine": "engine",
-    "Ensured": "engine",
+    "Ensured": "ingestion",
     "Method": "methods",
     "NotComposable": "errors",
     "PromptError": "errors",
