@@ -14,7 +14,6 @@ import torch
 from speed import chunks_of, prompt_of
 
 from cacheclip_rag import Engine
-from cacheclip_rag.attention import SDPA
 
 
 @torch.inference_mode()
@@ -29,7 +28,7 @@ def reference(engine: Engine, prompt: str, count: int) -> tuple[list[int], torch
         )
         return output.sequences[0, ids.shape[1] :].tolist(), torch.cat(output.logits)
     finally:
-        model.set_attn_implementation(SDPA)
+        model.set_attn_implementation(engine.backbone.attention)
 
 
 def main() -> None:

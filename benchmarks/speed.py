@@ -24,7 +24,6 @@ from statistics import median
 import torch
 
 from cacheclip_rag import Engine
-from cacheclip_rag.attention import SDPA
 from cacheclip_rag.evaluation import kl
 from cacheclip_rag.report import Report
 from cacheclip_rag.store import MemoryStore
@@ -70,7 +69,7 @@ def baseline(engine: Engine, prompt: str) -> tuple[float, torch.Tensor]:
         int(logits.argmax())
         return time.perf_counter() - start, logits
     finally:
-        model.set_attn_implementation(SDPA)
+        model.set_attn_implementation(engine.backbone.attention)
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -147,7 +146,7 @@ def encoding_cost(engine: Engine, pairs: int = 7) -> float:
         engine.backbone.model.set_attn_implementation("sdpa")
         with torch.inference_mode():
             engine.backbone.model.base_model(input_ids=ids, use_cache=True)
-        engine.backbone.model.set_attn_implementation(SDPA)
+        engine.backbone.model.set_attn_implementation(engine.backbone.attention)
         ratios.append((middle - start) / (time.perf_counter() - middle))
     return median(ratios[1:])
 

@@ -26,7 +26,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .attention import SDPA, Enough, Shape, Sparse
+from .attention import AUTO, Enough, Shape, Sparse, choose
 from .attention.mask import Probe
 from .canvas import Canvas
 from .errors import NotComposable, PromptError, WeightsError
@@ -52,10 +52,9 @@ class Backbone:
     Thread-safe in use: a forward keeps its state in its own `Canvas`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = SDPA) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
         self.tokenizer = tokenizer
         self.model = model.eval()
-        self.attention = attention
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.config = model.config.get_text_config()
@@ -64,6 +63,7 @@ class Backbone:
         self.head_dim: int = (
             getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         )
+        self.attention = choose(attention, self.device, self.dtype, self.head_dim)
         self.window: int = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
         self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True  # "<|im_end|>" inside a document is eleven characters, not a command
@@ -75,7 +75,7 @@ class Backbone:
         self.obstacle: str | None = self._find_obstacle()
         """Why chunks cannot be composed with this model, or None."""
         if self.obstacle is None:
-            model.set_attn_implementation(attention)
+            model.set_attn_implementation(self.attention)
 
     @classmethod
     def load(
@@ -84,9 +84,10 @@ class Backbone:
         *,
         dtype: torch.dtype | str = "auto",
         device: str | torch.device = "auto",
-        attention: str = SDPA,
+        attention: str = AUTO,
     ) -> Backbone:
-        """Load from a folder. ``dtype="auto"`` takes bfloat16 where the hardware multiplies it natively, else float32.
+        """Load from a folder. ``dtype="auto"`` takes bfloat16 where the hardware multiplies it natively, else float32;
+        ``attention="auto"`` takes the Triton kernel where there is a GPU on which it runs, else PyTorch's attention.
 
         Raises `WeightsError` when the folder holds no causal language model with a fast tokenizer.
         """

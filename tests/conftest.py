@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from cacheclip_rag.backbone import Backbone
 

@@ -1,31 +1,26 @@
 """Sparse causal attention: some rows of a prompt as queries, every earlier slot of the canvas as keys.
 
-``transformers`` calls one of the two implementations by its registered name (`SDPA`, `REFERENCE`). What a single
-forward needs to know travels as one keyword argument, ``cacheclip=Sparse(...)``, from ``model.forward`` down to the
-attention function; nothing is global, so requests may run side by side.
+``transformers`` calls one of the three implementations by its registered name (`SDPA`, `TRITON`, `REFERENCE`). What a
+single forward needs to know travels as one keyword argument, ``cacheclip=Sparse(...)``, from ``model.forward`` down to
+the attention function; nothing is global, so requests may run side by side.
 """
 
 from __future__ import annotations
 
-from transformers import AttentionInterface
-
+from .implementations import AUTO, REFERENCE, SDPA, TRITON, choose
 from .mask import Enough, Shape, Sparse, visible
 from .probe import AttentionProbe, StopAt
 from .reference import reference_attention
 from .scaled import ScaledContext
 from .sdpa import sdpa_attention
 from .top_chunks import TopChunks
-
-SDPA = "cacheclip_sdpa"
-REFERENCE = "cacheclip_reference"
-
-# Names that are not registered with transformers' mask interface get no mask from it: ours comes from the rows.
-AttentionInterface.register(SDPA, sdpa_attention)
-AttentionInterface.register(REFERENCE, reference_attention)
+from .triton_attention import triton_attention
 
 __all__ = [
+    "AUTO",
     "REFERENCE",
     "SDPA",
+    "TRITON",
     "AttentionProbe",
     "Enough",
     "ScaledContext",
@@ -33,7 +28,9 @@ __all__ = [
     "Sparse",
     "StopAt",
     "TopChunks",
+    "choose",
     "reference_attention",
     "sdpa_attention",
+    "triton_attention",
     "visible",
 ]

@@ -1,0 +1,79 @@
+"""The implementations by the names they have in transformers, and which of them a device gets."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import torch
+from transformers import AttentionInterface
+
+from .mask import Sparse
+from .reference import reference_attention
+from .sdpa import sdpa_attention
+from .triton_attention import triton_attention
+
+log = logging.getLogger("cacheclip_rag")
+
+AUTO = "auto"
+SDPA = "cacheclip_sdpa"
+REFERENCE = "cacheclip_reference"
+TRITON = "cacheclip_triton"
+
+# Names that are not registered with transformers' mask interface get no mask from it: ours comes from the rows.
+AttentionInterface.register(SDPA, sdpa_attention)
+AttentionInterface.register(REFERENCE, reference_attention)
+AttentionInterface.register(TRITON, triton_attention)
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """The implementation to use on ``device`` for heads of ``width`` D: ``name``, unless that is `AUTO`.
+
+    `AUTO` is `TRITON` on a CUDA (or ROCm) device where triton is installed and the kernel is right, else `SDPA`.
+    Raises `ImportError` for `TRITON` without triton, `ValueError` for it on a device that Triton cannot compile for.
+    """
+    if name == AUTO:
+        return (
+            TRITON if device.type == "cuda" and find_spec("triton") and kernel_is_right(device, dtype, width) else SDPA
+        )
+    if name == TRITON and not find_spec("triton"):
+        raise ImportError(f'attention="{TRITON}" needs triton (pip install triton); "{SDPA}" needs nothing')
+    if name == TRITON and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'attention="{TRITON}" needs a CUDA device, not {device.type}: take "{SDPA}", or set TRITON_INTERPRET=1 '
+            "before Python starts, to try the kernel slowly in Triton's interpreter"
+        )
+    return name
+
+
+@cache
+def kernel_is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernel gives the oracle's numbers on this device, tried on a few rows; logs why where it does not.
+
+    Triton compiles on first use, which asks for a C compiler and for a GPU that it knows: a failure must show here and
+    not in the middle of a request.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([0, 3, 70, 71, 199])
+    query, key, value = (
+        torch.randn(1, heads, length, width, generator=generator).to(device, dtype)
+        for heads, length in ((2, len(rows)), (1, 200), (1, 200))
+    )
+    sparse, scaling = Sparse(rows, device), width**-0.5
+    try:
+        from .q_sparse import q_sparse_attention
+
+        ours = q_sparse_attention(query, key, value, sparse.rows, scaling)
+        layer = SimpleNamespace(layer_idx=0)
+        expected, _ = reference_attention(layer, query, key, value, None, scaling, cacheclip=sparse)
+        error = float((ours - expected).float().norm() / expected.float().norm())
+    except Exception as failure:  # compilers fail in many ways, and none of them may keep a model from loading
+        log.warning("the Triton kernel does not run on %s (%r): PyTorch's attention is used", device, failure)
+        return False
+    if not error < 0.02:  # rounding in bfloat16 is a fifth of that
+        log.warning("the Triton kernel is off by %.0f%% on %s: PyTorch's attention is used", 100 * error, device)
+        return False
+    return True

@@ -1,0 +1,43 @@
+"""The implementation for GPUs: our Triton kernel where rows are scattered, PyTorch's fused attention where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .mask import Sparse, trailing
+from .sdpa import sdpa_attention
+
+
+def triton_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cacheclip: Sparse | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
+
+    A whole prompt (an ordinary triangle), a single decoded row and shaped attention go through `sdpa_attention`: the
+    kernel gains by the rows it leaves out, and one row would leave most of its tile empty.
+    Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
+    """
+    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
+    layer = int(module.layer_idx)
+    triangle = sparse.dense and sliding_window is None and softcap is None
+    if triangle or query.shape[2] == 1 or sparse.shape_of(layer) is not None:
+        return sdpa_attention(
+            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, sparse, **kwargs
+        )
+    from .q_sparse import q_sparse_attention  # needs triton
+
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sparse.observe(layer, query, key, scaling)
+    return q_sparse_attention(query, key, value, sparse.rows, scaling, sliding_window, softcap), None
