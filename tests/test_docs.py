@@ -53,7 +53,7 @@ def test_snippets_are_python(page: Path) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a document about keys in docs/, to run snippets in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
@@ -63,7 +63,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/with-llama-index.md", "docs/with-langchain.md"])
-def test_snippets_run(name: str, workplace: Path, stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_run(name: str, desk: Path, stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, one after the other, with a small model in the place of those they name."""
     core = pytest.importorskip("llama_index.core")
     vectors = pytest.importorskip("langchain_core.vectorstores")
