@@ -221,6 +221,49 @@ def analyse(
 
 
 @app.command()
+def fuse(
+    model: Annotated[str, typer.Option(help="The model whose KV it is.")],
+    store: store_cli.Folder = store_cli.DEFAULT,
+    similar: Annotated[bool, typer.Option("--similar", help="With the chunks that resemble it (by MiniLM).")] = False,
+    least: Annotated[int, typer.Option(min=1, help="Else: chunks that came in so many prompts, with those met.")] = 2,
+    count: Annotated[int, typer.Option(min=1, help="With how many others.")] = 10,
+    method: Annotated[str, typer.Option(help="The method that will use it: how chunks are encoded.")] = "auto",
+    tenant: Annotated[str, typer.Option(help="Whose chunks.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compute stored chunks once more, each behind the chunks it is likely to meet in a prompt.
+
+    What is there is left alone, so it may be stopped and repeated. Methods that take fused chunks (auto, fusionrag, and
+    any with fused=True) then need less recomputed.
+    """
+    from tqdm import tqdm
+
+    from .engine import Engine  # torch is slow to import
+    from .fusion import similar as nearest
+
+    with Engine(model, method=method, store=store, tenant=tenant) as engine, tqdm(desc="fused", unit="chunk") as bar:
+
+        def progress(done: int) -> None:
+            bar.update(done - bar.n)
+
+        if similar:
+            from .evaluation.embedding import mean_pooling
+
+            texts = [text for text in map(engine.index.text, engine.index.keys()) if text is not None]
+            neighbours = nearest(texts, mean_pooling(), count)
+            bar.total = len(neighbours)
+            result = engine.fuse(neighbours, progress)
+        else:
+            result = engine.fuse_used(least, count, progress)
+    if as_json:
+        typer.echo(json.dumps({"chunks": len(result.keys), "fused": result.encoded, "skipped": len(result.skipped)}))
+    else:
+        typer.echo(f"{result.encoded:,} of {len(result.keys):,} chunks fused now, {len(result.skipped):,} left out")
+        for text, reason in result.skipped[:10]:
+            typer.echo(f"  {text!r}: {reason}")
+
+
+@app.command()
 def bench(
     model: Annotated[str, typer.Option(help="The model that answers.")] = "smollm2-135m-instruct",
     auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,

@@ -12,8 +12,9 @@ import pytest
 import torch
 from oracles import distance, own
 from tiny import CONFIGS, PASSAGES, tiny_backbone
+from typer.testing import CliRunner
 
-from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
+from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError, cli
 from cacheclip_rag.evaluation import Item, Passage, run
 from cacheclip_rag.evaluation.company import meeting
 from cacheclip_rag.evaluation.systems import parse
@@ -578,3 +579,30 @@ def test_a_neighbourhood_says_once_what_changed() -> None:
     assert "a" in known.changed()  # what it was fused with is no more
     with pytest.raises(ConfigurationError, match="tolerance"):
         Neighbourhood(tolerance=1.0)
+
+
+# ---- at the command line -------------------------------------------------------------------------------------------
+
+
+def test_a_store_is_fused_at_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, kept = tmp_path / "model", tmp_path / "kv"
+    backbone = tiny_backbone()
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    with Engine(str(folder), method="auto", store=kept) as first:
+        first.ensure([A, B, C])
+        prompt = first.backbone.shared_prefix() + A + B + TAIL
+        for _ in range(2):
+            first.generate(prompt, max_new_tokens=1)
+    place = {A: 0.0, B: 0.2, C: 0.9}
+    monkeypatch.setattr(
+        "cacheclip_rag.evaluation.embedding.mean_pooling", lambda: lambda texts: [[1.0, place[t]] for t in texts]
+    )
+    arguments = ["fuse", "--store", str(kept), "--model", str(folder), "--json"]
+    for more, fused in ((["--least", "3"], 0), ([], 1), ([], 0), (["--similar", "--count", "1"], 2)):
+        done = CliRunner().invoke(cli.app, [*arguments, *more])
+        assert done.exit_code == 0 and json.loads(done.stdout)["fused"] == fused, done.output
+    done = CliRunner().invoke(cli.app, arguments[:-1])
+    assert "0 of 1 chunks fused now, 0 left out" in done.stdout
+    with Engine(str(folder), method="auto", store=kept) as again:
+        assert set(fused_of(again)(B)) == {(), (A,)} and set(fused_of(again)(A)) == {(), (B,)}
