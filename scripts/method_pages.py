@@ -11,6 +11,7 @@ PARTS = {
     "select": "Which tokens are recomputed",
     "recompute": "How they are recomputed",
     "attend": "How the context is weighed",
+    "fit": "Which variant is placed",
     "exact": "Exact reuse",
 }
 

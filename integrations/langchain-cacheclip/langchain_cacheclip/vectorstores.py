@@ -227,7 +227,7 @@ class CacheClipVectorStore(VectorStore):
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         self._forget(before)
 
-    def _deleted(self, gone: dict[str, str], ids: Iterable[str]) -> None:
+    def _deleted(self, gone: dict[str, str], ids: Iterable[str] = ()) -> None:
         self._held.release(gone)
         try:
             self._handle.engine.forget_document(*{*gone, *ids})
