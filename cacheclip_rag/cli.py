@@ -269,7 +269,7 @@ def bench(
     auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,
     method: Annotated[
         str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else query_guided.")
-    ] = (None),
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Recompute ratio; default: the method's.")] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks in a prompt.")] = 8,
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of a chunk, about.")] = 200,
@@ -278,7 +278,7 @@ def bench(
 ) -> None:
     """Measure this machine: full prefill against reuse of the same chunks, with quality beside the speed.
 
-    Takes about a minute with the default model on two CPU cores. Each prompt is new; its chunks were read before.
+    Takes some minutes with the default model on two CPU cores. Each prompt is new; its chunks were read before.
     KL says how far the first token's distribution is from full prefill's, for this method and for plain reuse.
     Generated prose says nothing about the quality of answers: `cacheclip eval` does.
     """

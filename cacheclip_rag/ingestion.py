@@ -32,6 +32,8 @@ from .turns import Seats, Turns
 
 log = logging.getLogger("cacheclip_rag")
 
+_UNKNOWN = "the chunk is not known: ensure it first"
+
 FUSED_AT = (2, 8, 32, 128, 512, 2048)
 """How often a chunk must have come in prompts to be fused in idle time, and then again: its company becomes clearer."""
 
@@ -163,10 +165,11 @@ class Ingestion:
         """
         result = Ensured()
         chosen = self.method if method is None else methods.resolve(method)
+        reason = self._unfusable(chosen)
         for done, (text, company) in enumerate(neighbours.items(), start=1):
             try:
-                if not (self.composable and chosen.ahead):
-                    result.skipped.append((text[:40], self.backbone.obstacle or f"{chosen.name} encodes nothing ahead"))
+                if reason is not None:
+                    result.skipped.append((text[:40], reason))
                 else:
                     self._fuse(text, company, self._room(chosen), variants, result)
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
@@ -177,7 +180,12 @@ class Ingestion:
         return result
 
     def fuse_in_order(
-        self, sequences: Iterable[Sequence[str]], *, method: str | Method | None = None, variants: int = 3
+        self,
+        sequences: Iterable[Sequence[str]],
+        progress: Callable[[int], None] | None = None,
+        *,
+        method: str | Method | None = None,
+        variants: int = 3,
     ) -> Ensured:
         """Keep the KV that prompts of these chunks, in this order, would leave: each chunk behind all those before it.
 
@@ -186,19 +194,18 @@ class Ingestion:
         """
         result = Ensured()
         chosen = self.method if method is None else methods.resolve(method)
-        for texts in sequences:
+        reason = self._unfusable(chosen)
+        for done, texts in enumerate(sequences, start=1):
             try:
-                with self._turns:
-                    known = [text for text in texts if self.library.key(text) in self.index]
-                    room = self._room(chosen)
-                    result.encoded += room.fused.fuse_in_order(known, variants)
-                    result.keys += [room.library.key(text) for text in known]
-                    result.skipped += [
-                        (t[:40], "the chunk is not known: ensure it first") for t in texts if t not in known
-                    ]
+                if reason is not None:
+                    result.skipped += [(text[:40], reason) for text in texts]
+                else:
+                    self._fuse_in_order(texts, self._room(chosen), variants, result)
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
                 log.warning("sequence not fused: %s", error)
-                result.skipped.append((texts[0][:40], str(error)))
+                result.skipped += [(text[:40], str(error)) for text in texts]
+            if progress is not None:
+                progress(done)
         return result
 
     def fuse_used(
@@ -217,11 +224,22 @@ class Ingestion:
     def _fuse(self, text: str, company: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:  # nothing of the company can be forgotten meanwhile
             if self.library.key(text) not in self.index:
-                result.skipped.append((text[:40], "the chunk is not known: ensure it first"))
+                result.skipped.append((text[:40], _UNKNOWN))
                 return
             known = [other for other in company if self.library.key(other) in self.index]
             result.encoded += room.fused.fuse(text, known, keep)
             result.keys.append(room.library.key(text))
+
+    def _fuse_in_order(self, texts: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
+        with self._turns:
+            known = [text for text in texts if self.library.key(text) in self.index]
+            result.skipped += [(text[:40], _UNKNOWN) for text in texts if text not in known]
+            result.encoded += room.fused.fuse_in_order(known, keep)
+            result.keys += [room.library.key(text) for text in known]
+
+    def _unfusable(self, method: Method) -> str | None:
+        """Why no chunk can be fused for this method, or None."""
+        return self.backbone.obstacle or (None if method.ahead else f"{method.name} encodes nothing ahead")
 
     def ensure_later(self, texts: Iterable[str]) -> None:
         """Like `ensure`, in the background, while no request is being served."""

@@ -122,7 +122,7 @@ def resolve(method: str | Method, **changes: Any) -> Method:
 
 
 def _fused(method: Method, value: Any) -> Method:
-    if value not in _FITS:
+    if not isinstance(value, bool | str) or value not in _FITS:
         raise ConfigurationError(f"{FUSED} is one of {', '.join(map(repr, _FITS))}, not {value!r}")
     if value is not False and not method.ahead:
         raise ConfigurationError(f'method "{method.name}" encodes no chunk ahead, so that none can be fused')

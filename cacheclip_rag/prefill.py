@@ -40,6 +40,16 @@ class Prefill:
     report: Report
     step: Callable[[Tensor, int], Tensor]
 
+    def forced(self, answer: Sequence[int]) -> Tensor:
+        """Logits ``[n, V]`` of the n answer tokens' positions, the answer given.
+
+        By the method's own decoding step, since some methods shape attention while decoding, too; all tokens at once,
+        which costs little more than one.
+        """
+        if len(answer) < 2:
+            return self.logits
+        return torch.cat([self.logits, self.step(torch.tensor(answer[:-1]), len(self.layout))])
+
 
 def native(backbone: Backbone, prompt: str, report: Report) -> Prefill:
     """Full prefill with transformers' own attention and cache."""

@@ -15,6 +15,7 @@ from . import methods, verified
 from .backbone import Backbone
 from .chunks import ChunkKV
 from .engine import Engine
+from .evaluation.metrics import kl
 from .prefill import Prefill, Reuse
 from .prompt import ChunkIndex
 from .report import Report
@@ -109,13 +110,13 @@ def _golden(engine: Engine) -> list[Check]:
         list(backbone.generate(full.layout.ids, full.logits, full.step, max_new_tokens=_ANSWER, do_sample=False))
     )
     own = _own(backbone, full, answer)
-    checks = [Check("full prefill is the model's own", _error(_forced(full, answer), own), limit)]
+    checks = [Check("full prefill is the model's own", _error(full.forced(answer.tolist()), own), limit)]
 
     # An engine answers ratio 1 by full prefill; here all goes the way of reuse, and everything placed is recomputed.
     report = Report("query_guided", 1.0)
     room = Reuse(engine.library, _index(engine))
     redone = room(prompt, methods.resolve("query_guided"), 1.0, _ANSWER + 1, report)
-    error = _error(_forced(redone, answer), own) if report.recomputed and not report.reused else float("inf")
+    error = _error(redone.forced(answer.tolist()), own) if report.recomputed and not report.reused else float("inf")
     checks.append(Check("reuse at ratio 1 is full prefill", error, limit))
 
     first = f"{backbone.shared_prefix()}{PASSAGES[0]}\n\n{QUESTION}"
@@ -125,10 +126,10 @@ def _golden(engine: Engine) -> list[Check]:
     checks.append(Check("reuse at ratio 0 is exact behind the chunk's own prefix", error, limit))
 
     blind = engine.prefill(_chat(backbone, ()), method="full", room=_ANSWER + 1)
-    unread = _kl(own, _forced(blind, answer))
+    unread = kl(own, blind.forced(answer.tolist()))
     for ratio in (0.0, RATIO):
         reused = engine.prefill(prompt, method="query_guided", recompute_ratio=ratio, room=_ANSWER + 1)
-        divergence = _kl(own, _forced(reused, answer)) if reused.report.reused else float("inf")
+        divergence = kl(own, reused.forced(answer.tolist())) if reused.report.reused else float("inf")
         checks.append(
             Check(f"KL at ratio {ratio:g}, at most that of an answer without the documents", divergence, unread)
         )
@@ -192,13 +193,6 @@ def _own(backbone: Backbone, prefill: Prefill, answer: Tensor) -> Tensor:
     return backbone.own_logits(torch.cat([prefill.layout.ids, answer[:-1]]), len(answer))
 
 
-def _forced(prefill: Prefill, answer: Tensor) -> Tensor:
-    """Logits ``[n, V]`` of the n answer tokens' positions, the answer given."""
-    if len(answer) < 2:
-        return prefill.logits
-    return torch.cat([prefill.logits, prefill.step(answer[:-1], len(prefill.layout))])
-
-
 def _limit(backbone: Backbone) -> float:
     return _ROUNDING.get(backbone.dtype, 0.1)
 
@@ -207,12 +201,6 @@ def _error(one: Tensor, other: Tensor) -> float:
     """Relative; not a number where either is not finite."""
     one, other = one.float().cpu(), other.float().cpu()
     return float((one - other).norm() / other.norm().clamp_min(1e-12))
-
-
-def _kl(reference: Tensor, other: Tensor) -> float:
-    """Mean KL(reference || other) in nats of logits ``[n, V]``."""
-    p, q = reference.float().log_softmax(dim=-1), other.float().log_softmax(dim=-1)
-    return float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean"))
 
 
 def _different(one: ChunkKV, other: ChunkKV | None) -> float:

@@ -157,7 +157,7 @@ def test_decoding_after_forcing_is_plain_decoding(engine: Counting) -> None:
     want = list(engine.generate(text, method="naive", max_new_tokens=12).ids)
     for forced in (want, want[:4] + [65] * 8, [65] * 12, want[:1], want + [65] * 4):
         spied, taken = spy(engine.prefill(text, method="naive", room=40))
-        logits = answers._forced(spied, forced)
+        logits = spied.forced(forced)
         assert logits.shape == (len(forced), SIZE)
         count = len(taken)
         assert answers._decode(engine, spied, forced, logits, 12) == want
@@ -175,7 +175,7 @@ def test_forcing_all_tokens_at_once_is_forcing_one_by_one(engine: Counting, meth
     ready = [engine.prefill(prompt(item, engine.backbone), method=method, room=20) for _ in range(2)]
     start = len(ready[0].layout)
     steps = [ready[0].step(torch.tensor([token]), start + place) for place, token in enumerate(forced[:-1])]
-    together = answers._forced(ready[1], forced)
+    together = ready[1].forced(forced)
     torch.testing.assert_close(together, torch.cat([ready[0].logits, *steps]), atol=1e-4, rtol=1e-3)
 
 

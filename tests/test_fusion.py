@@ -144,6 +144,22 @@ def test_what_stands_in_front_is_what_the_prompt_says() -> None:
     assert taken(C, B, C) == [(), (C,), (B,)]  # twice in one prompt, each time in its place
 
 
+def test_a_fused_chunk_right_behind_the_prefix_is_not_taken_for_exact() -> None:
+    """Its KV has seen others; only the chunk by itself is right there, whatever a rule chooses."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Last:
+        def choose(self, companies: Any, before: Any) -> Any:
+            return companies[-1]
+
+    ready, prompt = engine(), PREFIX + B + TAIL
+    ready.ensure([A, B])
+    ready.fuse({B: [A]})
+    stubborn = dataclasses.replace(FUSED, fit=Last())
+    (alone,), (behind,) = ready.prefill(prompt).report.chunks, ready.prefill(prompt, method=stubborn).report.chunks
+    assert alone.exact and not behind.exact
+
+
 # ---- making --------------------------------------------------------------------------------------------------------
 
 
@@ -201,13 +217,25 @@ def test_one_chunk_that_fails_does_not_stop_the_others(monkeypatch: pytest.Monke
     assert result.encoded == 2 and result.skipped == [(B[:40], "no")]
 
 
+def test_a_model_that_cannot_be_composed_is_not_fused_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backbone, "_find_obstacle", lambda self: "a strange model")
+    ready = Engine(tiny_backbone(), method=FUSED, on_uncomposable="prefill")
+    seen: list[int] = []
+    assert ready.fuse({A: [B]}).skipped == [(A[:40], "a strange model")] and ready.fuse_used().skipped == []
+    assert ready.fuse_in_order([[A, B]], seen.append).skipped == [(t[:40], "a strange model") for t in (A, B)]
+    assert seen == [1]
+
+
 def test_a_method_that_encodes_nothing_ahead_cannot_be_fused() -> None:
     ready = Engine(tiny_backbone(), method="cachecraft")
-    assert ready.fuse({A: [B]}).skipped[0][1] == "cachecraft encodes nothing ahead"
+    assert ready.fuse({A: [B]}).skipped == [(A[:40], "cachecraft encodes nothing ahead")]
+    assert ready.fuse_in_order([[A, B]]).skipped == [(t[:40], "cachecraft encodes nothing ahead") for t in (A, B)]
     with pytest.raises(ConfigurationError, match="encodes no chunk ahead"):
         resolve("cachecraft:fused=True")
     with pytest.raises(ConfigurationError, match="True, False, 'overlap', 'path'"):
         resolve("naive:fused=3")
+    with pytest.raises(ConfigurationError, match="fused is one of"):
+        resolve("naive", fused=[True])
     assert resolve("fusionrag:fused=False").fit is None and resolve("epic:fused=True").fit == Nearest()
     assert resolve("epic:fused=path").fit == resolve(resolve("epic:fused=path"), fused=True).fit == LongestPath()
 

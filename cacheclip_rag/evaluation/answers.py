@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..auxiliary import Auxiliary
@@ -77,7 +76,7 @@ def _measure(
     prefill = engine.prefill(
         text, question=item.question, method=method, recompute_ratio=system.ratio, room=max_new_tokens + 1
     )
-    logits = _forced(prefill, reference.answer)
+    logits = prefill.forced(reference.answer)
     answer = _text(engine, _decode(engine, prefill, reference.answer, logits, max_new_tokens))
     compared = logits[: len(reference.logits)].bfloat16().cpu()
     size = access.stored(access.library(engine, method), chunks)
@@ -90,17 +89,6 @@ def _measure(
         "stored_tokens": size and size[1],
         "auxiliary_bytes": aside and aside[0],
     }
-
-
-def _forced(prefill: Prefill, answer: Sequence[int]) -> Tensor:
-    """Logits ``[n, V]`` of the n answer tokens' positions, the answer given.
-
-    By the method's own decoding step, since some methods shape attention while decoding, too; all tokens at once,
-    which costs little more than one.
-    """
-    if len(answer) < 2:
-        return prefill.logits
-    return torch.cat([prefill.logits, prefill.step(torch.tensor(answer[:-1]), len(prefill.layout))])
 
 
 def _decode(

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import SDPA
 from ..engine import Engine
 from ..report import Report
 from .metrics import kl
@@ -119,7 +118,7 @@ def _full(engine: Engine, prompt: str) -> tuple[float, Tensor]:
         int(logits.argmax())
         return time.perf_counter() - start, logits
     finally:
-        backbone.model.set_attn_implementation(SDPA)
+        backbone.model.set_attn_implementation(backbone.attention)
 
 
 def _summary(pairs: Sequence[Pair], encoding: float) -> Result:

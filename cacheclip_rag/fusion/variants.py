@@ -25,7 +25,7 @@ class FusedVariants:
         self._lock = threading.RLock()
 
     def of(self, text: str) -> list[Company]:
-        """What there is of this chunk, the oldest first: always () for the chunk by itself."""
+        """What there is of this chunk, () for the chunk by itself first; then the oldest this process saw."""
         with self._lock:
             return [(), *self._all().get(canonical(text), ())]
 
