@@ -51,13 +51,6 @@ class Auxiliary:
         self.backbone = library.backbone
         self._rotary = self.backbone.rotary
 
-    def ensure(self, text: str) -> None:
-        """Keep this model's KV of a chunk. A chunk it cannot take is scored 0 later."""
-        try:
-            self.library.ensure(text)
-        except PromptError:
-            pass
-
     def layers(self, which: str | int) -> list[int]:
         """``"last"``: the published choice; ``"upper"``: the upper half, averaged; a number: that layer."""
         full = self.backbone.full_layers

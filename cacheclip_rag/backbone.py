@@ -199,6 +199,7 @@ class Backbone:
         logits: int = 1,
         probe: Probe | None = None,
         shape: Shape | None = None,
+        floors: Tensor | None = None,
         first: int = 0,
         depth: int | None = None,
     ) -> Tensor | None:
@@ -210,10 +211,11 @@ class Backbone:
         in float32, or None for ``logits=0``, which spares the language-model head, and for a probe that had `Enough`.
         ``depth`` runs the first layers only (no logits). ``first``: start at this layer, from the residual stream
         ``x [S, d]`` that `advance` returned. ``positions [S]`` are the RoPE positions where they differ from the slots;
-        ``shape`` changes how rows weigh what they see.
+        ``floors [S]`` the first slots that the rows may see, where several texts share the canvas; ``shape`` changes
+        how rows weigh what they see.
         Source: the sparse prefill of CacheBlend and EPIC, with the exact causal mask.
         """
-        kwargs = self._inputs(x, rows, canvas, positions, probe, shape)
+        kwargs = self._inputs(x, rows, canvas, positions, probe, shape, floors)
         try:
             if logits and depth is None:
                 output = self._head_view(first)(**kwargs, logits_to_keep=logits)
@@ -235,6 +237,7 @@ class Backbone:
         positions: Tensor | None = None,
         probe: Probe | None = None,
         shape: Shape | None = None,
+        floors: Tensor | None = None,
     ) -> Tensor:
         """The layers ``[first, last)`` only: returns the residual stream ``[S, d]`` that enters layer ``last``.
 
@@ -244,7 +247,7 @@ class Backbone:
         """
         if not self._stages:
             raise NotComposable(f"{self.config.model_type} does something to its input that stages would repeat")
-        kwargs = self._inputs(x, rows, canvas, positions, probe, shape)
+        kwargs = self._inputs(x, rows, canvas, positions, probe, shape, floors)
         return self._view(first, last, norm=False)(**kwargs).last_hidden_state[0]
 
     @cached_property
@@ -259,7 +262,7 @@ class Backbone:
         ids = rows % self.config.vocab_size
         once, staged = self.canvas(12), self.canvas(12)
         self.forward(ids, rows, once, logits=0)
-        stream = self._view(0, half, norm=False)(**self._inputs(ids, rows, staged, None, None, None))
+        stream = self._view(0, half, norm=False)(**self._inputs(ids, rows, staged))
         self.forward(stream.last_hidden_state[0], rows, staged, first=half, logits=0)
         return _relative(staged.values, once.values) < 0.1
 
@@ -268,11 +271,12 @@ class Backbone:
         x: Tensor,
         rows: Tensor,
         canvas: Canvas,
-        positions: Tensor | None,
-        probe: Probe | None,
-        shape: Shape | None,
+        positions: Tensor | None = None,
+        probe: Probe | None = None,
+        shape: Shape | None = None,
+        floors: Tensor | None = None,
     ) -> dict[str, Any]:
-        sparse = Sparse(rows, self.device, probe, shape)
+        sparse = Sparse(rows, self.device, probe, shape, floors)
         canvas.aim(sparse)
         return {
             "inputs_embeds" if x.is_floating_point() else "input_ids": x.to(self.device)[None],

@@ -49,7 +49,7 @@ class Canvas(Cache):
 
     def aim(self, sparse: Sparse) -> None:
         """The next forward writes its K and V at these rows."""
-        first, last = sparse.blocks[0][2], sparse.blocks[-1][3]
+        first, last = sparse.blocks[0].first, sparse.blocks[-1].last
         if last >= self.capacity:
             raise IndexError(f"row {last} does not fit on a canvas of {self.capacity} slots")
         self._rows = sparse.rows

@@ -16,7 +16,8 @@ from . import methods
 from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
-from .chunks import Namespace, canonical
+from .batches import TOGETHER, batches
+from .chunks import ChunkKV, Namespace, canonical
 from .encode import Encoder, Harvested
 from .errors import CacheClipError, StoreError
 from .exact import ExactCache, ExactReuse
@@ -101,10 +102,10 @@ class Ingestion:
     ) -> Ensured:
         """Keep the KV of these chunks: encode what is missing, leave what is there.
 
-        Encoded as the engine's method wants it, or as ``method`` does. Never raises for a chunk: one that cannot be
-        encoded or kept is listed with the reason, and prompts that contain it are prefilled as usual. Interrupting it
-        loses nothing that was finished. ``progress(done)`` is called after each chunk. ``document``: what they are
-        chunks of, for `forget_document`.
+        Encoded as the engine's method wants it, or as ``method`` does; short chunks together, as many as keep the
+        processor busy. Never raises for a chunk: one that cannot be encoded or kept is listed with the reason, and
+        prompts that contain it are prefilled as usual. Interrupting it loses nothing that was finished.
+        ``progress(done)`` is called for each chunk. ``document``: what they are chunks of, for `forget_document`.
         """
         result = Ensured()
         if document is not None:
@@ -115,37 +116,49 @@ class Ingestion:
                 result.skipped += [(text[:40], str(error)) for text in texts]
                 return result
         chosen = self.method if method is None else methods.resolve(method)
-        for done, text in enumerate(texts, start=1):
+        done = 0
+        for batch in batches(texts, TOGETHER["cpu" if self.backbone.device.type == "cpu" else "gpu"]):
             try:
                 if not self.composable:
-                    result.skipped.append((text[:40], f"{self.backbone.obstacle}"))
+                    result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in batch]
                 elif chosen.ahead:
-                    self._ensure(text, self._room(chosen).library, result)
+                    self._ensure(batch, self._room(chosen).library, result)
                 else:  # nothing to compute before the first prompt, but to be recognised there
-                    self.index.add(self.library.key(text), text)
-                    result.keys.append(self.library.key(text))
+                    for text in batch:
+                        self.index.add(self.library.key(text), text)
+                        result.keys.append(self.library.key(text))
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
-                log.warning("chunk not encoded: %s", error)
-                result.skipped.append((text[:40], str(error)))
-            if progress is not None:
-                progress(done)
+                log.warning("%d chunks not encoded: %s", len(batch), error)
+                result.skipped += [(text[:40], str(error)) for text in batch]
+            for _ in batch:
+                done += 1
+                if progress is not None:
+                    progress(done)
         return result
 
-    def _ensure(self, text: str, library: Library, result: Ensured) -> None:
-        key, name = library.key(text), self.library.key(text)
-        if self.index.text(name) is not None and key in library.store:
-            self._ensure_auxiliary(text)
-            result.keys.append(key)
-            return
-        with self._turns:
-            chunk = library.ensure(text)
-        self._ensure_auxiliary(text)
-        if key in library.store:
-            self.index.add(name, chunk.text)
-            result.keys.append(key)
-            result.encoded += 1
-        else:
-            result.skipped.append((text[:40], "the store did not keep it"))
+    def _ensure(self, texts: Sequence[str], library: Library, result: Ensured) -> None:
+        keys = [library.key(text) for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if not self._there(key, text, library)}
+        made: dict[str, ChunkKV | Exception] = {}
+        if missing:
+            with self._turns:
+                made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
+        refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
+        refused |= {key: "the store did not keep it" for key in made if key not in library.store and key not in refused}
+        self._ensure_auxiliary([text for key, text in zip(keys, texts, strict=True) if key not in refused])
+        for key, text in zip(keys, texts, strict=True):
+            if key in refused:
+                log.warning("chunk not encoded: %s", refused[key])
+                result.skipped.append((text[:40], refused[key]))
+            else:
+                self.index.add(self.library.key(text), canonical(text))
+                result.keys.append(key)
+        result.encoded += len(made) - len(refused)
+
+    def _there(self, key: str, text: str, library: Library) -> bool:
+        """Whether this chunk's KV is kept; of one that is not known here yet, whole and fit for use, remotely too."""
+        known = self.index.text(self.library.key(text)) is not None and key in library.store
+        return known or library.get(key) is not None
 
     def fuse(
         self,
@@ -368,10 +381,13 @@ class Ingestion:
         self._uploading.append(RemoteStore(self._remote, namespace))
         return TieredStore(*tiers, remote=self._uploading[-1])
 
-    def _ensure_auxiliary(self, text: str) -> None:
-        if self.auxiliary is not None and text not in self.auxiliary.library:
+    def _ensure_auxiliary(self, texts: Sequence[str]) -> None:
+        if self.auxiliary is None:
+            return
+        library = self.auxiliary.library
+        if missing := [text for text in dict.fromkeys(texts) if text not in library]:
             with self._turns:
-                self.auxiliary.ensure(text)
+                library.ensure_each(missing)  # a chunk that it cannot take is scored 0 later
 
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up

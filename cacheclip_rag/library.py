@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .chunks import MIN_CHARS, ChunkKV, Namespace, canonical
-from .encode import Encoder
-from .errors import PromptError
+from .encode import Encoder, Text
+from .errors import CacheClipError, PromptError
 from .store import ChunkStore, Int8Store
 from .store.format import FORMAT
 
@@ -77,6 +77,35 @@ class Library:
 
         Raises `PromptError` for a text too short to be worth it, longer than the model's window, or not Unicode.
         """
+        [made] = self.encode_each([text])
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def encode_each(self, texts: Sequence[str]) -> list[ChunkKV | Exception]:
+        """Like `encode` for each of them, in one forward; what it would raise stands in the chunk's place.
+
+        Where they are too much for the device together they are encoded one by one.
+        """
+        checked: list[Text | Exception] = []
+        for text in texts:
+            try:
+                checked.append(self._tokenised(text))
+            except PromptError as error:
+                checked.append(error)
+        good = [text for text in checked if not isinstance(text, Exception)]
+        made: dict[str, ChunkKV | Exception] = {}
+        try:
+            if good:
+                chunks = self.encoder.encode(self.backbone, good, self.prefix_kv)
+                made = {text: chunk for (text, _), chunk in zip(good, chunks, strict=True)}
+        except (CacheClipError, RuntimeError, MemoryError) as error:
+            if len(texts) == 1:
+                return [error]
+            return [self.encode_each([text])[0] for text in texts]
+        return [text if isinstance(text, Exception) else made[text[0]] for text in checked]
+
+    def _tokenised(self, text: str) -> Text:
         text = canonical(text)
         if len(text) < MIN_CHARS:
             raise PromptError(
@@ -86,7 +115,7 @@ class Library:
         longest = self.backbone.window - len(self.prefix_ids)
         if len(tokens) > longest:
             raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's window of {longest}; split it")
-        return self.encoder.encode(self.backbone, text, tokens, self.prefix_kv)
+        return text, tokens
 
     def get(self, key: str) -> ChunkKV | None:
         """The stored chunk, if its KV is there, whole, and of this model's shape."""
@@ -109,10 +138,17 @@ class Library:
     def ensure(self, text: str) -> ChunkKV:
         """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that is full is no error."""
         key = self.key(text)
-        chunk = self.get(key)
-        if chunk is None:
-            chunk = self.encode(text)
-            self.store.put(key, chunk)
-            if not self.lossless:  # what comes later must not differ from what comes first
-                return self.get(key) or chunk
-        return chunk
+        if (kept := self.get(key)) is not None:
+            return kept
+        [made] = self.ensure_each([text])
+        if isinstance(made, Exception):
+            raise made
+        return made if self.lossless else self.get(key) or made  # what comes later is what comes first
+
+    def ensure_each(self, texts: Sequence[str]) -> list[ChunkKV | Exception]:
+        """Encode and store these in one forward: the chunks as computed, or why there is none."""
+        made = self.encode_each(texts)
+        for text, chunk in zip(texts, made, strict=True):
+            if isinstance(chunk, ChunkKV):
+                self.store.put(self.key(text), chunk)
+        return made

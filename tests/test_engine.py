@@ -14,7 +14,16 @@ import torch
 from tiny import PASSAGES, byte_tokenizer, tiny_backbone, tiny_model
 from transformers import LlamaConfig
 
-from cacheclip_rag import METHODS, Backbone, ConfigurationError, Engine, NotComposable, PromptError, StoreError
+from cacheclip_rag import (
+    METHODS,
+    Backbone,
+    ConfigurationError,
+    Engine,
+    NotComposable,
+    PromptError,
+    StoreError,
+    batches,
+)
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.select import QueryGuided
 
@@ -376,7 +385,8 @@ def test_a_second_engine_over_the_same_folder_starts_from_the_stored_kv(tmp_path
     assert third.ensure(PASSAGES).encoded == 1
 
 
-def test_an_interrupted_ingestion_keeps_what_was_finished_and_goes_on(tmp_path):
+def test_an_interrupted_ingestion_keeps_what_was_finished_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(batches.TOGETHER, "cpu", 0)  # one by one
     engine = Engine(tiny_backbone(), method="naive", store=tmp_path)
 
     def interrupt(done: int) -> None:

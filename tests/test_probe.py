@@ -52,7 +52,7 @@ def test_block_by_block_rows_see_what_they_see_altogether(seed: int, window: int
     sparse = Sparse(rows, "cpu")
     seen = torch.zeros(len(rows), keys)
     last = 0
-    for start, stop, first_slot, last_slot in sparse.blocks:
+    for start, stop, first_slot, last_slot, _ in sparse.blocks:
         assert start == last < stop and (first_slot, last_slot) == (int(rows[start]), int(rows[stop - 1]))
         reach = slice(0 if window is None else max(0, first_slot - window + 1), last_slot + 1)
         for _ in range(2):  # the second time, it is remembered

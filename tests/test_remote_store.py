@@ -236,7 +236,7 @@ def test_an_engine_takes_from_a_remote_what_another_one_encoded(
         first = one.generate(prompt, max_new_tokens=4)
     with Engine(backbone, store=tmp_path / "two", remote=remote, tenant="a", secret="s") as two:
         with monkeypatch.context() as patch:
-            patch.setattr(two.library, "encode", None)
+            patch.setattr(two.library, "encode_each", None)
             assert len(two.ensure(PASSAGES[:2]).keys) == 2
         second = two.generate(prompt, max_new_tokens=4)
     assert second.ids == first.ids and second.report.reused == first.report.reused > 0

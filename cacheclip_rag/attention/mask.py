@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,13 +48,25 @@ _KEEP = 1 << 27
 """Masks of at most this many elements are kept for the layers of a forward, others made anew by each."""
 
 
+class Block(NamedTuple):
+    """Rows ``[start, stop)``, the slots of the first and the last of them, and the first slot that they may see.
+
+    Plain numbers, so that no layer waits for the device to tell.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    floor: int
+
+
 class Sparse:
     """What one forward tells the attention function.
 
     ``rows [S]`` int64, strictly increasing: the canvas slots of the queries. A slot orders keys and defines causality;
-    the RoPE position travels separately, as ``position_ids``. ``blocks`` are ``(start, stop, first, last)``: rows
-    ``[start, stop)`` and the slots of the first and the last of them, as plain numbers, so that no layer waits for the
-    device to tell.
+    the RoPE position travels separately, as ``position_ids``. ``floors [S]`` int64, never decreasing, keep texts that
+    share a canvas apart: a row sees nothing below its floor. Probes and shapes look at one text only.
     """
 
     def __init__(
@@ -62,15 +75,15 @@ class Sparse:
         device: torch.device | str,
         probe: Probe | None = None,
         shape: Shape | None = None,
+        floors: Tensor | None = None,
     ) -> None:
+        if floors is not None and (probe is not None or shape is not None):
+            raise ValueError("floors go with neither a probe nor a shape")
         slots = rows.tolist()
         self.rows, self.probe, self.shape = rows.to(device), probe, shape
-        self.blocks = [
-            (start, stop, slots[start], slots[stop - 1])
-            for start in range(0, len(slots), BLOCK)
-            for stop in [min(start + BLOCK, len(slots))]
-        ]
-        self.dense = slots[0] == 0 and slots[-1] == len(slots) - 1
+        self.floors = None if floors is None else floors.to(device)
+        self.blocks = list(_blocks(slots, [0] * len(slots) if floors is None else floors.tolist()))
+        self.dense = floors is None and slots[0] == 0 and slots[-1] == len(slots) - 1
         """Whether the rows are all slots from 0 on: then the mask is an ordinary triangle."""
         self._biases: dict[tuple[int, int, int, int | None], Tensor] = {}
 
@@ -101,16 +114,25 @@ class Sparse:
         return self._biases[name]
 
 
+def _blocks(slots: list[int], floors: list[int]) -> Iterator[Block]:
+    """At most `BLOCK` rows each, all of one floor."""
+    start = 0
+    while start < len(slots):
+        stop = min(start + BLOCK, bisect_right(floors, floors[start]))
+        yield Block(start, stop, slots[start], slots[stop - 1], floors[start])
+        start = stop
+
+
 def trailing(queries: int, keys: int, device: torch.device) -> Sparse:
     """The newest slots as rows, for a forward that says nothing: any ordinary decoding step."""
     return Sparse(torch.arange(keys - queries, keys), device)
 
 
-def visible(rows: Tensor, keys: int, window: int | None = None) -> Tensor:
+def visible(rows: Tensor, keys: int, window: int | None = None, floors: Tensor | None = None) -> Tensor:
     """The exact causal mask of scattered rows, ``[S, N]`` bool, true where a row may look.
 
     ``rows [S]`` int64 slots; ``keys`` = N; ``window`` = a sliding window's width in tokens, as transformers counts it
-    (a token sees itself and the ``window - 1`` tokens before it).
+    (a token sees itself and the ``window - 1`` tokens before it); ``floors [S]`` int64, the first slot each may see.
 
     This is *not* a bottom-right aligned triangle: aligning scattered rows to the end of the keys lets early rows see
     the future, which is a known fault of two public implementations of selective recompute.
@@ -119,4 +141,6 @@ def visible(rows: Tensor, keys: int, window: int | None = None) -> Tensor:
     mask = slots <= rows[:, None]
     if window is not None:
         mask &= slots > rows[:, None] - window
+    if floors is not None:
+        mask &= slots >= floors[:, None]
     return mask

@@ -35,7 +35,7 @@ def reference_attention(
     scores = query.float() @ key.float().repeat_interleave(groups, dim=1).mT * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    mask = visible(sparse.rows, key.shape[2], sliding_window)
+    mask = visible(sparse.rows, key.shape[2], sliding_window, sparse.floors)
     scores = scores.masked_fill(~mask, float("-inf"))
     if (shape := sparse.shape_of(layer)) is None:
         probabilities = scores.softmax(dim=-1)

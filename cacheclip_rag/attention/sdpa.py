@@ -28,7 +28,7 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
 
-    Rows are sorted, so a block of them needs keys only from where its window begins up to its last row's slot. In
+    Rows are sorted, so a block of them needs keys only from its floor or its window on, up to its last row's slot. In
     grouped-query models the H / Hk query heads of a KV head are folded into the rows: K and V are not repeated, and the
     fused kernel gets the long blocks of queries that it is quick with.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
@@ -55,8 +55,8 @@ def sdpa_attention(
         )
         return whole.transpose(1, 2), None
     output = torch.empty(1, length, heads, width, dtype=query.dtype, device=query.device)
-    for start, stop, first, last in sparse.blocks:
-        keys = slice(0 if sliding_window is None else max(0, first - sliding_window + 1), last + 1)
+    for start, stop, first, last, floor in sparse.blocks:
+        keys = slice(floor if sliding_window is None else max(floor, first - sliding_window + 1), last + 1)
         # A single row sees every key that is left.
         bias = sparse.bias(start, stop, keys, groups, sliding_window, query.dtype) if stop - start > 1 else None
         folded = query[:, :, start:stop].reshape(1, kv_heads, groups * (stop - start), width)

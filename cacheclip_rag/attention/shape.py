@@ -30,7 +30,7 @@ def shaped_attention(
     keys, values = key[0].float().unsqueeze(1), value[0].float().unsqueeze(1)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for start, stop, _, _ in sparse.blocks:
+        for start, stop, *_ in sparse.blocks:
             logits = queries[:, :, start:stop] @ keys.mT * scaling
             if softcap is not None:
                 logits = torch.tanh(logits / softcap) * softcap

@@ -25,14 +25,14 @@ def triton_attention(
 ) -> tuple[Tensor, None]:
     """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
 
-    A whole prompt (an ordinary triangle), a single decoded row and shaped attention go through `sdpa_attention`: the
-    kernel gains by the rows it leaves out, and one row would leave most of its tile empty.
+    A whole prompt (an ordinary triangle), a single decoded row, texts kept apart and shaped attention go through
+    `sdpa_attention`: the kernel gains by the rows it leaves out, and one row would leave most of its tile empty.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
     sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
     layer = int(module.layer_idx)
     triangle = sparse.dense and sliding_window is None and softcap is None
-    if triangle or query.shape[2] == 1 or sparse.shape_of(layer) is not None:
+    if triangle or query.shape[2] == 1 or sparse.floors is not None or sparse.shape_of(layer) is not None:
         return sdpa_attention(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, sparse, **kwargs
         )

@@ -1,10 +1,10 @@
 """Offline: ways of computing a chunk's KV once, at ingestion. One encoder a file."""
 
 from .activations import WithActivations
-from .base import Encoder
+from .base import Encoder, Text
 from .blanks import Blanks
 from .fused import fused
 from .harvested import Harvested, Variants
 from .isolated import Isolated
 
-__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Variants", "WithActivations", "fused"]
+__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Text", "Variants", "WithActivations", "fused"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..backbone import Backbone, Tokens
+from ..backbone import Backbone
 from ..chunks import ChunkKV
 from ..errors import ConfigurationError
-from .base import PrefixKV, behind
+from .base import PrefixKV, Text, behind
 from .isolated import Isolated
 
 
@@ -29,5 +30,5 @@ class WithActivations(Isolated):
                 f"transition_layer must be at least 1, not {self.transition_layer}: tokens enter layer 0"
             )
 
-    def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: PrefixKV | None) -> ChunkKV:
-        return behind(backbone, text, tokens, prefix, activations=min(self.transition_layer, backbone.layers - 2))
+    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
+        return behind(backbone, texts, prefix, activations=min(self.transition_layer, backbone.layers - 2))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone, Tokens
+from ..backbone import Backbone
 from ..chunks import ChunkKV
 from ..errors import ConfigurationError
-from .base import PrefixKV, behind
+from .base import PrefixKV, Text, behind
 
 
 @dataclass(frozen=True)
@@ -36,5 +37,5 @@ class Blanks:
             raise ConfigurationError(f"{self.token!r} must be one token of this model, not {len(dummy)}")
         return torch.cat([opening, dummy.repeat(self.count)])
 
-    def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: PrefixKV | None) -> ChunkKV:
-        return behind(backbone, text, tokens, prefix)
+    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
+        return behind(backbone, texts, prefix)

@@ -21,7 +21,7 @@ def fused(
     back. Source: FusionRAG (arXiv 2601.12904), section 3.1, eq. 8 to 10.
     """
     before = joined(backbone, prefix, company)
-    made = encoder.encode(backbone, chunk.text, Tokens(chunk.ids, chunk.offsets), before)
+    [made] = encoder.encode(backbone, [(chunk.text, Tokens(chunk.ids, chunk.offsets))], before)
     return replace(made, company=tuple(other.text for other in company))
 
 

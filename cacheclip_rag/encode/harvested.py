@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..attention import visible
-from ..backbone import Backbone, Tokens
+from ..backbone import Backbone
 from ..chunks import ChunkKV
 from ..errors import PromptError
-from .base import PrefixKV
+from .base import PrefixKV, Text
 from .isolated import Isolated
 
 
@@ -33,7 +33,7 @@ class Harvested(Isolated):
     variants: int = 5
     alpha: float = 1.0
 
-    def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: PrefixKV | None) -> ChunkKV:
+    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
         raise PromptError("cachecraft encodes no chunk ahead: its KV is harvested from the first prompt with it")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..backbone import Backbone, Tokens
+from ..backbone import Backbone
 from ..chunks import ChunkKV
-from .base import PrefixKV, behind
+from .base import PrefixKV, Text, behind
 
 
 @dataclass(frozen=True)
@@ -25,5 +26,5 @@ class Isolated:
     def prefix_ids(self, backbone: Backbone) -> Tensor:
         return backbone.tokenise_prompt(backbone.shared_prefix() if self.prefix is None else self.prefix).ids
 
-    def encode(self, backbone: Backbone, text: str, tokens: Tokens, prefix: PrefixKV | None) -> ChunkKV:
-        return behind(backbone, text, tokens, prefix)
+    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
+        return behind(backbone, texts, prefix)

@@ -44,8 +44,8 @@ def store(inner: VectorStore, engine: Engine) -> CacheClipVectorStore:
 def encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that is encoded from now on."""
     seen: list[str] = []
-    encode = engine.library.encode
-    monkeypatch.setattr(engine.library, "encode", lambda text: seen.append(text) or encode(text))
+    encode = engine.library.encode_each
+    monkeypatch.setattr(engine.library, "encode_each", lambda texts: seen.extend(texts) or encode(texts))
     return seen
 
 
@@ -207,7 +207,7 @@ def test_a_restarted_application_finds_all_kv(
     with Engine(tiny_backbone, method="query_guided", store=tmp_path / "kv") as engine:
         CacheClipVectorStore(chroma(), engine).add_documents([document(1), document(2)], ids=["a", "b"])
     with Engine(tiny_backbone, method="query_guided", store=tmp_path / "kv") as engine:
-        monkeypatch.setattr(engine.library, "encode", lambda text: pytest.fail("encoded again"))
+        monkeypatch.setattr(engine.library, "encode_each", lambda texts: pytest.fail("encoded again"))
         store, calls = CacheClipVectorStore(chroma(), engine), recorder(engine)
         (found,) = store.similarity_search(text(2), k=1)
         ChatCacheClip.from_engine(engine, max_tokens=2).invoke(f"{found.page_content}\n\nWhat does it say?")

@@ -76,7 +76,7 @@ def test_a_restarted_application_finds_all_kv(
     assert len(nodes) > 4
 
     with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
-        monkeypatch.setattr(engine.library, "encode", lambda text: pytest.fail("encoded again"))
+        monkeypatch.setattr(engine.library, "encode_each", lambda texts: pytest.fail("encoded again"))
         calls, llm = recorder(engine), CacheClipLLM.from_engine(engine, max_new_tokens=4)
         query_engine = VectorStoreIndex.from_vector_store(chroma, embed_model=embedding).as_query_engine(
             llm=llm, similarity_top_k=3, node_postprocessors=[CacheClipPostprocessor(llm, on_miss="encode")]
@@ -161,8 +161,8 @@ def test_a_document_is_forgotten_after_a_restart_but_for_what_others_have(
 
 def test_unchanged_chunks_are_encoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    encode = engine.library.encode
-    monkeypatch.setattr(engine.library, "encode", lambda text: encoded.append(text) or encode(text))
+    encode = engine.library.encode_each
+    monkeypatch.setattr(engine.library, "encode_each", lambda texts: encoded.extend(texts) or encode(texts))
     transform = CacheClipTransform(engine)
     transform([node(text(1), "a"), node(text(2), "a")])
     transform([node(text(2), "a"), node(text(3), "a")])

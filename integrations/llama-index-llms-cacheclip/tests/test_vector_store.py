@@ -21,7 +21,7 @@ from llama_index.core.vector_stores.types import BasePydanticVectorStore
 from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, CacheClipVectorStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
-from cacheclip_rag import Backbone, Engine
+from cacheclip_rag import Backbone, Engine, batches
 
 
 def text(number: int) -> str:
@@ -57,8 +57,8 @@ def store(inner: BasePydanticVectorStore, engine: Engine) -> CacheClipVectorStor
 def encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that is encoded from now on."""
     seen: list[str] = []
-    encode = engine.library.encode
-    monkeypatch.setattr(engine.library, "encode", lambda text: seen.append(text) or encode(text))
+    encode = engine.library.encode_each
+    monkeypatch.setattr(engine.library, "encode_each", lambda texts: seen.extend(texts) or encode(texts))
     return seen
 
 
@@ -232,21 +232,22 @@ def test_an_interrupted_ingestion_goes_on_where_it_was(
         )
 
     with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
-        encode, seen = engine.library.encode, []
+        encode, seen = engine.library.encode_each, []
 
-        def interrupted(text: str) -> Any:
+        def interrupted(texts: list[str]) -> Any:
             if len(seen) == 3:
                 raise KeyboardInterrupt
-            seen.append(text)
-            return encode(text)
+            seen.extend(texts)
+            return encode(texts)
 
-        monkeypatch.setattr(engine.library, "encode", interrupted)
+        monkeypatch.setitem(batches.TOGETHER, "cpu", 0)  # one by one
+        monkeypatch.setattr(engine.library, "encode_each", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(engine)
     with Engine(tiny_backbone, method="query_guided", store=tmp_path) as engine:
         again: list[str] = []
-        encode_again = engine.library.encode
-        monkeypatch.setattr(engine.library, "encode", lambda text: again.append(text) or encode_again(text))
+        encode_again = engine.library.encode_each
+        monkeypatch.setattr(engine.library, "encode_each", lambda texts: again.extend(texts) or encode_again(texts))
         run(engine)
         assert again == [text(i) for i in range(3, 8)]
 
@@ -297,7 +298,7 @@ def test_a_restarted_application_finds_all_kv(
             nodes=[TextNode(text=text(i), metadata={"page": i, "title": f"About {i}"}) for i in range(4)]
         )
     with Engine(tiny_backbone, method="query_guided", store=tmp_path / "kv") as engine:
-        monkeypatch.setattr(engine.library, "encode", lambda text: pytest.fail("encoded again"))
+        monkeypatch.setattr(engine.library, "encode_each", lambda texts: pytest.fail("encoded again"))
         calls, llm = recorder(engine), CacheClipLLM.from_engine(engine, max_new_tokens=2)
         index = VectorStoreIndex.from_vector_store(wrapped(engine), embed_model=embedding)
         response = index.as_query_engine(llm=llm, similarity_top_k=2).query("What does chunk number 2 say?")

@@ -1,0 +1,25 @@
+"""How many chunks are encoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+TOGETHER = {"cpu": 2_000, "gpu": 16_000}
+"""How many characters of chunks share a forward: beyond, little is gained, and requests wait longer."""
+
+MOST = 64
+"""How many chunks at most, so that progress shows where all of them are there already."""
+
+
+def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Neighbouring texts, cut where they would be more than so many characters together."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and (size + len(text) > characters or len(batch) == MOST):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
