@@ -40,8 +40,9 @@ Apps = tuple[Ask, Callable[[float | None], Ask]]
 def llama_index(engine: Engine, folder: str, chunks: list[str]) -> Apps:
     from llama_index.core import MockEmbedding, VectorStoreIndex
     from llama_index.core.schema import TextNode
-    from llama_index.llms.cacheclip import CacheClipLLM, CacheClipPostprocessor
+    from llama_index.llms.cacheclip import CacheClipLLM
     from llama_index.llms.huggingface import HuggingFaceLLM
+    from llama_index.postprocessor.cacheclip import CacheClipPostprocessor
 
     index = VectorStoreIndex([TextNode(text=chunk) for chunk in chunks], embed_model=MockEmbedding(8))
 

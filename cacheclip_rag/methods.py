@@ -12,7 +12,7 @@ from .attend import Attend, Plain, Scaled, SelectedChunks
 from .encode import Blanks, Encoder, Harvested, Isolated, WithActivations
 from .errors import ConfigurationError
 from .exact import DocumentTree, ExactReuse, PrefixBlocks
-from .fusion import Fit, LongestPath, Nearest
+from .fusion import Fit, LongestPath, Nearest, Ordered
 from .recompute import EarlyStop, Once, Recompute, Reselect
 from .select import (
     CacheClip,
@@ -64,7 +64,13 @@ class Method:
 FUSED = "fused"
 """A parameter of every method that encodes ahead: whether, and by what rule, it takes fused variants."""
 
-_FITS: dict[Any, Fit | None] = {True: Nearest(), False: None, "overlap": Nearest(), "path": LongestPath()}
+_FITS: dict[Any, Fit | None] = {
+    True: Nearest(),
+    False: None,
+    "overlap": Nearest(),
+    "order": Ordered(),
+    "path": LongestPath(),
+}
 
 _PARTS = ("select", "encode", "recompute", "attend", "exact", "fit")
 _OWN = ("fitted_ratio", "positions", "recompute_ratio", "reorder")

@@ -15,10 +15,21 @@ from tiny import CONFIGS, PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
 from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError, cli
+from cacheclip_rag.encode import disorder
 from cacheclip_rag.evaluation import Item, Passage, run
 from cacheclip_rag.evaluation.company import meeting
 from cacheclip_rag.evaluation.systems import parse
-from cacheclip_rag.fusion import LongestPath, Nearest, Neighbourhood, Usage, Workload, overlap, similar, simulate
+from cacheclip_rag.fusion import (
+    LongestPath,
+    Nearest,
+    Neighbourhood,
+    Ordered,
+    Usage,
+    Workload,
+    overlap,
+    similar,
+    simulate,
+)
 from cacheclip_rag.methods import resolve
 
 A, B, C, D, E = PASSAGES
@@ -130,6 +141,18 @@ def test_the_variant_with_most_in_common_with_what_stands_in_front_is_taken() ->
     assert overlap([A, B], [B, C]) == pytest.approx(1 / 3) and overlap([], []) == 1.0 and overlap([], [A]) == 0.0
 
 
+def test_order_counts_against_a_variant_where_it_is_asked_to() -> None:
+    turned, kept, alone = (C, B, A), (A, B, D), ()
+    before = [A, B, C]
+    assert Nearest().choose([alone, turned, kept], before) == turned  # all of them, whatever the order
+    assert Ordered().choose([alone, turned, kept], before) == kept  # two of three, in order
+    assert Ordered().choose([alone, (B, A, C), (A, D)], before) == (B, A, C)  # one pair of three: 2/3 against 1/4
+    assert Ordered().choose([alone, (A,)], []) == alone and Ordered().choose([alone, (D,)], [A]) == (D,)
+    assert disorder([A, B, C], [C, B, A]) == 1.0 and disorder([A, B], [B]) == disorder([], [A]) == 0.0
+    assert disorder([A, B, C], [B, D, A, C]) == pytest.approx(1 / 3)
+    assert resolve("epic:fused=order").fit == Ordered()
+
+
 def test_what_stands_in_front_is_what_the_prompt_says() -> None:
     ready = engine()
     ready.ensure([A, B, C])
@@ -232,7 +255,7 @@ def test_a_method_that_encodes_nothing_ahead_cannot_be_fused() -> None:
     assert ready.fuse_in_order([[A, B]]).skipped == [(t[:40], "cachecraft encodes nothing ahead") for t in (A, B)]
     with pytest.raises(ConfigurationError, match="encodes no chunk ahead"):
         resolve("cachecraft:fused=True")
-    with pytest.raises(ConfigurationError, match="True, False, 'overlap', 'path'"):
+    with pytest.raises(ConfigurationError, match="True, False, 'overlap', 'order', 'path'"):
         resolve("naive:fused=3")
     with pytest.raises(ConfigurationError, match="fused is one of"):
         resolve("naive", fused=[True])

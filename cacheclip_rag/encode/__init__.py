@@ -4,7 +4,7 @@ from .activations import WithActivations
 from .base import Encoder, Text
 from .blanks import Blanks
 from .fused import fused
-from .harvested import Harvested, Variants
+from .harvested import Harvested, Variants, disorder
 from .isolated import Isolated
 
-__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Text", "Variants", "WithActivations", "fused"]
+__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Text", "Variants", "WithActivations", "disorder", "fused"]

@@ -115,10 +115,14 @@ def fix_overhead(
     common = [name for name in dict.fromkeys(new) if name in inter]
     total = sum(inter.values())
     overlap = sum(inter[name] for name in common) / total if total > 0 else 1.0
-    places = [list(old).index(name) for name in common]
+    return min(1.0, max(0.0, alpha * cci * (1.0 - overlap * (1.0 - disorder(old, common)))))
+
+
+def disorder(old: Sequence[str], new: Sequence[str]) -> float:
+    """``gamma``: of the pairs of what both have, the share that stands in the other order; 0 if there are none."""
+    places = [list(old).index(name) for name in dict.fromkeys(new) if name in old]
     pairs = [(a, b) for i, a in enumerate(places) for b in places[i + 1 :]]
-    disorder = sum(a > b for a, b in pairs) / len(pairs) if pairs else 0.0
-    return min(1.0, max(0.0, alpha * cci * (1.0 - overlap * (1.0 - disorder))))
+    return sum(a > b for a, b in pairs) / len(pairs) if pairs else 0.0
 
 
 @dataclass(eq=False)

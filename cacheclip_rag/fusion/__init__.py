@@ -1,6 +1,6 @@
 """Which chunks a chunk's KV should be computed with, and which of the results a prompt is given."""
 
-from .fit import Company, Fit, Nearest, overlap
+from .fit import Company, Fit, Nearest, Ordered, overlap
 from .neighbours import Embed, Neighbourhood, similar
 from .paths import LongestPath, Outcome, Workload, simulate
 from .usage import Usage
@@ -14,6 +14,7 @@ __all__ = [
     "LongestPath",
     "Nearest",
     "Neighbourhood",
+    "Ordered",
     "Outcome",
     "Usage",
     "Workload",

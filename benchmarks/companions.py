@@ -1,0 +1,56 @@
+"""How many of a passage's most similar others are in fact retrieved together with it.
+
+    python benchmarks/companions.py DATA/xquad_fusion DATA/2wikimultihopqa --neighbours 2 5 10 15
+
+For every passage of every question, among all passages of the file and of a `corpus.jsonl` beside it: which share of
+its nearest neighbours (MiniLM's embeddings) stands in the same prompt, and which share of that prompt's others is
+among them. Fusing by resemblance can only help as far as the first is high; what a chunk meets without having been
+fused with it is the rest of the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from cacheclip_rag.evaluation.embedding import mean_pooling
+from cacheclip_rag.evaluation.sources import sources
+from cacheclip_rag.fusion import Neighbourhood
+
+
+def shares(prompts: list[list[str]], nearest: dict[str, list[str]], count: int) -> tuple[float, float]:
+    """Of ``count`` neighbours the share that stands in the same prompt; of its others the share among them."""
+    met, covered = [], []
+    for texts in prompts:
+        for text in texts:
+            others, neighbours = set(texts) - {text}, set(nearest[text][:count])
+            if others and neighbours:
+                met.append(len(others & neighbours) / len(neighbours))
+                covered.append(len(others & neighbours) / len(others))
+    return float(np.mean(met)), float(np.mean(covered))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="what `cacheclip eval` takes")
+    parser.add_argument("--neighbours", nargs="+", type=int, default=[2, 5, 10, 15])
+    arguments = parser.parse_args()
+    embed = mean_pooling()
+    print("| set | prompts | passages | neighbours | of them in the same prompt | of the prompt's others among them |")
+    print("|---|---|---|---|---|---|")
+    for source in sources(arguments.data):
+        prompts = [list(dict.fromkeys(p.chunk.strip() for p in item.passages)) for item in source.all()]
+        texts = list(dict.fromkeys([t for texts in prompts for t in texts] + [t.strip() for t in source.corpus()]))
+        neighbourhood = Neighbourhood(max(arguments.neighbours))
+        neighbourhood.add(texts, embed(texts))
+        nearest = neighbourhood.nearest({t for texts in prompts for t in texts})
+        for count in arguments.neighbours:
+            met, covered = shares(prompts, nearest, count)
+            print(
+                f"| {source.name} | {len(prompts)} | {len(texts):,} | {count} | {met:.0%} | {covered:.0%} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
