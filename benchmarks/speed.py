@@ -23,7 +23,7 @@ from statistics import median
 
 import torch
 
-from cacheclip_rag import Engine
+from cacheclip_rag import METHODS, Engine
 from cacheclip_rag.evaluation import kl
 from cacheclip_rag.report import Report
 from cacheclip_rag.store import MemoryStore
@@ -87,13 +87,23 @@ def forget_memory(engine: Engine) -> None:
             library.store.tiers = (MemoryStore(4 << 30), library.store.tiers[1])
 
 
-def first_token(engine: Engine, prompt: str, question: str, method: str, ratio: float) -> Report:
+def first_token(engine: Engine, prompt: str, question: str, method: str, ratio: float | None) -> Report:
     return engine.generate(prompt, question=question, method=method, recompute_ratio=ratio, max_new_tokens=1).report
 
 
-def pair(engine: Engine, chunks: list[str], question: str, method: str, ratio: float, order: int, folder: Path) -> dict:
+def fuse(engine: Engine, chunks: list[str], method: str) -> None:
+    """For methods that take fused variants: the chunks as an earlier prompt held them, the second half first."""
+    if METHODS[method].fit is not None:
+        half = len(chunks) // 2
+        engine.fuse_in_order([[*chunks[half:], *chunks[:half]]], method=method)
+
+
+def pair(
+    engine: Engine, chunks: list[str], question: str, method: str, ratio: float | None, order: int, folder: Path
+) -> dict:
     """One prompt, four ways: full prefill, reuse with KV in memory, reuse with KV on disk, and what they agree on."""
     engine.ensure(chunks)
+    fuse(engine, chunks, method)
     prompt = prompt_of(engine, chunks, question)
     row: dict = {}
     for step in (0, 1) if order % 2 else (1, 0):
@@ -112,16 +122,18 @@ def pair(engine: Engine, chunks: list[str], question: str, method: str, ratio: f
 
 
 def measure(engine: Engine, tokens: int, pairs: int, ratio: float, method: str, folder: Path) -> dict:
+    own = ratio if METHODS[method].fitted_ratio is None else None
     generator, rows = random.Random(tokens), []
     for number in range(pairs):
         question = f"What do passages {generator.randrange(90)} and {generator.randrange(90)} propose, and why?"
-        rows.append(pair(engine, chunks_of(engine, tokens, generator), question, method, ratio, number, folder))
+        rows.append(pair(engine, chunks_of(engine, tokens, generator), question, method, own, number, folder))
     memory, disk = [row["memory"] for row in rows], [row["disk"] for row in rows]
     breakdown = {stage: median(r.seconds.get(stage, 0.0) for r in memory) for stage in STAGES}
     breakdown["first token"] = median(r.ttft - sum(r.seconds.values()) for r in memory)
     return {
         "method": method,
         "prompt tokens": median(r.prompt_tokens for r in memory),
+        "ratio": round(median(r.ratio for r in memory), 3),
         "full prefill (s)": round(median(row["full"] for row in rows), 2),
         "times sooner, KV in memory": round(median(row["full"] / row["memory"].ttft for row in rows), 2),
         "times sooner, KV on disk": round(median(row["full"] / row["disk"].ttft for row in rows), 2),

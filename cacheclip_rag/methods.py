@@ -39,8 +39,8 @@ class Method:
     the prompt; None takes its KV computed by itself. ``reorder``: put the chunks the question attends to
     most next to it before anything is recomputed (InfoFlow's option; which end is our reading). ``recompute_ratio``:
     the share of context tokens to recompute unless a request asks for another; with a ``fitted_ratio``, the share for a
-    prompt none of whose chunks stands in the company its KV was computed in, and ``fitted_ratio`` that for one all of
-    whose chunks do; between the two in proportion (see `fusion.overlap`).
+    prompt all of whose chunks were computed by themselves, and ``fitted_ratio`` that for one all of whose chunks stand
+    in the company they were computed in; between the two in proportion to how well it suits (`fusion.suits`).
     """
 
     name: str
@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
         Method("fusionrag", QueryGuided("last", "chunk", window=1), fit=Nearest(), recompute_ratio=0.15),
         Method("prophetkv", QueryGuided("all", "context", window=1)),
         Method("infoflow", QueryGuided((0.69, 0.83), "row", window=1), recompute_ratio=0.15),
-        Method("auto", QueryGuided((0.69, 0.83)), fit=Nearest(), recompute_ratio=0.12, fitted_ratio=0.04),
+        Method("auto", QueryGuided((0.69, 0.83)), fit=Nearest(), recompute_ratio=0.2, fitted_ratio=0.04),
         Method("ape", Nothing(), attend=Scaled(), positions="shared", recompute_ratio=0.0),
         Method("sel", Nothing(), attend=SelectedChunks(), recompute_ratio=0.0),
         Method("psr", KeyDeviation(), Blanks(), attend=Scaled(first=1), recompute_ratio=0.15),

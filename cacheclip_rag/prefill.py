@@ -17,7 +17,7 @@ from .canvas import Canvas
 from .chunks import ChunkKV, canonical
 from .errors import ConfigurationError, PromptError
 from .exact import ExactCache
-from .fusion import Company, FusedVariants, overlap
+from .fusion import Company, FusedVariants, suits
 from .library import Library
 from .methods import Method
 from .prefixes import PrefixCache
@@ -250,9 +250,9 @@ class Reuse:
         return chunks, missing
 
     def _fits(self, spans: Sequence[Span], chunks: Sequence[ChunkKV | None]) -> list[float]:
-        """How much of the company of each span's KV stands in front of it: 0..1."""
+        """How well each span's KV suits what stands in front of it, 0..1 (see `fusion.suits`)."""
         texts = [canonical(self._index.text(span.key) or "") for span in spans]
-        return [0.0 if c is None else overlap(c.company, texts[:number]) for number, c in enumerate(chunks)]
+        return [0.0 if c is None else suits(c.company, texts[:number]) for number, c in enumerate(chunks)]
 
     def _place_prefix(self, layout: Layout, canvas: Canvas) -> int:
         """Put the KV of the prompt's head on the canvas, where an earlier request left it; the number of its rows."""

@@ -29,6 +29,7 @@ from cacheclip_rag.fusion import (
     overlap,
     similar,
     simulate,
+    suits,
 )
 from cacheclip_rag.methods import resolve
 
@@ -148,6 +149,8 @@ def test_order_counts_against_a_variant_where_it_is_asked_to() -> None:
     assert Ordered().choose([alone, turned, kept], before) == kept  # two of three, in order
     assert Ordered().choose([alone, (B, A, C), (A, D)], before) == (B, A, C)  # one pair of three: 2/3 against 1/4
     assert Ordered().choose([alone, (A,)], []) == alone and Ordered().choose([alone, (D,)], [A]) == (D,)
+    assert suits((), []) == 1.0 and suits((), [A]) == 0.0 and suits((A,), [B]) == 0.5 and suits((A,), [A]) == 1.0
+    assert suits((A, B), [A]) == 0.75 and suits((A,), []) == 0.5
     assert disorder([A, B, C], [C, B, A]) == 1.0 and disorder([A, B], [B]) == disorder([], [A]) == 0.0
     assert disorder([A, B, C], [B, D, A, C]) == pytest.approx(1 / 3)
     assert resolve("epic:fused=order").fit == Ordered()
@@ -595,7 +598,7 @@ def test_one_copy_a_chunk_whatever_the_workload() -> None:
 
 def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
     ready = Engine(tiny_backbone(), method=resolve("query_guided:fused=True,recompute_ratio=0.4,fitted_ratio=0.0"))
-    ready.ensure([A, B, C])
+    ready.ensure([A, B, C, D])
     prompt = ready.backbone.shared_prefix() + "\n\n".join([A, B, C]) + TAIL
 
     def answered(**options: Any) -> Any:
@@ -606,9 +609,13 @@ def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
     assert alone.fit == pytest.approx(share, abs=1e-3) and alone.requested_ratio == pytest.approx(
         0.4 * (1 - share), abs=1e-3
     )
+    ready.fuse({C: [D]})  # a stranger's company counts half
+    half = answered()
+    assert half.fit == pytest.approx((len(A) + len(C) / 2) / len(A + B + C), abs=1e-3) and half.ratio < alone.ratio
     ready.fuse({B: [A]})
     better = answered()
-    assert better.fit == pytest.approx(len(A + B) / len(A + B + C), abs=1e-3) and better.ratio < alone.ratio
+    assert better.fit == pytest.approx((len(A + B) + len(C) / 2) / len(A + B + C), abs=1e-3)
+    assert better.ratio < half.ratio
     ready.fuse_in_order([[A, B, C]])
     assert answered().fit == pytest.approx(1.0) and answered().recomputed == 0
     # Who asks for a ratio gets it.

@@ -1,6 +1,6 @@
 """Which chunks a chunk's KV should be computed with, and which of the results a prompt is given."""
 
-from .fit import Company, Fit, Nearest, Ordered, overlap
+from .fit import Company, Fit, Nearest, Ordered, overlap, suits
 from .neighbours import Embed, Neighbourhood, similar
 from .paths import LongestPath, Outcome, Workload, simulate
 from .usage import Usage
@@ -21,4 +21,5 @@ __all__ = [
     "overlap",
     "similar",
     "simulate",
+    "suits",
 ]

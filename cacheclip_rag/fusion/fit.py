@@ -42,6 +42,15 @@ class Ordered:
         return companies[max(range(len(companies)), key=lambda n: (scores[n], bool(companies[n]), n))]
 
 
+def suits(company: Sequence[str], before: Sequence[str]) -> float:
+    """How little there is to repair in a chunk that stands behind the chunks ``before``, 0..1.
+
+    0 for a chunk by itself behind others; 1/2 and more, with the `overlap`, for one that was computed in any company:
+    a stranger's company spares it most of what a chunk alone gets wrong (docs/log.md has the measurement).
+    """
+    return (bool(company) + overlap(company, before)) / 2 if company or before else 1.0
+
+
 def overlap(company: Sequence[str], before: Sequence[str]) -> float:
     """``|K and B| / |K or B|``, K the chunks a variant was computed behind, B those it stands behind: 0..1; 1 if both
     are none.
