@@ -145,7 +145,9 @@ def evaluate(
             metavar="METHOD...", help="name[@ratio][:param=value,...]; default: naive query_guided cacheclip."
         ),
     ] = None,
-    ratio: Annotated[float | None, typer.Option(help="Recompute ratio of the methods that are not given one.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Recompute ratio of the methods that are not given one, but for auto.")
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(

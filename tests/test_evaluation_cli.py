@@ -56,6 +56,11 @@ def test_full_is_always_there_and_a_system_comes_once() -> None:
     assert list(parsed("full", "naive", "cacheclip@0.2", "naive", "cacheclip@.20")) == ["naive", "cacheclip@0.2"]
 
 
+def test_a_method_that_finds_its_ratio_out_is_told_one_by_its_own_name_only() -> None:
+    assert list(parsed("auto", "auto@0.1", "epic", ratio=0.3)) == ["auto", "auto@0.1", "epic@0.3"]
+    assert list(parsed("auto", sweeps=("ratio=0.1,0.2",))) == ["auto@0.1", "auto@0.2"]
+
+
 def test_the_ratio_for_all_is_for_those_that_recompute_a_share_and_are_not_given_one() -> None:
     assert list(parsed("naive", "cacheclip", "query_guided@0.5", ratio=0.1)) == [
         "naive",

@@ -63,7 +63,8 @@ class _Spec:
 def parse(specs: Sequence[str], ratio: float | None = None, sweeps: Sequence[str] = ()) -> list[System]:
     """The systems of ``specs``, labelled as they are written (parameters sorted), each once.
 
-    ``ratio`` is for the methods that recompute a share of their own and are not given one. A sweep,
+    ``ratio`` is for the methods that recompute a share of their own and are not given one; those that find out what a
+    prompt needs go on doing so. A sweep,
     ``name=value,value,...``, makes one system a value of every method that has the parameter and is not given it;
     several sweeps multiply. Plain ``full`` is left out: it always runs. Values are Python's, or plain words; a prefix
     is one of `spec.PREFIXES`, or quoted text. ``auxiliary=NAME`` takes another auxiliary model.
@@ -75,7 +76,8 @@ def parse(specs: Sequence[str], ratio: float | None = None, sweeps: Sequence[str
         written = _swept(written, text)
     if ratio is not None:
         check_ratio(ratio)
-        written = [dataclasses.replace(s, ratio=ratio) if _takes_ratio(s) else s for s in written]
+        fixed = [_takes_ratio(s) and resolve(s.name).fitted_ratio is None for s in written]
+        written = [dataclasses.replace(s, ratio=ratio) if f else s for s, f in zip(written, fixed, strict=True)]
     systems = {one.label: _system(one) for one in written}
     systems.pop("full", None)
     return list(systems.values())
