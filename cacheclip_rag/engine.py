@@ -33,6 +33,7 @@ from .prompt import ChunkIndex
 from .pull import resolve as resolve_weights
 from .report import Report
 from .select import Everything
+from .stats import Stats, Tally, total
 from .store import Documents, Remote, RemoteStore
 from .turns import Seats, Turns
 
@@ -147,6 +148,7 @@ class Engine(Ingestion):
         self._hints_lock = threading.Lock()
         self._background = Background(self._do_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
+        self._tally = Tally()
         self.last_report: Report | None = None
         self.observers: list[Callable[[Report], None]] = []
         """Called with the report of each request that has ended, on the thread that ended it: metrics, traces."""
@@ -266,6 +268,12 @@ class Engine(Ingestion):
         report.ttft = report.total = time.perf_counter() - start
         return result
 
+    def stats(self) -> Stats:
+        """What was done since the engine was opened, and what it holds now. Cheap: no file is looked at."""
+        stores = [room.library.store.stats() for room in self._opened()]
+        aside = [self.auxiliary.library.store.stats()] if self.auxiliary is not None else []
+        return self._tally.snapshot(self._seats.taken, self._seats.waiting, total(stores, aside))
+
     def close(self) -> None:
         """Stop background work, but for uploads, which are waited for. The engine goes on answering."""
         self._background.close()
@@ -360,6 +368,7 @@ class Engine(Ingestion):
         return keys, next((question for question, _ in hints if question and question in prompt), None)
 
     def _tell(self, report: Report) -> None:
+        self._tally.add(report)
         log.info("%s", report.line)
         for observer in self.observers:
             try:

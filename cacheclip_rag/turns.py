@@ -74,6 +74,10 @@ class Seats:
     def taken(self) -> int:
         return self.limit - self._free
 
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
     def take(self, cancel: threading.Event | None = None) -> bool:
         """Wait for a seat. False, and no seat, if ``cancel`` is set before there is one."""
         with self._lock:

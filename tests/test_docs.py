@@ -94,7 +94,7 @@ def test_observability_snippets_run(monkeypatch: pytest.MonkeyPatch) -> None:
         for snippet in snippets(ROOT / "docs" / "observability.md"):
             exec(compile(snippet, "observability.md", "exec"), {"engine": engine})
         engine.generate("Hello there.", max_new_tokens=1)
-        assert len(engine.observers) == 2
+        assert len(engine.observers) == 1
     core.get_dispatcher().event_handlers.pop()
 
 

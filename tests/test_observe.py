@@ -97,26 +97,36 @@ def test_a_failed_request_is_an_error(engine: Engine, monkeypatch: pytest.Monkey
     assert span.status.status_code.name == "ERROR"
 
 
-def test_prometheus_counts_requests_and_tokens(engine: Engine) -> None:
+def test_prometheus_shows_what_engines_count(engine: Engine) -> None:
     client = pytest.importorskip("prometheus_client")
     registry = client.CollectorRegistry()
-    observer = Prometheus(registry)
-    engine.observers.append(observer)
-    reports = [ask(engine), ask(engine)]
+    with Engine(engine.backbone, method="naive") as other:
+        Prometheus(engine, other, registry=registry)
+        reports = [ask(engine), ask(engine), ask(other)]
 
-    def value(name: str, **labels: str) -> float:
-        return registry.get_sample_value(name, labels) or 0.0
+        def value(name: str, **labels: str) -> float:
+            return registry.get_sample_value(name, labels) or 0.0
 
-    assert value("cacheclip_requests_total", method="query_guided", finish_reason="length") == 2
-    for fate in ("prefix", "reused", "recomputed", "fresh"):
-        counted = value("cacheclip_prompt_tokens_total", fate=fate)
-        assert counted == sum(getattr(report, fate) for report in reports)
-    assert value("cacheclip_prompt_tokens_total", fate="recomputed") > 0
-    assert value("cacheclip_completion_tokens_total") == 4
-    assert value("cacheclip_time_to_first_token_seconds_count", method="query_guided") == 2
-    observer(Report("naive", 0.0, fallbacks=["chunk 0123 prefilled: gone", "full prefill: OSError: x"]))
-    assert value("cacheclip_fallbacks_total", kind="chunk") == 1
-    assert value("cacheclip_fallbacks_total", kind="full prefill") == 1
+        assert value("cacheclip_requests_total", method="query_guided", finish_reason="length") == 2
+        assert value("cacheclip_requests_total", method="naive", finish_reason="length") == 1
+        assert value("cacheclip_in_flight") == 0
+        for fate in ("prefix", "reused", "recomputed", "fresh"):
+            counted = value("cacheclip_prompt_tokens_total", fate=fate)
+            assert counted == sum(getattr(report, fate) for report in reports)
+        assert value("cacheclip_prompt_tokens_total", fate="recomputed") > 0
+        assert value("cacheclip_completion_tokens_total") == 6
+        first = "cacheclip_time_to_first_token_seconds"
+        assert value(f"{first}_count", method="query_guided") == 2
+        assert value(f"{first}_sum", method="query_guided") == pytest.approx(sum(r.ttft for r in reports[:2]))
+        assert value(f"{first}_bucket", method="query_guided", le="+Inf") == 2
+        assert value("cacheclip_store_chunks", kind="alone") == len(PASSAGES)
+        assert value("cacheclip_store_bytes", tier="memory") == engine.stats().store.nbytes > 0
+        engine.forget(PASSAGES)
+        assert value("cacheclip_store_chunks", kind="alone") == 0
+        with pytest.raises(ValueError, match="Duplicated"):
+            Prometheus(engine, registry=registry)
+    with pytest.raises(ConfigurationError, match=r"Prometheus\(engine\)"):
+        Prometheus(registry=client.CollectorRegistry())
 
 
 def test_a_request_is_one_line_in_the_log(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,59 +1,117 @@
-"""Prometheus: counters and one histogram."""
+"""Prometheus: what `Engine.stats` counts, read when it is asked for."""
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
+from weakref import WeakSet
 
+from ..engine import Engine
 from ..errors import ConfigurationError
-from ..report import Report
+from ..stats import SECONDS, Stats, total
 
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_BOUNDS = [*map(str, SECONDS), "+Inf"]
 
 
 class Prometheus:
-    """Counts requests in a registry, by default the process's own; ``prometheus_client.start_http_server`` serves it.
+    """Shows an engine's counts in a registry, by default the process's own; ``prometheus_client.start_http_server``
+    serves it.
 
     | metric | labels |
     |---|---|
     | ``cacheclip_requests_total`` | ``method``, ``finish_reason`` |
+    | ``cacheclip_in_flight``, ``cacheclip_waiting`` (requests) | |
     | ``cacheclip_prompt_tokens_total`` | ``fate``: ``prefix`` or ``reused`` (from cache), ``recomputed``, ``fresh`` |
     | ``cacheclip_completion_tokens_total`` | |
     | ``cacheclip_fallbacks_total`` | ``kind``: ``chunk``, ``full prefill``, ``plain prefill`` |
     | ``cacheclip_time_to_first_token_seconds`` | ``method`` |
+    | ``cacheclip_store_lookups_total`` | ``result``: ``hit``, ``miss`` |
+    | ``cacheclip_store_chunks`` | ``kind``: ``alone``, ``fused`` |
+    | ``cacheclip_store_bytes`` | ``tier``: ``memory``, ``disk`` |
 
-    One object may observe several engines.
+    Of several engines it shows the sums. It keeps none of them alive.
     """
 
-    def __init__(self, registry: Any = None) -> None:
-        """Raises `ConfigurationError` without prometheus-client, ValueError for a second one in a registry."""
+    def __init__(self, *engines: Engine, registry: Any = None) -> None:
+        """Raises `ConfigurationError` without prometheus-client or without an engine, ValueError for a second one in a
+        registry.
+        """
         try:
-            from prometheus_client import REGISTRY, Counter, Histogram
+            from prometheus_client import REGISTRY
         except ImportError as error:
             raise ConfigurationError(
                 "metrics need prometheus-client: pip install 'cacheclip-rag[prometheus]'"
             ) from error
-        place = {"registry": REGISTRY if registry is None else registry}
-        self._requests = Counter(
-            "cacheclip_requests", "Requests that have ended.", ["method", "finish_reason"], **place
-        )
-        self._prompt = Counter("cacheclip_prompt_tokens", "Prompt tokens by what became of them.", ["fate"], **place)
-        self._completion = Counter("cacheclip_completion_tokens", "Tokens of answers.", **place)
-        self._fallbacks = Counter("cacheclip_fallbacks", "Times that reuse was given up.", ["kind"], **place)
-        self._first_token = Histogram(
-            "cacheclip_time_to_first_token_seconds",
-            "Seconds from the call to the first token.",
-            ["method"],
-            buckets=SECONDS,
-            **place,
-        )
+        if not engines:
+            raise ConfigurationError("metrics need an engine to read from: Prometheus(engine)")
+        self._engines = WeakSet(engines)
+        (REGISTRY if registry is None else registry).register(self)
 
-    def __call__(self, report: Report) -> None:
-        self._requests.labels(report.method, report.finish_reason).inc()
-        for fate in ("prefix", "reused", "recomputed", "fresh"):
-            self._prompt.labels(fate).inc(getattr(report, fate))
-        self._completion.inc(report.completion_tokens)
-        for reason in report.fallbacks:
-            kind = reason.partition(":")[0]
-            self._fallbacks.labels("chunk" if kind.startswith("chunk ") else kind).inc()
-        if report.completion_tokens:
-            self._first_token.labels(report.method).observe(report.ttft)
+    def describe(self) -> Iterator[Any]:
+        """What there will be; called by the registry, which refuses the same names twice."""
+        return self.collect()
+
+    def collect(self) -> Iterator[Any]:
+        """The metrics now; called by the registry."""
+        from prometheus_client.core import CounterMetricFamily as Counter
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+        from prometheus_client.core import HistogramMetricFamily as Histogram
+
+        every = [engine.stats() for engine in self._engines]
+        store = total(stats.store for stats in every)
+
+        def whole(name: str) -> float:
+            return sum(getattr(stats, name) for stats in every)
+
+        def one(kind: Any, name: str, about: str) -> Any:
+            return kind(f"cacheclip_{name}", about, value=whole(name))
+
+        def several(kind: Any, name: str, about: str, label: str, values: Mapping[str, float]) -> Any:
+            family = kind(f"cacheclip_{name}", about, labels=[label])
+            for key, value in values.items():
+                family.add_metric([key], value)
+            return family
+
+        requests = Counter("cacheclip_requests", "Requests that have ended.", labels=["method", "finish_reason"])
+        for labels, value in _ended(every).items():
+            requests.add_metric(labels, value)
+        yield requests
+        yield one(Gauge, "in_flight", "Requests that are being answered.")
+        yield one(Gauge, "waiting", "Requests that wait for one in flight to end.")
+        fates = {fate: whole(fate) for fate in ("prefix", "reused", "recomputed", "fresh")}
+        yield several(Counter, "prompt_tokens", "Prompt tokens by what became of them.", "fate", fates)
+        yield one(Counter, "completion_tokens", "Tokens of answers.")
+        fallbacks = sum((collections.Counter(stats.fallbacks) for stats in every), collections.Counter[str]())
+        yield several(Counter, "fallbacks", "Times that reuse was given up.", "kind", fallbacks)
+        found = {"hit": store.hits, "miss": store.misses}
+        yield several(Counter, "store_lookups", "Look-ups of chunk KV, ingestion's included.", "result", found)
+        kept = {"alone": store.entries - store.fused, "fused": store.fused}
+        yield several(Gauge, "store_chunks", "Chunks whose KV is kept.", "kind", kept)
+        sizes = {"memory": store.memory_bytes, "disk": store.disk_bytes}
+        yield several(Gauge, "store_bytes", "Bytes of chunk KV.", "tier", sizes)
+        name, about = "cacheclip_time_to_first_token_seconds", "Seconds from the call to the first token."
+        times = Histogram(name, about, labels=["method"])
+        for method, (classes, seconds) in _times(every).items():
+            times.add_metric([method], list(zip(_BOUNDS, accumulate(classes), strict=True)), sum_value=seconds)
+        yield times
+
+
+def _ended(every: Sequence[Stats]) -> collections.Counter[tuple[str, str]]:
+    """Requests by method and finish reason."""
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    for stats in every:
+        for method, reasons in stats.finished.items():
+            found.update({(method, reason): count for reason, count in reasons.items()})
+    return found
+
+
+def _times(every: Sequence[Stats]) -> dict[str, tuple[list[int], float]]:
+    """By method: how many times to the first token are in each class, and their sum in seconds."""
+    found = {}
+    for method in sorted({method for stats in every for method in stats.first_token}):
+        times = [stats.first_token[method] for stats in every if method in stats.first_token]
+        classes = [sum(column) for column in zip(*(one.classes for one in times), strict=True)]
+        found[method] = (classes, sum(one.seconds for one in times))
+    return found

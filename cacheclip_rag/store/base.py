@@ -24,10 +24,17 @@ class Entry:
 
 @dataclass
 class StoreStats:
-    """Counts since the store was opened; ``entries`` and ``nbytes`` are what it holds now."""
+    """Counts since the store was opened; ``entries`` and bytes are what it holds now.
+
+    Of ``entries``, ``fused`` were computed in company. ``nbytes`` is what all entries take where they are kept, copies
+    elsewhere not counted; ``memory_bytes`` and ``disk_bytes`` is what there is in memory and on disk.
+    """
 
     entries: int = 0
+    fused: int = 0
     nbytes: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
     hits: int = 0
     misses: int = 0
     evicted: int = 0

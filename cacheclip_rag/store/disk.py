@@ -214,12 +214,10 @@ class DiskStore:
 
     def stats(self) -> StoreStats:
         with self._lock:
-            return replace(
-                self._stats,
-                entries=len(self._index),
-                nbytes=sum(known.nbytes for known in self._index.values()),
-                rejected=dict(self._stats.rejected),
-            )
+            stats, known = replace(self._stats, rejected=dict(self._stats.rejected)), list(self._index.values())
+        stats.entries, stats.fused = len(known), sum(bool(one.company) for one in known)
+        stats.nbytes = stats.disk_bytes = sum(one.nbytes for one in known)
+        return stats
 
     def __contains__(self, key: object) -> bool:
         return key in self._index

@@ -61,7 +61,10 @@ class MemoryStore:
 
     def stats(self) -> StoreStats:
         with self._lock:
-            return replace(self._stats, entries=len(self._chunks))
+            stats, chunks = replace(self._stats), list(self._chunks.values())
+        stats.entries, stats.fused = len(chunks), sum(bool(chunk.company) for chunk in chunks)
+        stats.memory_bytes = stats.nbytes
+        return stats
 
     def __contains__(self, key: object) -> bool:
         return key in self._chunks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from ..chunks import ChunkKV
 from .base import ChunkStore, Entry, StoreStats
@@ -57,8 +58,17 @@ class TieredStore:
         return changed
 
     def stats(self) -> StoreStats:
-        """The farthest tier's, the remote one not counted."""
-        return self.tiers[-1].stats()
+        """What is kept and what was not: the farthest tier's, the remote one not counted. A chunk that any of them had
+        is a hit; what none of them had, the remote one included, is a miss.
+        """
+        each = [tier.stats() for tier in self._all]
+        return replace(
+            each[len(self.tiers) - 1],
+            hits=sum(stats.hits for stats in each),
+            misses=each[-1].misses,
+            memory_bytes=sum(stats.memory_bytes for stats in each),
+            disk_bytes=sum(stats.disk_bytes for stats in each),
+        )
 
     def __contains__(self, key: object) -> bool:
         return any(key in tier for tier in self._all)
