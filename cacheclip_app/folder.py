@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import chromadb
+from chromadb.api import ClientAPI
 from chromadb.config import Settings
 from llama_index.core import SimpleDirectoryReader, VectorStoreIndex
 from llama_index.core.embeddings import BaseEmbedding
@@ -25,10 +25,17 @@ from llama_index.llms.cacheclip import CacheClipLLM
 from llama_index.readers.file import HTMLTagReader
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
+from cacheclip_rag.chunks import canonical
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.pull import resolve
+from cacheclip_rag.store.admin import Administration
 
 SUFFIXES = (".pdf", ".md", ".markdown", ".html", ".htm", ".txt", ".rst")
+
+_COLLECTION = "chunks"
+
+_BATCH = 8
+"""Documents that are embedded at a time: what an interruption costs."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and of how much."""
@@ -49,14 +56,28 @@ class Library:
         try:
             settings = json.loads((home / "index" / "settings.json").read_text(encoding="utf-8"))
             return cls(home, **settings)
+        except FileNotFoundError as error:
+            raise ConfigurationError(
+                f"{home} holds no ingested documents: run `cacheclip ingest FOLDER` first, or say where with --home"
+            ) from error
         except (OSError, ValueError, TypeError) as error:
             raise ConfigurationError(
-                f"{home} holds no ingested documents: run `cacheclip ingest FOLDER` first ({error})"
+                f"{home / 'index' / 'settings.json'} cannot be read ({error}): run `cacheclip ingest FOLDER` again"
             ) from error
 
     @property
     def folder(self) -> Path:
         return self.home / "index"
+
+    @property
+    def documents(self) -> Path:
+        """What is known of the documents whose chunks are in the vector store."""
+        return self.folder / "documents.json"
+
+    @property
+    def unfinished(self) -> Path:
+        """The texts that may have to be forgotten, while an ingestion is under way."""
+        return self.folder / "unfinished.json"
 
     def write(self) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "home"}
@@ -65,10 +86,11 @@ class Library:
     def llm(self, **options: Any) -> CacheClipLLM:
         return CacheClipLLM(self.model, auxiliary=self.auxiliary, kv_dir=str(self.home), **options)
 
+    def client(self) -> ClientAPI:
+        return chromadb.PersistentClient(str(self.folder / "chroma"), settings=Settings(anonymized_telemetry=False))
+
     def vectors(self) -> ChromaVectorStore:
-        settings = Settings(anonymized_telemetry=False)
-        client = chromadb.PersistentClient(str(self.folder / "chroma"), settings=settings)
-        return ChromaVectorStore(chroma_collection=client.get_or_create_collection("chunks"))
+        return ChromaVectorStore(chroma_collection=self.client().get_or_create_collection(_COLLECTION))
 
     def index(self, embedding: BaseEmbedding) -> VectorStoreIndex:
         return VectorStoreIndex.from_vector_store(self.vectors(), embed_model=embedding)
@@ -97,28 +119,41 @@ def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: P
     """
     start = time.perf_counter()
     files = _files(folder)
+    resolve(library.model)  # a misspelt name is found before an hour of work
     progress("reading files", 0, 0)
     documents = _read(folder, files)
-    resolve(library.model)  # a misspelt name is found before an hour of work
-    with contextlib.suppress(ConfigurationError):
-        if Library.read(library.home).chunk_size != library.chunk_size:  # cut otherwise, every chunk is another
-            shutil.rmtree(library.folder)
-    library.folder.mkdir(parents=True, exist_ok=True)
+    before = _begin(library)
     vectors = library.vectors()
-    before = {text_of(node) for node in vectors.get_nodes(node_ids=None)}
-    progress("embedding", 0, 0)
-    _embed(library, documents, vectors, embedding)
-    after = list(dict.fromkeys(text_of(node) for node in vectors.get_nodes(node_ids=None)))
     library.write()
+    _embed(library, documents, vectors, embedding, progress)
+    after = list(dict.fromkeys(text_of(node) for node in vectors.get_nodes(node_ids=None)))
 
+    progress("opening the model", 0, 0)
     engine = library.llm().engine
     gone = before.difference(after)
     engine.forget(gone)
+    if gone:  # what other models read of them goes, too
+        Administration(library.home).forget({canonical(text) for text in gone}.__contains__)
+    library.unfinished.unlink()
     result = engine.ensure(after, lambda done: progress("reading chunks with the model", done, len(after)))
     read = {document.metadata["source"] for document in documents}
     unread = [name for file in files if (name := _name(folder, file)) not in read]
     seconds = time.perf_counter() - start
     return Ingested(len(read), len(after), result.encoded, len(gone), seconds, unread, result.skipped)
+
+
+def _begin(library: Library) -> set[str]:
+    """The chunks there were before, those included that an ingestion which was interrupted had still to forget."""
+    library.folder.mkdir(parents=True, exist_ok=True)
+    before = {text_of(node) for node in library.vectors().get_nodes(node_ids=None)}
+    with contextlib.suppress(OSError, ValueError):
+        before.update(json.loads(library.unfinished.read_text(encoding="utf-8")))
+    library.unfinished.write_text(json.dumps(sorted(before)), encoding="utf-8")
+    with contextlib.suppress(ConfigurationError):
+        if Library.read(library.home).chunk_size != library.chunk_size:  # cut otherwise, every chunk is another
+            library.documents.unlink(missing_ok=True)
+            library.client().delete_collection(_COLLECTION)
+    return before
 
 
 def text_of(node: BaseNode) -> str:
@@ -128,7 +163,9 @@ def text_of(node: BaseNode) -> str:
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ConfigurationError(f"{folder} is not a folder")
+        raise ConfigurationError(
+            f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}: give a folder"
+        )
     hidden = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
     files = [path for path in hidden if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:
@@ -141,7 +178,7 @@ def _name(folder: Path, file: Path) -> str:
 
 
 def _read(folder: Path, files: list[Path]) -> list[Document]:
-    """A document a file, or a page of a PDF; one that cannot be read is said so on stderr and left out."""
+    """A document a file, or a page of a PDF; what cannot be read is left out."""
     html = HTMLTagReader("body")
     reader = SimpleDirectoryReader(
         input_files=[str(file) for file in files],
@@ -149,7 +186,7 @@ def _read(folder: Path, files: list[Path]) -> list[Document]:
         file_metadata=lambda path: {"source": _name(folder, Path(path))},
         filename_as_id=True,
     )
-    with contextlib.redirect_stdout(sys.stderr):  # the reader prints what it cannot read
+    with contextlib.redirect_stdout(io.StringIO()):  # the reader prints what it cannot read; the caller says it better
         found = reader.load_data()
     documents = []
     for document in found:
@@ -161,20 +198,32 @@ def _read(folder: Path, files: list[Path]) -> list[Document]:
     return documents
 
 
-def _embed(library: Library, documents: list[Document], vectors: ChromaVectorStore, embedding: BaseEmbedding) -> None:
-    """Split and embed what is new or changed, and drop what is gone from the vector store."""
-    path = library.folder / "documents.json"
+def _embed(
+    library: Library,
+    documents: list[Document],
+    vectors: ChromaVectorStore,
+    embedding: BaseEmbedding,
+    progress: Progress,
+) -> None:
+    """Split and embed what is new or changed, a few documents at a time, and drop what is gone from the vectors."""
+    path = library.documents
     known = SimpleDocumentStore.from_persist_path(str(path)) if path.exists() else SimpleDocumentStore()
-    for document in documents:
-        if known.get_document_hash(document.id_) is None:
-            vectors.delete(document.id_)  # of an ingestion that was interrupted
-    splitter = SentenceSplitter(chunk_size=library.chunk_size, chunk_overlap=20)
+    for gone in set(known.get_all_document_hashes().values()) - {document.id_ for document in documents}:
+        vectors.delete(gone)
+        known.delete_document(gone)
     pipeline = IngestionPipeline(
-        transformations=[splitter, embedding],
+        transformations=[SentenceSplitter(chunk_size=library.chunk_size, chunk_overlap=20), embedding],
         docstore=known,
-        docstore_strategy=DocstoreStrategy.UPSERTS_AND_DELETE,
+        docstore_strategy=DocstoreStrategy.UPSERTS,
         vector_store=vectors,
         disable_cache=True,
     )
-    pipeline.run(documents=documents, show_progress=len(documents) > 20 and sys.stderr.isatty())
+    for start in range(0, len(documents), _BATCH):
+        progress("embedding documents", start, len(documents))
+        batch = documents[start : start + _BATCH]
+        for document in batch:
+            if known.get_document_hash(document.id_) is None:
+                vectors.delete(document.id_)  # of an ingestion that was interrupted
+        pipeline.run(documents=batch)
+        known.persist(str(path))
     known.persist(str(path))

@@ -36,9 +36,11 @@ class Session:
         top_k: int = 6,
         ratio: float | None = None,
         tokens: int = 128,
+        method: str | None = None,
     ) -> None:
-        """Raises what opening the model raises, `ConfigurationError` for a wrong ratio."""
-        self._llm = library.llm(recompute_ratio=ratio, max_new_tokens=tokens)
+        """Raises what opening the model raises, `ConfigurationError` for a wrong ratio or method."""
+        chosen = {} if method is None else {"method": method}
+        self._llm = library.llm(recompute_ratio=ratio, max_new_tokens=tokens, **chosen)
         self._engine = self._llm.engine  # opened now, not at the first question
         self._queries = library.index(embedding).as_query_engine(
             llm=self._llm,

@@ -60,7 +60,7 @@ def ingest(
             f"{result.removed} forgotten, in {result.seconds:.1f} s"
         )
     for name in result.unread:
-        typer.echo(f"cacheclip: nothing could be read from {name}", err=True)
+        typer.echo(f"cacheclip: nothing could be read from {name}: is it empty, damaged, locked or a scan?", err=True)
     for text, reason in result.skipped:
         typer.echo(f"cacheclip: no KV of {text!r}: {reason}", err=True)
     if result.unread:
@@ -75,6 +75,10 @@ def ask(
         float | None, typer.Option(help="Share of chunk tokens to recompute: 0 plain reuse, 1 full prefill.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    method: Annotated[
+        str | None,
+        typer.Option(help='How tokens to recompute are chosen; "auto" also takes what `cacheclip fuse` made.'),
+    ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Show what happened to the prompt.")] = True,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also prefill the prompt in full, to measure what was saved.")
@@ -93,7 +97,9 @@ def ask(
     with quietly():
         with bar() as progress:
             progress("opening the model", 0, 0)
-            session = _app("session").Session(library, _embedding(), top_k=top_k, ratio=ratio, tokens=tokens)
+            session = _app("session").Session(
+                library, _embedding(), top_k=top_k, ratio=ratio, tokens=tokens, method=method
+            )
         try:
             for asked in [question] if question is not None else _questions(console):
                 reply = session.ask(asked, _silent if as_json else _show, compare)
@@ -147,7 +153,9 @@ def _embedding() -> Any:
 def bar() -> Iterator[Any]:
     """A progress bar on stderr: ``show(what, done, total)``, a spinner where the total is not known (0)."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    off = not console.is_terminal  # in a file it would leave blank lines only
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=off) as progress:
         task = progress.add_task("", total=None)
 
         def show(what: str, done: int, total: int) -> None:

@@ -227,12 +227,16 @@ class Ingestion:
         """Fuse the chunks that came in ``least`` prompts or more, each with the ``count`` others that stood in front of
         it most often, the most frequent first. ``options`` are those of `fuse`, and so is the rest.
         """
+        return self.fuse(self.company(least, count), progress, **options)
+
+    def company(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
+        """What `fuse_used` fuses: chunks that came in ``least`` prompts or more, and whom each met, for `fuse`."""
         neighbours = {}
         for name in self.usage.hot(least):
             texts = [self.index.text(other) for other in (name, *self.usage.company(name, count))]
             if texts[0] is not None and (company := [text for text in texts[1:] if text is not None]):
                 neighbours[texts[0]] = company
-        return self.fuse(neighbours, progress, **options)
+        return neighbours
 
     def _fuse(self, text: str, company: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:  # nothing of the company can be forgotten meanwhile

@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 pytest.importorskip("llama_index.readers.file")
+from cacheclip_app.embedding import MiniLM
 from cacheclip_app.folder import Library, text_of
-from cacheclip_rag import cli
+from cacheclip_rag import Engine, cli
+from cacheclip_rag.store.admin import Administration
 
 TOWNS = ["Arden", "Bellow", "Corwen", "Dunmore", "Elsted", "Farlow", "Glanton", "Hexley", "Ingram", "Jarvis"]
 THINGS = ["lighthouse", "railway", "bakery", "museum", "orchard"]
@@ -151,15 +153,88 @@ def test_questions_find_and_reuse_chunks(folder: Path, home: Path, model: str) -
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
     for words, told in (
         (("ask", "x", "--home", tmp_path / "nothing"), "run `cacheclip ingest FOLDER` first"),
-        (("ingest", tmp_path / "nowhere", "--home", tmp_path), "is not a folder"),
-        (("ingest", tmp_path, "--home", tmp_path / "home"), "holds no documents"),
+        (("ingest", tmp_path / "nowhere", "--home", tmp_path), "nowhere does not exist"),
+        (("ingest", write(tmp_path, 0, 1800), "--home", tmp_path), "lighthouse.txt is not a folder"),
+        (("ingest", tmp_path / "empty", "--home", tmp_path / "home"), "holds no documents"),
         (("ingest", folder, "--home", tmp_path / "home", "--model", "no-such-model"), "no-such-model"),
     ):
         result = run(*words)
         assert result.exit_code == 2 and told in result.stderr, (words, result.output)
-        assert "Traceback" not in result.output
+        assert "Traceback" not in result.output and "Errno" not in result.output
+        assert not (tmp_path / "home").exists()  # nothing was begun
+
+
+def kept(home: Path) -> str:
+    """All that any file in the store says about its chunk."""
+    return " ".join(stored.text for stored in Administration(home).entries())
+
+
+def test_an_interrupted_ingestion_goes_on_and_still_forgets(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while documents are embedded, and once more while chunks are read."""
+    documents, home = tmp_path / "documents", tmp_path / "home"
+    documents.mkdir()
+    for number in range(20):
+        write(documents, number, 1800 + number)
+    words = ("ingest", documents, "--home", home, "--model", model, "--auxiliary", "none", "--json")
+    embedded: list[str] = []
+    embed = MiniLM._get_text_embeddings
+
+    def interrupted(self: MiniLM, texts: list[str]) -> list[list[float]]:
+        if len(embedded) >= 16:
+            raise KeyboardInterrupt
+        embedded.extend(texts)
+        return embed(self, texts)
+
+    monkeypatch.setattr(MiniLM, "_get_text_embeddings", interrupted)
+    assert run(*words).exit_code == 130
+    assert len(chunks(home)) == 16  # as many as were embedded
+    monkeypatch.setattr(
+        MiniLM, "_get_text_embeddings", lambda self, texts: embedded.extend(texts) or embed(self, texts)
+    )
+    first = ingest(documents, home, model)
+    assert (first["chunks"], first["encoded"], len(embedded)) == (20, 20, 20)  # nothing was embedded twice
+
+    write(documents, 0, 1999)
+    monkeypatch.setattr("cacheclip_app.folder.Library.llm", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(*words).exit_code == 130
+    assert "founded in 1800" in kept(home)  # not yet
+    monkeypatch.undo()
+    second = ingest(documents, home, model)
+    assert (second["encoded"], second["removed"]) == (1, 1)
+    assert "founded in 1800" not in kept(home) and "founded in 1999" in kept(home)
+
+
+def test_what_is_gone_is_forgotten_for_every_model_and_chunk_size(tmp_path: Path, model: str) -> None:
+    documents, home = tmp_path / "documents", tmp_path / "home"
+    documents.mkdir()
+    page = write(documents, 0, 1800)
+    page.write_text(" ".join(paragraph(town, "museum", 1850) for town in TOWNS))
+    ingest(documents, home, model)
+    with Engine(model, method="promptcache", store=home) as other:  # another reading of the same chunks
+        other.ensure(chunks(home).values())
+    small = run(
+        "ingest", documents, "--home", home, "--model", model, "--auxiliary", "none", "--json", "--chunk-size", 128
+    )
+    assert json.loads(small.stdout)["removed"] > 0 and json.loads(small.stdout)["chunks"] > 1
+    texts = {text_of(node) for node in Library.read(home).vectors().get_nodes(node_ids=None)}
+    assert {stored.text for stored in Administration(home).entries()} == texts
+
+
+def test_a_method_for_fused_chunks(folder: Path, home: Path, model: str) -> None:
+    if not (home / "index").exists():
+        ingest(folder, home, model)
+    fused = run("fuse", "--model", model, "--store", home, "--similar", "--count", 3, "--json")
+    assert fused.exit_code == 0 and json.loads(fused.stdout)["fused"] > 0, fused.output
+    words = ("ask", "When was the theatre of Glanton founded?", "--home", home, "--json", "--tokens", 1, "--top-k", 4)
+    alone, together = (json.loads(run(*words, "--method", name).stdout)["report"] for name in ("query_guided", "auto"))
+    assert alone["fit"] is None and together["method"] == "auto" and together["fit"] > 0
+    wrong = run(*words, "--method", "nonsense")
+    assert wrong.exit_code == 2 and "unknown method" in wrong.stderr
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, model: str) -> None:

@@ -34,6 +34,14 @@ def test_chunks_are_of_the_length_asked_for_and_reused(engine: Engine) -> None:
     assert result.times_sooner == pytest.approx(result.full_prefill_s / result.reuse_s)
 
 
+def test_progress_never_stands_still(engine: Engine) -> None:
+    """Every chunk and every prefill is one step, and the last one is the end."""
+    seen: list[tuple[str, int, int]] = []
+    bench.run(engine, chunks=2, tokens=80, pairs=1, progress=lambda *step: seen.append(step))
+    assert [(done, steps) for _, done, steps in seen] == [(n, 10) for n in range(10)]
+    assert seen[0][0] == "warming up: reading its chunks" and seen[-1][0] == "prompt 1 of 1: plain reuse"
+
+
 def test_the_model_is_given_back_as_it_was(engine: Engine) -> None:
     before = engine.backbone.config._attn_implementation
     bench.run(engine, chunks=2, tokens=80, pairs=1)

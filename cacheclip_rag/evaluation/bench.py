@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from statistics import mean, median
 from typing import Any
@@ -22,6 +23,9 @@ from .metrics import kl
 from .ruler import sentences
 
 NAIVE = "naive"
+
+_WAYS = 3
+"""Prefills of a prompt: in full, with reuse, and with plain reuse."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,23 @@ def run(
     memory; chunk KV is in memory, too. Raises what `Engine.generate` raises.
     """
     done, encoding = [], 0.0
+    steps = range((chunks + _WAYS) * (pairs + 1))
+    step = iter(steps)
     for number in range(pairs + 1):
-        progress("warming up" if number == 0 else "measuring", number, pairs + 1)
+        about = f"prompt {number} of {pairs}" if number else "warming up"
+        show = partial(_show, progress, step, len(steps), about)
         texts = passages(engine, chunks, tokens, seed=number)
         start = time.perf_counter()
-        engine.ensure(texts)
+        engine.ensure(texts, partial(show, "reading its chunks"))
         encoding = time.perf_counter() - start
-        done.append(_pair(engine, _prompt(engine, texts), method, ratio, reuse_first=bool(number % 2)))
+        done.append(_pair(engine, _prompt(engine, texts), method, ratio, bool(number % 2), show))
     return _summary(done[1:], encoding)
+
+
+def _show(
+    progress: Callable[[str, int, int], Any], step: Iterator[int], steps: int, about: str, what: str, *_: int
+) -> None:
+    progress(f"{about}: {what}", next(step, steps), steps)
 
 
 def _prompt(engine: Engine, texts: Sequence[str]) -> str:
@@ -95,14 +108,23 @@ def _prompt(engine: Engine, texts: Sequence[str]) -> str:
     return engine.backbone.chat([{"role": "user", "content": content}])
 
 
-def _pair(engine: Engine, prompt: str, method: str | None, ratio: float | None, reuse_first: bool) -> Pair:
+def _pair(
+    engine: Engine,
+    prompt: str,
+    method: str | None,
+    ratio: float | None,
+    reuse_first: bool,
+    show: Callable[[str], Any],
+) -> Pair:
     results: dict[str, Any] = {}
-    for way in ("reuse", "full") if reuse_first else ("full", "reuse"):
-        if way == "full":
-            results["full"] = _full(engine, prompt)
+    for way in ("reuse", "full prefill") if reuse_first else ("full prefill", "reuse"):
+        show(way)
+        if way == "reuse":
+            results[way] = engine.prefill(prompt, method=method, recompute_ratio=ratio)
         else:
-            results["reuse"] = engine.prefill(prompt, method=method, recompute_ratio=ratio)
-    seconds, wanted = results["full"]
+            results[way] = _full(engine, prompt)
+    show("plain reuse")
+    seconds, wanted = results["full prefill"]
     ours, plain = results["reuse"], engine.prefill(prompt, method=NAIVE)
     same = int(ours.logits.argmax()) == int(wanted.argmax())
     return Pair(seconds, ours.report, same, kl(wanted, ours.logits), kl(wanted, plain.logits))
