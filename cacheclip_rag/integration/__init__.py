@@ -8,7 +8,7 @@ from .chunk_kv import OnMiss, encode, warm
 from .engines import EngineHandle, EngineSettings, encoding_of
 from .fusing import Fuser
 from .holdings import Holdings
-from .options import read_options, refuse_misspelling
+from .options import check_fields, read_options
 from .pump import pump
 
 __all__ = [
@@ -17,10 +17,10 @@ __all__ = [
     "Fuser",
     "Holdings",
     "OnMiss",
+    "check_fields",
     "encode",
     "encoding_of",
     "pump",
     "read_options",
-    "refuse_misspelling",
     "warm",
 ]

@@ -43,6 +43,19 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
 
+ENGINES_OWN = {
+    "disk_bytes",
+    "fuse_when_idle",
+    "kv_dtype",
+    "memory_bytes",
+    "on_uncomposable",
+    "remote",
+    "require_verified",
+    "secret",
+    "store",
+}
+"""Options of `Engine` that are no field of the frameworks' models."""
+
 _told: set[str] = set()
 
 
@@ -68,6 +81,19 @@ def read_options(given: Mapping[str, Any], foreign: Collection[str] = ()) -> dic
             raise ConfigurationError(f"{name} must be {wanted}, not {value!r}")
         options[known] = value
     return options
+
+
+def check_fields(given: Iterable[str], known: Collection[str], foreign: Collection[str] = ()) -> None:
+    """What a framework's model is made with. Raises `ConfigurationError` for a misspelt field, and for one that only an
+    engine has: left out, it would seem to work. Others are left out, and said so once; those in ``foreign`` in silence.
+    """
+    for name in given:
+        if name in ENGINES_OWN:
+            raise ConfigurationError(
+                f'"{name}" is an option of the engine: open Engine(MODEL, {name}=...) and give it to from_engine()'
+            )
+        if name not in known:
+            refuse_misspelling(name, known, foreign)
 
 
 def refuse_misspelling(name: str, known: Iterable[str], foreign: Collection[str] = ()) -> None:

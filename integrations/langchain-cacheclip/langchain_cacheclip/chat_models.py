@@ -27,10 +27,10 @@ from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.integration import (
     EngineHandle,
     EngineSettings,
+    check_fields,
     encoding_of,
     pump,
     read_options,
-    refuse_misspelling,
 )
 
 from .grammar import Node, any_object, json_grammar
@@ -93,8 +93,7 @@ class ChatCacheClip(BaseChatModel):
         """Raises `ConfigurationError` for a misspelt field, an unknown method, or a value that makes no sense."""
         if "max_new_tokens" in fields:
             fields.setdefault("max_tokens", fields.pop("max_new_tokens"))
-        for name in fields.keys() - type(self).model_fields.keys():
-            refuse_misspelling(name, type(self).model_fields, _FOREIGN)
+        check_fields(fields, type(self).model_fields, _FOREIGN)
         encoding_of(fields.get("method"))
         read_options({name: fields.get(name) for name in _PER_CALL})
         super().__init__(**{"model": model, **fields})

@@ -217,7 +217,10 @@ async def test_nonsense_is_refused_and_callbacks_see_it(llm: ChatCacheClip, opti
     assert llm.invoke("Hello.").text  # the next request is served
 
 
-@pytest.mark.parametrize("fields", [{"method": "magic"}, {"recompute_ratio": 7}, {"temprature": 1}, {"stop": 3}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"method": "magic"}, {"recompute_ratio": 7}, {"temprature": 1}, {"stop": 3}, {"secret": "x"}],
+)
 def test_nonsense_fields_are_refused_before_weights_are_loaded(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         ChatCacheClip("there-is-no-such-model", **fields)

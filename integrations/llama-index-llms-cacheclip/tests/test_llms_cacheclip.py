@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from llama_index.llms.cacheclip import CacheClipLLM
 from transformers import AutoModelForCausalLM
 
 from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
+from cacheclip_rag.integration.options import ENGINES_OWN
 from cacheclip_rag.pull import resolve
 
 
@@ -142,10 +144,20 @@ def test_foreign_keywords_are_left_out(llm: CacheClipLLM) -> None:
     assert llm.complete("Hello.", tools=[], response_format={"type": "json"}).text == llm.complete("Hello.").text
 
 
-@pytest.mark.parametrize("fields", [{"method": "magic"}, {"recompute_ratio": 7}])
+@pytest.mark.parametrize(
+    "fields", [{"method": "magic"}, {"recompute_ratio": 7}, {"recompute_ration": 0.5}, {"kv_dtype": "int8"}]
+)
 def test_nonsense_fields_are_refused_before_weights_are_loaded(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         CacheClipLLM(model_name="there-is-no-such-model", **fields)
+
+
+def test_options_that_only_an_engine_has_are_refused_by_name() -> None:
+    """Every option of an engine is a field, goes by another name, or is refused: none is left out in silence."""
+    options = set(inspect.signature(Engine).parameters) - {"model", "store"}
+    assert options == ENGINES_OWN - {"store"} | options & CacheClipLLM.model_fields.keys()
+    with pytest.raises(ConfigurationError, match=r'"kv_dtype" is an option of the engine: .* from_engine'):
+        CacheClipLLM("there-is-no-such-model", kv_dtype="int8")
 
 
 def test_images_are_refused(llm: CacheClipLLM) -> None:

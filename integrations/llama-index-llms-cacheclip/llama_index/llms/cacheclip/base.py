@@ -27,7 +27,7 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 
-from cacheclip_rag.integration import EngineHandle, EngineSettings, encoding_of, pump, read_options
+from cacheclip_rag.integration import EngineHandle, EngineSettings, check_fields, encoding_of, pump, read_options
 
 from .closing import closes_its_stream, noted
 from .engines import restore
@@ -78,7 +78,8 @@ class CacheClipLLM(CustomLLM):
     _last_report: Report | None = PrivateAttr(default=None)
 
     def __init__(self, model_name: str, **fields: Any) -> None:
-        """Raises `ConfigurationError` for an unknown method or a ratio outside 0..1."""
+        """Raises `ConfigurationError` for a misspelt field, an unknown method, or a ratio outside 0..1."""
+        check_fields(fields, type(self).model_fields)
         encoding_of(fields.get("method"))
         read_options({"recompute_ratio": fields.get("recompute_ratio")})
         super().__init__(model_name=model_name, **fields)
