@@ -11,20 +11,25 @@ NAME = "all-minilm-l6-v2"
 
 
 class MiniLM(BaseEmbedding):
-    """all-MiniLM-L6-v2 through sentence-transformers, on the CPU."""
+    """all-MiniLM-L6-v2 through sentence-transformers, on the CPU. Weights are loaded at the first use."""
 
-    _model: Any = PrivateAttr()
+    _model: Any = PrivateAttr(default=None)
 
     def __init__(self, **fields: Any) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        from cacheclip_rag.pull import resolve
-
         super().__init__(model_name=NAME, embed_batch_size=32, **fields)
-        self._model = SentenceTransformer(str(resolve(NAME)), device="cpu")
+
+    def load(self) -> MiniLM:
+        """Load the weights now. Raises what `cacheclip_rag.pull.resolve` raises."""
+        if self._model is None:
+            from sentence_transformers import SentenceTransformer
+
+            from cacheclip_rag.pull import resolve
+
+            self._model = SentenceTransformer(str(resolve(NAME)), device="cpu")
+        return self
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return self._model.encode(texts, normalize_embeddings=True, show_progress_bar=False).tolist()
+        return self.load()._model.encode(texts, normalize_embeddings=True, show_progress_bar=False).tolist()
 
     def _get_text_embedding(self, text: str) -> list[float]:
         return self._get_text_embeddings([text])[0]

@@ -109,6 +109,8 @@ class Ingested:
     """Files nothing could be read from."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """``(beginning of the chunk, reason)``: without KV, so prefilled whenever they are retrieved."""
+    disk_bytes: int = 0
+    """Of the KV of all chunks, the auxiliary model's included."""
 
 
 def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: Progress = lambda *_: None) -> Ingested:
@@ -139,7 +141,8 @@ def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: P
     read = {document.metadata["source"] for document in documents}
     unread = [name for file in files if (name := _name(folder, file)) not in read]
     seconds = time.perf_counter() - start
-    return Ingested(len(read), len(after), result.encoded, len(gone), seconds, unread, result.skipped)
+    size = engine.stats().store.disk_bytes
+    return Ingested(len(read), len(after), result.encoded, len(gone), seconds, unread, result.skipped, size)
 
 
 def _begin(library: Library) -> set[str]:

@@ -48,16 +48,16 @@ def ingest(
 
     Then: cacheclip ask "What do the documents say about ...?"
     """
-    app = _app("folder")
-    library = app.Library(home, model, None if auxiliary.lower() in ("none", "") else auxiliary, chunk_size)
     with quietly(), bar() as progress:
+        app = _app("folder")  # slow to import
+        library = app.Library(home, model, None if auxiliary.lower() in ("none", "") else auxiliary, chunk_size)
         result = app.ingest(folder, library, _embedding(), progress)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     else:
         typer.echo(
             f"{result.files} files, {result.chunks} chunks: {result.encoded} read now, "
-            f"{result.removed} forgotten, in {result.seconds:.1f} s"
+            f"{result.removed} forgotten, in {result.seconds:.1f} s; KV of {result.disk_bytes / 1e9:.2f} GB in {home}"
         )
     for name in result.unread:
         typer.echo(f"cacheclip: nothing could be read from {name}: is it empty, damaged, locked or a scan?", err=True)
@@ -90,15 +90,15 @@ def ask(
     The answer appears as it is written, then where it is from and what happened to the prompt's tokens. Without a
     question it goes on asking until an empty line or Ctrl-D.
     """
-    library = _app("folder").Library.read(home)
     if as_json and question is None:
         raise ConfigurationError("--json answers one question: cacheclip ask --json QUESTION")
     console = Console(highlight=False, soft_wrap=True)
     with quietly():
         with bar() as progress:
+            library = _app("folder").Library.read(home)
             progress("opening the model", 0, 0)
             session = _app("session").Session(
-                library, _embedding(), top_k=top_k, ratio=ratio, tokens=tokens, method=method
+                library, _embedding().load(), top_k=top_k, ratio=ratio, tokens=tokens, method=method
             )
         try:
             for asked in [question] if question is not None else _questions(console):
@@ -156,7 +156,7 @@ def bar() -> Iterator[Any]:
     console = Console(stderr=True)
     off = not console.is_terminal  # in a file it would leave blank lines only
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=off) as progress:
-        task = progress.add_task("", total=None)
+        task = progress.add_task("starting", total=None)
 
         def show(what: str, done: int, total: int) -> None:
             progress.update(task, description=what, completed=done, total=total or None)

@@ -133,7 +133,7 @@ def verify(
 def evaluate(
     data: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DATA...", help="[name=]FILE.jsonl, a folder with a qa.jsonl, or ruler:TASK:TOKENS."),
+        typer.Argument(metavar="DATA...", help="\\[name=]FILE.jsonl, a folder with a qa.jsonl, or ruler:TASK:TOKENS."),
     ] = None,
     model: Annotated[str, typer.Option(help="The model that answers.")] = "qwen2.5-coder-1.5b-instruct",
     auxiliary: Annotated[
@@ -142,7 +142,7 @@ def evaluate(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="METHOD...", help="name[@ratio][:param=value,...]; default: naive query_guided cacheclip."
+            metavar="METHOD...", help="name\\[@ratio]\\[:param=value,...]; default: naive query_guided cacheclip."
         ),
     ] = None,
     ratio: Annotated[

@@ -109,6 +109,7 @@ def chunks(home: Path) -> dict[str, str]:
 def test_a_hundred_documents_from_first_to_last(folder: Path, home: Path, model: str) -> None:
     first = ingest(folder, home, model)
     assert (first["files"], first["chunks"], first["encoded"], first["removed"]) == (100, 100, 100, 0)
+    assert first["disk_bytes"] == sum(file.stat().st_size for file in home.rglob("*.safetensors"))
     known = chunks(home)
     assert len(known) == 100 and not any("secret" in name or "photo" in name for name in known)
     html, page = known["Corwen/lighthouse.html"], known["Dunmore/lighthouse.pdf"]

@@ -69,3 +69,9 @@ def test_version_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli, "version", missing)
     assert runner.invoke(cli.app, ["--version"]).stdout == "0+unknown\n"
+
+
+def test_brackets_in_help_are_shown() -> None:
+    """Typer takes what stands in brackets for markup."""
+    shown = " ".join(runner.invoke(cli.app, ["eval", "--help"], env={"COLUMNS": "200"}).stdout.split())
+    assert "[name=]FILE.jsonl" in shown and "name[@ratio][:param=value,...]" in shown
