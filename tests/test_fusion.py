@@ -662,5 +662,9 @@ def test_a_store_is_fused_at_the_command_line(tmp_path: Path, monkeypatch: pytes
         assert done.exit_code == 0 and json.loads(done.stdout)["fused"] == fused, done.output
     done = CliRunner().invoke(cli.app, arguments[:-1])
     assert "0 of 1 chunks fused now, 0 left out" in done.stdout
+    done = CliRunner().invoke(cli.app, [*arguments[:-1], "--least", "3"])
+    assert done.exit_code == 0 and "no chunk came in 3 prompts yet" in done.stdout
+    done = CliRunner().invoke(cli.app, ["fuse", "--store", str(tmp_path / "empty"), "--model", str(folder)])
+    assert done.exit_code == 2 and "holds no chunks" in done.stderr
     with Engine(str(folder), method="auto", store=kept) as again:
         assert set(fused_of(again)(B)) == {(), (A,)} and set(fused_of(again)(A)) == {(), (B,)}
