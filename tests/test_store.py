@@ -659,7 +659,7 @@ def test_an_unreadable_file_is_a_miss_for_now(
     def fail(*_: object) -> bytes:
         raise error
 
-    monkeypatch.setattr(files, "read", fail)
+    monkeypatch.setattr(files, "contents", fail)
     assert store.get(key) is None
     assert store.stats().rejected == {"unreadable": 1} and store.stats().misses == 1
     monkeypatch.undo()
@@ -720,16 +720,16 @@ def test_a_store_stays_within_its_cap(tmp_path: Path) -> None:
 def test_parallel_puts_stay_within_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(format.dump(MODEL.key("chunk 0"), make("chunk 0"), MODEL))
     store = open_disk(tmp_path, cap=4 * size + 100)
-    together, publish = threading.Barrier(8), files.publish
+    together, fill = threading.Barrier(8), files.fill
 
     def meet(*arguments: Any) -> None:
         try:
             together.wait(1.0)
         except threading.BrokenBarrierError:
             pass
-        publish(*arguments)
+        fill(*arguments)
 
-    monkeypatch.setattr(files, "publish", meet)
+    monkeypatch.setattr(files, "fill", meet)
     chunks = [make(f"chunk {i}", seed=i) for i in range(8)]
     threads = [threading.Thread(target=store.put, args=(MODEL.key(c.text), c)) for c in chunks]
     for thread in threads:
@@ -789,23 +789,23 @@ def test_a_chunk_larger_than_the_cap_evicts_nothing(tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """A disk on which `files.publish` fails with ``number`` until ``heal`` more files are gone."""
+    """A disk on which `files.fill` fails with ``number`` until so many files were removed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, removals: float) -> None:
         self.tries = self.removed = 0
-        publish, remove = files.publish, files.remove
+        fill, remove = files.fill, files.remove
 
         def full(*arguments: Any) -> None:
             self.tries += 1
             if self.removed < removals:
                 raise OSError(number, os.strerror(number))
-            publish(*arguments)
+            fill(*arguments)
 
         def counted(path: Path) -> None:
             self.removed += 1
             remove(path)
 
-        monkeypatch.setattr(files, "publish", full)
+        monkeypatch.setattr(files, "fill", full)
         monkeypatch.setattr(files, "remove", counted)
 
 
@@ -854,7 +854,7 @@ def test_a_folder_that_cannot_be_written_serves_what_it_holds(
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    for function in ("publish", "make_directory", "remove", "rename", "touch"):
+    for function in ("publish", "reserve", "make_directory", "remove", "rename", "touch"):
         monkeypatch.setattr(files, function, fail)
     reopened = open_disk(tmp_path)
     assert not reopened.writable
@@ -887,7 +887,17 @@ def test_a_folder_that_may_not_be_looked_into_is_no_other_error(
     def forbid(path: Path, *_: object) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    for function in ("make_directory", "status", "changed", "listing", "read", "read_head", "publish", "overwrite"):
+    for function in (
+        "make_directory",
+        "status",
+        "changed",
+        "listing",
+        "read",
+        "read_head",
+        "publish",
+        "reserve",
+        "overwrite",
+    ):
         monkeypatch.setattr(files, function, forbid)
     try:
         assert not open_disk(tmp_path / "locked").writable

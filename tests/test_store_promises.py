@@ -131,14 +131,14 @@ def test_damaged_files_count_and_go_first(tmp_path: Path) -> None:
 def test_what_is_being_read_is_not_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_disk(tmp_path, cap=4 * SIZE + 400)
     keys = [put(store, f"text {number}") for number in range(4)]
-    reading, go_on, read = threading.Event(), threading.Event(), files.read
+    reading, go_on, read = threading.Event(), threading.Event(), files.contents
 
-    def slow(path: Path, limit: int | None = None) -> bytes:
+    def slow(path: Path, limit: int | None = None) -> Any:
         reading.set()
         assert go_on.wait(60)
         return read(path, limit)
 
-    monkeypatch.setattr(files, "read", slow)
+    monkeypatch.setattr(files, "contents", slow)
     got: list[ChunkKV | None] = []
     thread = threading.Thread(target=lambda: got.append(store.get(keys[0])))
     thread.start()
@@ -221,7 +221,9 @@ def test_a_file_that_was_replaced_meanwhile_is_not_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alike: bool
 ) -> None:
     if alike:  # the new file has the old one's number, as happens where they are reused
-        monkeypatch.setattr(files, "status", lambda path: os.stat(tmp_path))
+        contents, number = files.contents, os.stat(tmp_path)
+        monkeypatch.setattr(files, "contents", lambda path, limit: (contents(path, limit)[0], number))
+        monkeypatch.setattr(files, "status", lambda path: number)
     store, other = open_disk(tmp_path), open_disk(tmp_path)
     key = put(store, "text 0")
     good = path_of(store, key).read_bytes()

@@ -61,7 +61,7 @@ def test_damaged_and_forged_files_are_never_served(tmp_path: Path) -> None:
 def test_processes_share_a_folder_and_its_cap(tmp_path: Path) -> None:
     tally = torture.company(tmp_path, seconds=2.0, processes=3, kill=True)
     verdict(tally)
-    assert tally.puts and tally.kills == 1
+    assert tally.puts and tally.kills == 1 and tally.looks > 20
 
 
 KEY, CHUNK = next(iter(chunks(1).items()))

@@ -21,6 +21,7 @@ STALE = 3600.0
 """Seconds after which a temporary file is taken for a crashed process's, and a damaged file is dropped."""
 
 _PATIENCE = 10.0  # seconds for another process to finish making room
+_NOTE = len(b"%020d %020d\n" % (0, 0))
 _CHUNK = re.compile(r"[0-9a-f]{64}\.safetensors")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 
@@ -41,12 +42,14 @@ LastUsed = Callable[[Found], "float | None"]
 
 
 class SharedCap:
-    """Keeps the files below ``folder`` within ``cap`` bytes, whoever wrote them.
+    """Keeps the files below ``folder`` within ``cap`` bytes, whoever writes them.
 
-    Room is reserved before a file is written, in a note that all processes share and that may only err upwards: when it
-    says that the cap is reached, the files are counted anew. So a reservation is a few system calls, a crash or a
-    deletion costs one count, and nothing is lost with the note or the lock file. Where the file system knows no
-    locks, each process still keeps the cap by counting, and two that write at once may exceed it by what both write.
+    A file comes into being at its full size, and takes its name, while its process is `alone`; so whoever counts the
+    files meanwhile counts what others are writing, too. What was counted is remembered in a note that all processes
+    share and that may only err upwards: when it says that the cap is reached, the files are counted anew. So a
+    reservation is a few system calls, a crash or a deletion costs one count, and nothing is lost with the note or
+    the lock file. Where the file system knows no locks, each process still keeps the cap by counting, and two that
+    write at once may exceed it by what both write.
     """
 
     def __init__(self, folder: Path, cap: int) -> None:
@@ -55,34 +58,58 @@ class SharedCap:
         self._trusted = True
         self._threads = threading.Lock()
 
-    def reserve(self, size: int, last_used: LastUsed) -> list[Found] | None:
-        """Make room for ``size`` bytes; what had to go, least recently used first, or None when there is no room.
+    @contextmanager
+    def alone(self, patience: float | None = None) -> Iterator[None]:
+        """No other process or thread makes or renames files of the store meanwhile; they may be removed.
 
-        Raises TimeoutError when another process keeps everybody waiting.
+        Raises TimeoutError when another one keeps everybody waiting for ``patience`` seconds.
         """
-        with self._alone():
-            total, gone = self._noted(), list[Found]()
-            if total is None or total + size > self.cap:
-                found = list(self.scan())
-                total = sum(file.nbytes for file in found)
-                if total + size > self.cap:
-                    gone = self._free(found, total + size - int(self.cap * LOW_WATER), last_used)
-                    total -= sum(file.nbytes for file in gone)
-            fits = total + size <= self.cap
-            self._write_down(total + size if fits else total)
-            return gone if fits else None
+        patience = _PATIENCE if patience is None else patience
+        if not self._threads.acquire(timeout=patience):
+            raise TimeoutError("another thread keeps the store busy")
+        try:
+            try:
+                files.status(self.folder)
+                lock = files.lock(self.folder / ".lock", patience)
+                lock.__enter__()
+            except TimeoutError:
+                raise
+            except (OSError, NotImplementedError):  # read-only, full, or a file system without locks
+                yield
+                return
+            try:
+                yield
+            finally:
+                lock.__exit__(None, None, None)
+        finally:
+            self._threads.release()
+
+    def make_room(self, size: int, last_used: LastUsed) -> list[Found] | None:
+        """Take note of ``size`` bytes more, for a file that the caller makes while it is still `alone`, and make room
+        for them; what had to go, least recently used first, or None when there is no room.
+        """
+        total, gone = self._noted(), list[Found]()
+        if total is None or total + size > self.cap:
+            found = list(self.scan())
+            total = sum(file.nbytes for file in found)
+            if total + size > self.cap:
+                gone = self._free(found, total + size - int(self.cap * LOW_WATER), last_used)
+                total -= sum(file.nbytes for file in gone)
+        fits = total + size <= self.cap
+        self._write_down(total + size if fits else total)
+        return gone if fits else None
 
     def free(self, size: int, last_used: LastUsed) -> list[Found]:
         """Remove the least recently used files until ``size`` bytes are freed, whatever the cap says.
 
         Raises TimeoutError when another process keeps everybody waiting.
         """
-        with self._alone():
+        with self.alone():
             return self._free(list(self.scan()), size, last_used)
 
     def count(self) -> int:
         """Count what is there, in bytes, and remove what crashes left behind; for the opening of a store."""
-        with self._alone():
+        with self.alone():
             total = 0
             for file in self.scan():
                 if not (file.garbage and time.time() - file.used > STALE and self._remove(file)):
@@ -109,23 +136,6 @@ class SharedCap:
                 continue
 
     # ---- inside ---------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._threads:
-            try:
-                files.status(self.folder)
-                lock = files.lock(self.folder / ".lock", _PATIENCE)
-                lock.__enter__()
-            except TimeoutError:
-                raise
-            except (OSError, NotImplementedError):  # read-only, full, or a file system without locks
-                yield
-                return
-            try:
-                yield
-            finally:
-                lock.__exit__(None, None, None)
 
     def _free(self, found: list[Found], size: int, last_used: LastUsed) -> list[Found]:
         now, freed, gone = time.time(), 0, list[Found]()
@@ -155,7 +165,7 @@ class SharedCap:
     def _noted(self) -> int | None:
         """What the note says, in bytes; None when it is missing, torn, or could not be written last time."""
         try:
-            one, two = files.read_head(self._note, 64).split()
+            one, two = files.read_head(self._note, _NOTE).split()
             return int(one) if one == two and self._trusted else None
         except (OSError, ValueError):
             return None
@@ -166,6 +176,10 @@ class SharedCap:
             self._trusted = True
         except OSError:
             self._trusted = False
+            try:
+                files.remove(self._note)  # what it says is too little: others must not believe it
+            except OSError:
+                pass
 
 
 def namespaces(folder: Path) -> list[Path]:

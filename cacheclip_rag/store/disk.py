@@ -22,6 +22,7 @@ from .cap import Found, SharedCap
 log = logging.getLogger("cacheclip_rag")
 
 _STAMP_EVERY = 60.0  # seconds between two "last used" stamps of a file
+_BRIEFLY = 1.0  # seconds to wait for other processes before a damaged file is left where it is
 _TICK = 2_000_000_000  # nanoseconds between two times of change that a file system tells apart, at worst
 
 
@@ -52,11 +53,12 @@ class DiskStore:
         self.namespace, self.cap, self.sync = namespace, cap, sync
         self.folder = Path(folder).expanduser()
         self.path = self.folder / namespace.digest[:32]
+        self._prefix = f"{self.path}/"  # joining paths takes as long as opening a file
         self._index: dict[str, _Known] = {}
         self._reading: Counter[str] = Counter()
         self._vanished: deque[str] = deque(maxlen=1 << 16)
         self._stats = StoreStats()
-        self._lock, self._writing = threading.RLock(), threading.Lock()
+        self._lock, self._writing, self._refreshing = threading.RLock(), threading.Lock(), threading.Lock()
         self._seen = -1
         self._shared = SharedCap(self.folder, cap)
         self.writable = True
@@ -80,23 +82,27 @@ class DiskStore:
 
     def refresh(self) -> bool:
         """Take note of what other processes added or removed; one `stat` call when nothing changed."""
-        with self._lock:
+        with self._refreshing:
             try:
                 changed = files.changed(self.path)
                 if changed == self._seen:
                     return False
-                listed = time.time_ns()
-                found = {entry.name[: -len(format.SUFFIX)]: entry for entry in files.listing(self.path)}
             except FileNotFoundError:  # another process cleared the store
-                changed = listed = -1
-                found = {}
+                changed = -1
             except OSError:
                 return False
-            found = {key: entry for key, entry in found.items() if _is_key(key) and entry.name == key + format.SUFFIX}
-            gone, new = set(self._index) - set(found), set(found) - set(self._index)
-            for key in gone:
-                del self._index[key]
-            self._vanished += gone
+            with self._lock:  # before the listing, which may miss what is put meanwhile
+                before = set(self._index)
+            listed = time.time_ns()
+            try:
+                found = self._listed()
+            except OSError:
+                return False
+            gone, new = before - found, found - before
+            with self._lock:
+                for key in gone:
+                    self._index.pop(key, None)
+                self._vanished += gone
             adopted = [key for key in new if self._adopt(key)]
             # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
             self._seen = changed if listed - changed > _TICK else -1
@@ -114,11 +120,10 @@ class DiskStore:
             with self._lock:
                 self._stats.misses += 1
             return None
-        path = self._file(key)
         with self._lock:
             self._reading[key] += 1
         try:
-            chunk = self._load(key, path)
+            chunk = self._load(key)
         finally:
             with self._lock:
                 self._reading[key] -= 1
@@ -128,12 +133,12 @@ class DiskStore:
                 self._stats.misses += chunk is None
         return chunk
 
-    def _load(self, key: str, path: Path) -> ChunkKV | None:
+    def _load(self, key: str) -> ChunkKV | None:
         self.touch(key)  # before the file is opened: what is being read is not what was used longest ago
         status: os.stat_result | None = None
         try:
-            status = files.status(path)
-            return format.load(files.read(path, self.cap), key, self.namespace)
+            data, status = files.contents(f"{self._prefix}{key}{format.SUFFIX}", self.cap)
+            return format.load(data, key, self.namespace)
         except format.Rejected as reason:
             self._set_aside(key, str(reason), status)
         except FileNotFoundError:
@@ -174,11 +179,10 @@ class DiskStore:
         if len(data) > self.cap:
             return self._not_kept(f"larger than the store's cap of {self.cap:,} bytes")
         try:
-            if not self._make_room(len(data)):
-                return self._not_kept("no room could be made")
             for attempt in range(2):
                 try:
-                    files.publish(path, data, self.sync)
+                    if not self._publish(path, data):
+                        return self._not_kept("no room could be made")
                     kept = self._adopt(key)
                     self.touch(key)
                     return kept
@@ -195,6 +199,25 @@ class DiskStore:
         except OSError as error:
             return self._not_kept(error.strerror or str(error))
         return False
+
+    def _publish(self, path: Path, data: bytes) -> bool:
+        """Write the file within the cap of all processes; False when there is no room. Raises OSError."""
+        with self._shared.alone():
+            gone = self._shared.make_room(len(data), self._last_used)
+            self._note_evicted(gone or ())
+            if gone is None:
+                return False
+            temporary = files.reserve(path, len(data))
+        try:
+            files.fill(temporary, data, self.sync)  # others may write meanwhile
+            with self._shared.alone():
+                files.rename(temporary, path)
+        except BaseException:
+            files.discard(temporary)
+            raise
+        if self.sync:
+            files.sync_folder(self.path)
+        return True
 
     def delete(self, keys: Collection[str]) -> None:
         for key in filter(_is_key, keys):
@@ -226,6 +249,14 @@ class DiskStore:
 
     def _file(self, key: str) -> Path:
         return self.path / f"{key}{format.SUFFIX}"
+
+    def _listed(self) -> set[str]:
+        """Keys of the files that are there. Raises OSError."""
+        try:
+            names = [entry.name for entry in files.listing(self.path)]
+        except FileNotFoundError:
+            return set()
+        return {key for name in names if name == (key := name[:64]) + format.SUFFIX and _is_key(key)}
 
     def _make_folder(self) -> None:
         files.make_directory(self.folder)
@@ -281,13 +312,14 @@ class DiskStore:
         self._forget(key, reason)
         path, bad = self._file(key), self._file(key).with_suffix(".bad")
         try:
-            now = files.status(path)
-            if seen is None or (now.st_dev, now.st_ino) != (seen.st_dev, seen.st_ino):
-                return
-            files.rename(path, bad)
-            # A file that took the other's place, and its number with it, is good: then it goes back.
-            format.load(files.read(bad, self.cap), key, self.namespace)
-            files.rename(bad, path)
+            with self._shared.alone(_BRIEFLY):  # it is a reader who waits
+                now = files.status(path)
+                if seen is None or (now.st_dev, now.st_ino) != (seen.st_dev, seen.st_ino):
+                    return
+                files.rename(path, bad)
+                # A file that took the other's place, and its number with it, is good: then it goes back.
+                format.load(files.read(bad, self.cap), key, self.namespace)
+                files.rename(bad, path)
         except (format.Rejected, OSError, MemoryError):
             pass
 
@@ -296,11 +328,6 @@ class DiskStore:
             self._stats.failed_puts += 1
         log.warning("chunk KV could not be kept: %s", reason)
         return False
-
-    def _make_room(self, size: int) -> bool:
-        gone = self._shared.reserve(size, self._last_used)
-        self._note_evicted(gone or ())
-        return gone is not None
 
     def _evict(self, size: int) -> bool:
         """Free ``size`` bytes, the least recently used chunks first."""

@@ -22,32 +22,38 @@ _CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr
 _PIECE = 1 << 30  # bytes read at a time, at most
 
 
-def read(path: Path, limit: int | None = None) -> memoryview:
-    """The whole file, in writable memory of its own. Plain reads, no memory map: a file cut short under a map kills the
-    process.
+def read(path: Path | str, limit: int | None = None) -> memoryview:
+    """The whole file, as `contents` reads it."""
+    return contents(path, limit)[0]
+
+
+def contents(path: Path | str, limit: int | None = None) -> tuple[memoryview, os.stat_result]:
+    """The whole file, in writable memory of its own, and what was opened. Plain reads, no memory map: a file cut short
+    under a map kills the process.
 
     A file of more than ``limit`` bytes is an OSError (EFBIG), as is one that grows meanwhile, and anything but a
     regular file.
     """
-    descriptor = _open(path)
+    descriptor, status = _open(path)
     try:
-        size = os.fstat(descriptor).st_size
+        size = status.st_size
         if limit is not None and size > limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-        # Memory that nobody has filled with zeros first, and that tensors can lie in without another copy.
-        whole, length = np.empty(size, np.uint8).data, 0
+        # Memory that nobody has filled with zeros first, and that tensors can lie in without another copy. One byte
+        # more than is wanted shows without another call whether the file has grown.
+        whole, length = np.empty(size + 1, np.uint8).data, 0
         while length < size and (count := _read_into(descriptor, whole[length : length + _PIECE])):
             length += count
-        if os.read(descriptor, 1):
+        if length > size:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-        return whole[:length]
+        return whole[:length], status
     finally:
         os.close(descriptor)
 
 
 def read_head(path: Path, size: int) -> bytes:
     """The first ``size`` bytes, or what there is."""
-    descriptor = _open(path)
+    descriptor, _ = _open(path)
     try:
         data = b""
         while len(data) < size and (piece := os.read(descriptor, size - len(data))):
@@ -62,32 +68,59 @@ def publish(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
 
     ``sync`` makes it survive a power cut as well. Raises OSError; the temporary file is gone then.
     """
+    temporary = reserve(path, len(data))
+    try:
+        fill(temporary, data, sync)
+        os.replace(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def reserve(path: Path, size: int) -> Path:
+    """A temporary file beside ``path``, of ``size`` bytes from the start: who counts the files counts all of it.
+
+    Raises OSError; there is no file then.
+    """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CAREFUL, 0o600)
     try:
         try:
-            os.ftruncate(descriptor, len(data))  # so that who counts the files meanwhile counts all of this one
-            _write(descriptor, data)
-            if sync:
-                os.fsync(descriptor)
+            os.ftruncate(descriptor, size)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
     except BaseException:
-        try:
-            os.unlink(temporary)
-        except OSError:  # it is swept later, and what went wrong first is what counts
-            pass
+        discard(temporary)
         raise
-    if sync:
-        _sync_folder(path.parent)
+    return temporary
+
+
+def fill(temporary: Path, data: bytes | memoryview, sync: bool = True) -> None:
+    """Write what a reserved file is for; with ``sync`` it is on the disk then. The file stays when this fails."""
+    descriptor = os.open(temporary, os.O_WRONLY | _CAREFUL)
+    try:
+        _write(descriptor, data)
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(temporary: Path) -> None:
+    """Remove a reserved file after a failure. If that fails too it is swept later: what went wrong first counts."""
+    try:
+        os.unlink(temporary)
+    except OSError:
+        pass
 
 
 def mark(folder: Path, names: Iterable[str]) -> None:
     """Make empty files, which say by being there all they say, so that they survive a power cut."""
     for name in names:
         os.close(os.open(folder / name, os.O_WRONLY | os.O_CREAT | _CAREFUL, 0o600))
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def overwrite(path: Path, data: bytes) -> None:
@@ -150,28 +183,30 @@ def changed(path: Path) -> int:
     return os.stat(path).st_mtime_ns
 
 
-def listing(path: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(path) as entries:
-        yield from entries
-
-
-def _open(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY | _CAREFUL)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make the names of the files in it survive a power cut."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def listing(path: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        yield from entries
+
+
+def _open(path: Path | str) -> tuple[int, os.stat_result]:
+    descriptor = os.open(path, os.O_RDONLY | _CAREFUL)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, status
 
 
 def _read_into(descriptor: int, target: memoryview) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ MAX_TENSORS = 64
 _METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
 _EXTRA, _PACKING = "extra.", "int8."
+_canonical = json.JSONEncoder(sort_keys=True).encode
 
 
 def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
@@ -55,7 +57,9 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
         metadata["company"] = json.dumps(chunk.company)
         if chunk.joint:
             metadata["joint"] = "true"
-    placed = {name: Placed(tensor, _bytes(tensor)) for name, tensor in tensors.items()}
+    placed = {
+        name: Placed(tensor, _bytes(tensor), tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
     metadata["checksum"] = _checksum(placed, metadata, namespace)
     try:
         return safetensors.torch.save(tensors, metadata)
@@ -81,7 +85,7 @@ def fields(head: Data) -> dict[str, Any]:
     if len(head) < 8 + length:
         raise Rejected("truncated")
     try:
-        found = json.loads(bytes(head[8 : 8 + length]))
+        found = json.loads(str(head[8 : 8 + length], "utf-8"))
         metadata = found["__metadata__"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Rejected("damaged header") from error
@@ -136,30 +140,29 @@ def load(data: Data, key: str, namespace: Namespace) -> ChunkKV:
         raise Rejected("checksum")
     if not set(_TENSORS) <= set(tensors):
         raise Rejected("damaged")
+    _check_shapes(placed, extra, packing)
     kv: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
     about: dict[str, Any] = {"company": others, "joint": joint}
-    chunk = ChunkKV(text=text, position=position, extra=extra, packing=packing, **about, **kv)
-    _check_shapes(chunk)
-    return chunk
+    return ChunkKV(text=text, position=position, extra=extra, packing=packing, **about, **kv)
 
 
 def _named(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _check_shapes(chunk: ChunkKV) -> None:
-    count = chunk.ids.numel()
+def _check_shapes(placed: Mapping[str, Placed], extra: Mapping[str, Tensor], packing: Mapping[str, Tensor]) -> None:
+    ids, keys, offsets, values = (placed[name] for name in _TENSORS)
+    count = math.prod(ids.shape)
     good = (
-        chunk.ids.shape == (count,)
-        and chunk.ids.dtype == torch.int64
-        and chunk.offsets.shape == (count, 2)
-        and chunk.offsets.dtype == torch.int64
-        and chunk.keys.dim() == 4
-        and chunk.keys.dtype == chunk.values.dtype
-        and chunk.keys.shape == chunk.values.shape
-        and chunk.keys.shape[2] == count
-        and (int8.well_formed(chunk.keys, chunk.packing) if chunk.packing else chunk.keys.is_floating_point())
-        and all(tensor.shape[:1] == (count,) for tensor in chunk.extra.values())
+        ids.shape == (count,)
+        and ids.dtype == offsets.dtype == torch.int64
+        and offsets.shape == (count, 2)
+        and len(keys.shape) == 4
+        and keys.dtype == values.dtype
+        and keys.shape == values.shape
+        and keys.shape[2] == count
+        and (int8.well_formed(keys.tensor, packing) if packing else keys.dtype.is_floating_point)
+        and all(tensor.shape[:1] == (count,) for tensor in extra.values())
     )
     if not good:
         raise Rejected("shapes")
@@ -172,8 +175,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _checksum(tensors: Mapping[str, Placed], metadata: dict[str, str], namespace: Namespace) -> str:
     """Over everything that is served: the tensors and what the header says of them."""
     digest: Any = hmac.new(namespace.secret, digestmod=hashlib.sha256) if namespace.secret else xxhash.xxh3_128()
-    digest.update(json.dumps(metadata, sort_keys=True).encode())
-    for name, (tensor, raw) in sorted(tensors.items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+    digest.update(_canonical(metadata).encode())
+    for name in sorted(tensors):
+        _, raw, dtype, shape = tensors[name]
+        digest.update(f"{name}:{dtype}:{shape};".encode())
         digest.update(raw)
     return digest.hexdigest()
