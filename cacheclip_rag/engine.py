@@ -35,6 +35,7 @@ from .report import Report
 from .select import Everything
 from .stats import Stats, Tally, total
 from .store import Documents, Remote, RemoteStore
+from .store.remote_admin import RemoteTexts
 from .turns import Seats, Turns
 
 log = logging.getLogger("cacheclip_rag")
@@ -129,6 +130,9 @@ class Engine(Ingestion):
         self.documents = Documents(store, tenant, self._secret)
         """Which chunks are of which document."""
         self._uploading: list[RemoteStore] = []
+        self._remote_texts: RemoteTexts | None = None
+        if self._remote is not None:
+            self._remote_texts = RemoteTexts(self._remote, tenant, self.documents.text)
         self.auxiliary: Auxiliary | None = None
         self._rooms: dict[Encoder, Reuse] = {}
         self._exact: dict[ExactReuse, ExactCache] = {}
@@ -278,8 +282,7 @@ class Engine(Ingestion):
         """Stop background work, but for uploads, which are waited for. The engine goes on answering."""
         self._background.close()
         self.usage.save()
-        for store in self._uploading:
-            store.flush()
+        self._settle_remote()
 
     def __enter__(self) -> Engine:
         return self

@@ -28,7 +28,8 @@ from .methods import Method
 from .prefill import Reuse
 from .prompt import ChunkIndex
 from .store import ChunkStore, DiskStore, Documents, MemoryStore, Remote, RemoteStore, TieredStore
-from .store.admin import Administration
+from .store.admin import Administration, forget_digests
+from .store.remote_admin import RemoteTexts
 from .turns import Seats, Turns
 
 log = logging.getLogger("cacheclip_rag")
@@ -75,6 +76,7 @@ class Ingestion:
     _secret: bytes
     _remote: Remote | None
     _uploading: list[RemoteStore]
+    _remote_texts: RemoteTexts | None
     _kv_dtype: KVDtype
     _rooms: dict[Encoder, Reuse]
     _rooms_lock: threading.Lock
@@ -267,8 +269,7 @@ class Ingestion:
         """Wait until everything asked of `ensure_later` is done, and is at the remote store if there is one."""
         self._background.flush()
         self.usage.save()
-        for store in self._uploading:
-            store.flush()
+        self._settle_remote()
 
     def forget(self, texts: Iterable[str]) -> None:
         """Drop the KV of these chunks, whatever was computed in their company, the auxiliary model's included, and all
@@ -276,22 +277,29 @@ class Ingestion:
         """
         if gone := list(texts):
             self._forget(gone)
+            if self._remote_texts is not None:
+                opened = [store.namespace.digest[:32] for store in self._uploading]
+                try:
+                    self._remote_texts.forget(set(map(self.documents.text, gone)), opened)
+                except StoreError as error:
+                    log.warning("what was forgotten may still be at the remote: %s", error)
             self.documents.drop(gone)
 
     def forget_document(self, *documents: str) -> None:
-        """Drop what `ensure` kept of these documents, for all models in the store's folder; chunks that another
-        document has as well stay.
+        """Drop what `ensure` kept of these documents, for all models in the store's folder and at the remote; chunks
+        that another document has as well stay.
 
-        It reads the beginning of every file in the folder. Interrupted, it can be repeated. Raises `StoreError` when
-        something cannot be removed.
+        It reads the beginning of every file in the folder, and once of those at the remote. Interrupted, it can be
+        repeated. Raises `StoreError` when something cannot be removed, a remote that is away included: repeat it then.
         """
         if wanted := self.documents.only(documents):
             known = map(self.index.text, self.index.keys())
             self._forget([text for text in known if text is not None and self.documents.text(text) in wanted])
-        if self._store_folder is not None:
-            Administration(self._store_folder).forget_documents(documents, self._tenant, self._secret)
-        else:
-            self.documents.remove(documents)
+            if self._store_folder is not None:
+                forget_digests(Administration(self._store_folder), self.documents, wanted, self._tenant)
+            if self._remote_texts is not None:
+                self._remote_texts.forget(wanted)
+        self.documents.remove(documents)
 
     def _forget(self, gone: Sequence[str]) -> None:
         if not self.composable:
@@ -335,6 +343,16 @@ class Ingestion:
         self._threads.submit(lambda: [self.library.get(key) for key in keys])
 
     # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _settle_remote(self) -> None:
+        """Upload and remove there what is still to be uploaded and removed. Bounded, and never raises."""
+        for store in self._uploading:
+            store.flush()
+        if self._remote_texts is not None:
+            try:
+                self._remote_texts.go_on()
+            except StoreError as error:
+                log.warning("what was forgotten may still be at the remote: %s", error)
 
     def _follow_store(self) -> None:
         for room in self._opened():

@@ -15,19 +15,23 @@ from .errors import ConfigurationError
 
 if TYPE_CHECKING:
     from .store.admin import Administration
+    from .store.remote_admin import RemoteAdministration
 
 app = typer.Typer(no_args_is_help=True, help="Look after a folder of chunk KV.")
 
 Folder = Annotated[Path, typer.Option("--store", "-s", envvar="CACHECLIP_STORE", help="The store's folder.")]
+Remotely = Annotated[
+    str, typer.Option("--remote", metavar="URL", help="A remote instead of a folder (an fsspec url, s3://bucket/kv).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OfNamespace = Annotated[str, typer.Option("--namespace", "-n", help="Only namespaces whose names begin so.")]
 DEFAULT = Path(".cacheclip")
 
 
 @app.command()
-def stats(store: Folder = DEFAULT, as_json: AsJson = False) -> None:
+def stats(store: Folder = DEFAULT, remote: Remotely = "", as_json: AsJson = False) -> None:
     """What each model, encoder and tenant takes up."""
-    found = _open(store).usage()
+    found = _open(store, remote).usage()
     if as_json:
         return _print([asdict(one) for one in found])
     for one in found:
@@ -52,12 +56,13 @@ def stats(store: Folder = DEFAULT, as_json: AsJson = False) -> None:
 @app.command("list")
 def list_(
     store: Folder = DEFAULT,
+    remote: Remotely = "",
     namespace: OfNamespace = "",
     text: Annotated[bool, typer.Option("--text", help="With the whole text of each chunk.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """All chunks, those used last first."""
-    found = sorted(_open(store).entries(namespace), key=lambda stored: -stored.used)
+    found = sorted(_open(store, remote).entries(namespace), key=lambda stored: -stored.used)
     if as_json:
         return _print(
             [{k: v for k, v in asdict(stored).items() if text or k not in ("text", "company")} for stored in found]
@@ -73,11 +78,12 @@ def list_(
 @app.command()
 def verify(
     store: Folder = DEFAULT,
+    remote: Remotely = "",
     secret_file: Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every file and check it as a request would; exits with 1 when one is damaged. Changes nothing."""
-    result = _open(store).verify(_secret(secret_file))
+    result = _open(store, remote).verify(_secret(secret_file))
     if as_json:
         _print(asdict(result))
     else:
@@ -100,7 +106,7 @@ def gc(
 ) -> None:
     """Remove damaged files and what crashes left; with options, chunks that are not worth their room."""
     limit = None if cap is None else _bytes(cap)
-    gone = _open(store).collect(limit, None if unused_days is None else unused_days * 86_400)
+    gone = _folder(store).collect(limit, None if unused_days is None else unused_days * 86_400)
     chunks = sum(not file.garbage for file in gone)
     freed = sum(file.nbytes for file in gone)
     if as_json:
@@ -112,6 +118,7 @@ def gc(
 def forget(
     documents: Annotated[list[Path] | None, typer.Argument(metavar="[DOCUMENT]...", help="Text files.")] = None,
     store: Folder = DEFAULT,
+    remote: Remotely = "",
     containing: Annotated[list[str] | None, typer.Option(help="Forget chunks with this in their text.")] = None,
     document: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Forget the chunks that were stored as this document's.")
@@ -122,9 +129,10 @@ def forget(
     as_json: AsJson = False,
 ) -> None:
     """Remove the KV of every chunk whose text stands in a DOCUMENT or contains a phrase, or that only the documents
-    with these IDs have, for all models.
+    with these IDs have, for all models. With --document and --remote, in the folder, which knows them, and at the
+    remote.
     """
-    from .store.admin import occurs_in
+    from .store.holdings import occurs_in
 
     if not documents and not containing and not document:
         raise typer.BadParameter("give a DOCUMENT, --document ID, or --containing PHRASE")
@@ -140,12 +148,13 @@ def forget(
     def unwanted(text: str) -> bool:
         return in_documents(text) or any(phrase in text for phrase in containing or ())
 
-    folder = _open(store)
     if document:
-        gone, left = folder.forget_documents(document, tenant, _secret(secret_file))
+        elsewhere = [_remote(remote)] if remote else []
+        gone, left = _folder(store).forget_documents(document, tenant, _secret(secret_file), elsewhere)
     else:
-        gone = folder.forget(unwanted, namespace)
-        left = sum(stored.holds(unwanted) for stored in folder.entries(namespace))
+        place = _open(store, remote)
+        gone = place.forget(unwanted, namespace)
+        left = sum(stored.holds(unwanted) for stored in place.entries(namespace))
     if as_json:
         _print({"removed": len(gone), "nbytes": sum(stored.nbytes for stored in gone), "left": left})
     else:
@@ -157,24 +166,36 @@ def forget(
 @app.command()
 def clear(
     store: Folder = DEFAULT,
+    remote: Remotely = "",
     namespace: OfNamespace = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove all chunks."""
-    folder = _open(store)
+    place = _open(store, remote)
     if not yes:
-        typer.confirm(f"Remove all chunk KV in {store}?", abort=True)
-    count = folder.clear(namespace)
+        typer.confirm(f"Remove all chunk KV in {remote or store}?", abort=True)
+    count = place.clear(namespace)
     if as_json:
         return _print({"removed": count})
     typer.echo(f"removed {count:,} chunks")
 
 
-def _open(folder: Path) -> Administration:
+def _open(folder: Path, remote: str) -> Administration | RemoteAdministration:
+    return _remote(remote) if remote else _folder(folder)
+
+
+def _folder(path: Path) -> Administration:
     from .store.admin import Administration
 
-    return Administration(folder)
+    return Administration(path)
+
+
+def _remote(url: str) -> RemoteAdministration:
+    from .store.remote import Remote
+    from .store.remote_admin import RemoteAdministration
+
+    return RemoteAdministration(Remote(url))
 
 
 def _print(value: Any) -> None:

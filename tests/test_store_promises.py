@@ -18,7 +18,8 @@ import torch
 
 from cacheclip_rag.chunks import ChunkKV, Namespace
 from cacheclip_rag.store import DiskStore, MemoryStore, TieredStore, cap, disk, files, format
-from cacheclip_rag.store.admin import Administration, occurs_in
+from cacheclip_rag.store.admin import Administration
+from cacheclip_rag.store.holdings import occurs_in
 
 HUGE = 1 << 40
 ONE, TWO = (Namespace({"format": format.FORMAT, "model": name, "tenant": ""}) for name in ("one", "two"))

@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from . import files
 
@@ -21,20 +21,26 @@ STALE = 3600.0
 """Seconds after which a temporary file is taken for a crashed process's, and a damaged file is dropped."""
 
 _PATIENCE = 10.0  # seconds for another process to finish making room
+_AT_ONCE = 1.0  # seconds of removing more than is needed, while others wait
 _NOTE = len(b"%020d %020d\n" % (0, 0))
 _CHUNK = re.compile(r"[0-9a-f]{64}\.safetensors")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True)
-class Found:
-    """A file of the store. ``used``: when it was last used (epoch seconds), to the minute."""
+class Found(NamedTuple):
+    """A file of the store, ``namespace/name``. ``used``: when it was last used (epoch seconds), to the minute."""
 
-    path: Path
+    namespace: str
+    name: str
     nbytes: int
     used: float
     garbage: bool
     """Left by a crash, or set aside as damaged; never a chunk."""
+
+    @property
+    def key(self) -> str:
+        """A chunk's."""
+        return self.name[:64]
 
 
 LastUsed = Callable[[Found], "float | None"]
@@ -93,7 +99,8 @@ class SharedCap:
             found = list(self.scan())
             total = sum(file.nbytes for file in found)
             if total + size > self.cap:
-                gone = self._free(found, total + size - int(self.cap * LOW_WATER), last_used)
+                excess = total + size - self.cap
+                gone = self._free(found, excess, last_used, gladly=excess + self.cap - int(self.cap * LOW_WATER))
                 total -= sum(file.nbytes for file in gone)
         fits = total + size <= self.cap
         self._write_down(total + size if fits else total)
@@ -129,7 +136,7 @@ class SharedCap:
                     try:
                         if entry.is_file(follow_symlinks=False):
                             status = entry.stat(follow_symlinks=False)
-                            yield Found(folder / entry.name, status.st_size, status.st_mtime, garbage)
+                            yield Found(folder.name, entry.name, status.st_size, status.st_mtime, garbage)
                     except OSError:  # evicted meanwhile
                         continue
             except OSError:
@@ -137,28 +144,28 @@ class SharedCap:
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    def _free(self, found: list[Found], size: int, last_used: LastUsed) -> list[Found]:
-        now, freed, gone = time.time(), 0, list[Found]()
+    def _free(self, found: list[Found], size: int, last_used: LastUsed, gladly: int = 0) -> list[Found]:
+        """Remove ``size`` bytes, and ``gladly`` so many if it does not take long: others are waiting."""
+        now, start, freed, gone = time.time(), time.monotonic(), 0, list[Found]()
         candidates = list[tuple[bool, float, str, Found]]()
         for file in found:
             used = last_used(file)
             # A young temporary file is another process's chunk in the making.
-            if used is not None and not (file.path.name.startswith(files.TEMPORARY) and now - file.used < STALE):
-                candidates.append((not file.garbage, used, file.path.name, file))
+            if used is not None and not (file.name.startswith(files.TEMPORARY) and now - file.used < STALE):
+                candidates.append((not file.garbage, used, file.name, file))
         for *_, file in sorted(candidates, key=lambda candidate: candidate[:3]):
-            if freed >= size:
+            if freed >= size and (freed >= gladly or time.monotonic() - start > _AT_ONCE):
                 break
             if self._remove(file):
                 freed += file.nbytes
                 gone.append(file)
         return gone
 
-    @staticmethod
-    def _remove(file: Found) -> bool:
+    def _remove(self, file: Found) -> bool:
         try:
-            files.remove(file.path)
+            files.remove(self.folder / file.namespace / file.name)
         except OSError as error:
-            log.warning("could not delete %s: %s", file.path.name[:16], error.strerror)
+            log.warning("could not delete %s: %s", file.name[:16], error.strerror)
             return False
         return True
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..chunks import ChunkKV, Namespace
@@ -53,7 +54,7 @@ class DiskStore:
         self.namespace, self.cap, self.sync = namespace, cap, sync
         self.folder = Path(folder).expanduser()
         self.path = self.folder / namespace.digest[:32]
-        self._prefix = f"{self.path}/"  # joining paths takes as long as opening a file
+        self._prefix = f"{self.path}/"
         self._index: dict[str, _Known] = {}
         self._reading: Counter[str] = Counter()
         self._vanished: deque[str] = deque(maxlen=1 << 16)
@@ -137,7 +138,7 @@ class DiskStore:
         self.touch(key)  # before the file is opened: what is being read is not what was used longest ago
         status: os.stat_result | None = None
         try:
-            data, status = files.contents(f"{self._prefix}{key}{format.SUFFIX}", self.cap)
+            data, status = files.contents(self._name(key), self.cap)
             return format.load(data, key, self.namespace)
         except format.Rejected as reason:
             self._set_aside(key, str(reason), status)
@@ -250,6 +251,10 @@ class DiskStore:
     def _file(self, key: str) -> Path:
         return self.path / f"{key}{format.SUFFIX}"
 
+    def _name(self, key: str) -> str:
+        """`_file`, where there is no time to lose: to join a `Path` takes as long as to open a file."""
+        return f"{self._prefix}{key}{format.SUFFIX}"
+
     def _listed(self) -> set[str]:
         """Keys of the files that are there. Raises OSError."""
         try:
@@ -269,7 +274,7 @@ class DiskStore:
         """Take a file into the index, by its header; False when it is none of ours."""
         status: os.stat_result | None = None
         try:
-            status = files.status(self._file(key))
+            status = files.status(self._name(key))
             head = self._head(key)
             text, company = head["text"], format.company(head)
         except format.Rejected as reason:
@@ -287,11 +292,7 @@ class DiskStore:
         return False
 
     def _head(self, key: str) -> dict[str, str]:
-        head = files.read_head(self._file(key), 64 << 10)
-        length = int.from_bytes(head[:8], "little")
-        if len(head) < 8 + length <= 8 + format.MAX_HEADER:
-            head = files.read_head(self._file(key), 8 + length)
-        metadata = format.header(head)
+        metadata: dict[str, str] = format.read_fields(partial(files.read_head, self._name(key)))["__metadata__"]
         if metadata["key"] != key or metadata["namespace"] != self.namespace.json:
             raise format.Rejected("other key or model")
         return metadata
@@ -338,18 +339,18 @@ class DiskStore:
     def _last_used(self, file: Found) -> float | None:
         """When a file was last used, to the moment where it was by this process; None for what is being read."""
         with self._lock:
-            mine = file.path.parent == self.path
-            if mine and file.path.stem in self._reading:
+            mine = file.namespace == self.path.name
+            if mine and file.key in self._reading:
                 return None
-            known = self._index.get(file.path.stem) if mine else None
+            known = self._index.get(file.key) if mine else None
             return file.used if known is None else max(file.used, known.used)
 
     def _note_evicted(self, gone: Collection[Found]) -> None:
         with self._lock:
             for file in gone:
                 self._stats.evicted += not file.garbage
-                if file.path.parent == self.path:
-                    self._index.pop(file.path.stem, None)
+                if file.namespace == self.path.name:
+                    self._index.pop(file.key, None)
 
 
 def _exists(path: Path) -> bool:

@@ -51,7 +51,7 @@ def contents(path: Path | str, limit: int | None = None) -> tuple[memoryview, os
         os.close(descriptor)
 
 
-def read_head(path: Path, size: int) -> bytes:
+def read_head(path: Path | str, size: int) -> bytes:
     """The first ``size`` bytes, or what there is."""
     descriptor, _ = _open(path)
     try:
@@ -173,7 +173,7 @@ def touch(path: Path) -> None:
     os.utime(path, follow_symlinks=False)
 
 
-def status(path: Path) -> os.stat_result:
+def status(path: Path | str) -> os.stat_result:
     """Of the thing itself, not of what a link points to."""
     return os.stat(path, follow_symlinks=False)
 

@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -28,9 +28,12 @@ from .layout import Placed, read_tensors
 from .layout import Rejected as Rejected
 
 FORMAT = "cacheclip-rag/1"
+OTHER_FORMAT = "other format"
+"""Why a file of a version to come is rejected: it is not damaged."""
 SUFFIX = ".safetensors"
 MAX_HEADER = 16 << 20  # bytes; a header is a chunk's text and a few hundred bytes more
 MAX_TENSORS = 64
+_BEGINNING = 8 << 10  # bytes that hold most headers
 
 _METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
@@ -75,6 +78,15 @@ def header(head: Data) -> dict[str, str]:
     return fields(head)["__metadata__"]
 
 
+def read_fields(read: Callable[[int], Data]) -> dict[str, Any]:
+    """As `fields`, of a file whose first n bytes ``read(n)`` gives, or what there is of them."""
+    head = read(_BEGINNING)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 + length <= 8 + MAX_HEADER:
+        head = read(8 + length)
+    return fields(head)
+
+
 def fields(head: Data) -> dict[str, Any]:
     """The header at the start of a file: dtypes and shapes by tensor, and the checked metadata. Raises `Rejected`."""
     if len(head) < 8:
@@ -92,7 +104,7 @@ def fields(head: Data) -> dict[str, Any]:
     if len(found) > MAX_TENSORS + 1:
         raise Rejected("too many tensors")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise Rejected("other format")
+        raise Rejected(OTHER_FORMAT)
     if set(metadata) - {"company", "joint"} != _METADATA or not all(
         isinstance(value, str) for value in metadata.values()
     ):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _LONGEST_PAUSE = 600.0  # seconds without trying a remote that keeps failing
 _AT_ONCE = 8  # calls under way, those that hang included
+_LISTING = 4  # times the timeout
 _FAILURES = 3  # in a row, however quick
 _WAITING_BYTES = 1 << 30  # of chunks that wait for their upload
 
@@ -68,8 +70,11 @@ class Remote:
         self.broken = False
         """Whether the circuit is open."""
 
-    def call(self, work: Callable[[], T]) -> T:
-        """``work()``, if it is done in time. Raises FileNotFoundError, or `Unavailable`."""
+    def call(self, work: Callable[[], T], patience: float | None = None) -> T:
+        """``work()``, if it is done in time (``timeout``, or ``patience`` seconds). Raises FileNotFoundError, or
+        `Unavailable`.
+        """
+        patience = self.timeout if patience is None else patience
         self._enter()
         if not self._slots.acquire(blocking=False):
             self._failed(self.timeout)
@@ -90,13 +95,13 @@ class Remote:
         # A thread of its own that nobody joins: one that hangs must hold up neither the next call nor the exit.
         threading.Thread(target=run, name="cacheclip-remote", daemon=True).start()
         try:
-            result = future.result(self.timeout)
+            result = future.result(patience)
         except FileNotFoundError:
             self._succeeded()
             raise
         except FutureTimeout as error:
             self._failed(time.monotonic() - start)
-            raise Unavailable(f"{self.url} did not answer in {self.timeout:g} s") from error
+            raise Unavailable(f"{self.url} did not answer in {patience:g} s") from error
         except Exception as error:
             self._failed(time.monotonic() - start)
             raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from error
@@ -106,10 +111,18 @@ class Remote:
     def read(self, name: str) -> bytes:
         """The file's bytes. Raises what `call` does, and `Unavailable` for more than ``max_bytes``."""
 
+        data = self.read_head(name, self.max_bytes + 1)
+        if len(data) > self.max_bytes:
+            raise Unavailable(f"{name} is larger than {self.max_bytes:,} bytes")
+        return data
+
+    def read_head(self, name: str, size: int) -> bytes:
+        """The file's first ``size`` bytes, or what there is. Raises what `call` does."""
+
         def work() -> bytes:
             path = f"{self.root}/{name}"
             try:
-                return bytes(self.fs.cat_file(path, start=0, end=self.max_bytes + 1))
+                return bytes(self.fs.cat_file(path, start=0, end=size))
             except FileNotFoundError:
                 raise
             except Exception:  # an empty object has no first byte that a server could send
@@ -117,10 +130,23 @@ class Remote:
                     raise
                 return b""
 
-        data = self.call(work)
-        if len(data) > self.max_bytes:
-            raise Unavailable(f"{name} is larger than {self.max_bytes:,} bytes")
-        return data
+        return self.call(work)
+
+    def listing(self) -> dict[str, tuple[int, float]]:
+        """Bytes and time of change (epoch seconds; 0: not known) of all files, by name. Raises `Unavailable`.
+
+        A listing comes in pages, so it is given a few times as long as other calls.
+        """
+
+        def work() -> dict[str, tuple[int, float]]:
+            try:
+                found = self.fs.find(self.root, detail=True)
+            except FileNotFoundError:
+                return {}
+            start = len(self.fs._strip_protocol(self.root).rstrip("/")) + 1
+            return {path[start:]: (about.get("size") or 0, _changed(about)) for path, about in found.items()}
+
+        return self.call(work, _LISTING * self.timeout)
 
     def write(self, name: str, data: bytes, *, again: bool) -> None:
         """Keep a file, unless it is there and is not to be written ``again``. Raises `Unavailable`."""
@@ -254,8 +280,11 @@ class RemoteStore:
         return False
 
     def flush(self) -> None:
-        """Wait for the uploads. Bounded: when the remote is dead, the circuit breaker lets them fail."""
+        """Wait for the uploads, and remove what is still to be removed. Bounded: when the remote is dead, the circuit
+        breaker lets both fail.
+        """
         self._uploads.flush()
+        self._remove_unwanted()
 
     def stats(self) -> StoreStats:
         with self._lock:
@@ -305,6 +334,15 @@ class RemoteStore:
             with self._lock:
                 if not self._waiting:  # an upload that is under way would bring it back
                     self._unwanted.discard(key)
+
+
+def _changed(about: Mapping[str, Any]) -> float:
+    """When a file was written, as its file system calls that."""
+    when = next((about[name] for name in ("mtime", "LastModified", "last_modified", "created") if about.get(name)), 0)
+    try:
+        return float(when.timestamp() if isinstance(when, datetime) else when)
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _is_key(key: str) -> bool:
