@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cacheclip_rag.chunks import ChunkKV, Namespace
+from cacheclip_rag.errors import StoreError
 from cacheclip_rag.store import DiskStore, MemoryStore, TieredStore, cap, disk, files, format
 from cacheclip_rag.store.admin import Administration
 from cacheclip_rag.store.holdings import occurs_in
@@ -212,6 +213,72 @@ def test_a_store_that_was_cleared_goes_on(tmp_path: Path) -> None:
     assert not store.path.exists()
     assert store.refresh() is True and key not in store and list(store.entries()) == []
     assert store.get(put(store, "text 0")) is not None
+
+
+def test_files_are_made_and_renamed_while_nobody_else_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, calls = open_disk(tmp_path), list[str]()
+    lock, reserve, rename = files.lock, files.reserve, files.rename
+
+    def held(what: str) -> None:
+        calls.append(what)
+        with pytest.raises(TimeoutError), lock(tmp_path / ".lock", 0.01):
+            pass
+
+    monkeypatch.setattr(files, "reserve", lambda *arguments: (held("made"), reserve(*arguments))[1])
+    monkeypatch.setattr(files, "rename", lambda *arguments: (held("renamed"), rename(*arguments))[1])
+    key = put(store, "text 0")
+    path_of(store, key).write_bytes(b"damaged")
+    assert store.get(key) is None
+    assert calls == ["made", "renamed", "renamed"], "and set aside"
+
+
+def test_what_is_being_written_counts_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 4 * SIZE + 400
+    one, two = open_disk(tmp_path, ONE, limit), open_disk(tmp_path, TWO, limit)
+    fill, sizes = files.fill, list[int]()
+
+    def slow(temporary: Path, *rest: Any) -> None:
+        if temporary.parent == one.path:
+            (tmp_path / ".usage").unlink()  # so that the other one counts
+            for number in range(5):
+                put(two, f"text {number}")
+                sizes.append(total(tmp_path))
+        fill(temporary, *rest)
+
+    monkeypatch.setattr(files, "fill", slow)
+    put(one, "text 0")
+    assert len(sizes) == 5 and max(sizes) <= limit and total(tmp_path) <= limit
+
+
+def test_eviction_does_not_keep_others_waiting_for_more_than_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_disk(tmp_path, cap=40 * SIZE)
+    for number in range(39):
+        put(store, f"text {number}")
+    monkeypatch.setattr(cap, "_AT_ONCE", -1.0)
+    before = store.stats()
+    put(store, "one more"), put(store, "another one")
+    assert 1 <= store.stats().evicted - before.evicted <= 2
+    monkeypatch.undo()
+    for number in range(100, 103):
+        put(store, f"text {number}")
+    assert store.stats().evicted - before.evicted >= 4, "down to 90 %"
+
+
+def test_a_note_that_cannot_be_written_is_not_believed_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    limit = 4 * SIZE + 400
+    one, two = open_disk(tmp_path, ONE, limit), open_disk(tmp_path, TWO, limit)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "overwrite", fail)
+        put(one, "text 0"), put(one, "text 1"), put(one, "text 2")
+    put(two, "text 0"), put(two, "text 1")
+    assert total(tmp_path) <= limit
 
 
 # ---- P2, P4: never harm a good file ------------------------------------------------------------------------------
@@ -410,6 +477,40 @@ def test_what_another_process_removed_is_not_served_from_memory(tmp_path: Path) 
     Administration(tmp_path).forget(lambda text: "secret" in text)
     assert tiers.refresh() is True
     assert tiers.get(key) is None and key not in tiers
+
+
+def test_any_number_of_chunks_that_others_removed_are_dropped_from_memory(tmp_path: Path) -> None:
+    store = open_disk(tmp_path)
+    put(store, "text 0")
+    known = store._index[ONE.key("text 0")]
+    store._index |= {f"{number:064x}": known for number in range(70_000)}
+    later = store.path.stat().st_mtime_ns + 1_000_000
+    os.utime(store.path, ns=(later, later))
+    assert store.refresh() and len(store.vanished()) == 70_000 and store.vanished() == []
+
+
+def test_a_chunk_s_file_that_cannot_be_read_is_forgotten_too(tmp_path: Path) -> None:
+    store = open_disk(tmp_path)
+    keys = [put(store, f"a secret text {number}") for number in range(3)]
+    kept = put(store, "something else")
+    path_of(store, keys[0]).write_bytes(path_of(store, keys[0]).read_bytes()[:400])  # nobody has noticed yet
+    path_of(store, keys[1]).write_bytes(path_of(store, keys[1]).read_bytes().replace(b'"position"', b'"positiom"'))
+    assert len(Administration(tmp_path).forget(lambda text: "secret" in text)) == 1
+    assert not holds(tmp_path, "secret") and path_of(store, kept).exists()
+
+
+def test_what_cannot_be_looked_into_is_not_said_to_be_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(open_disk(tmp_path), "a secret text")
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "read_head", fail)
+    with pytest.raises(StoreError, match="Input/output error"):
+        Administration(tmp_path).forget(lambda text: "secret" in text)
+    assert Administration(tmp_path).usage()[0].unreadable == 1
 
 
 # ---- P14: formats to come, and those that were -------------------------------------------------------------------

@@ -462,11 +462,12 @@ class Disk(System):
         self.names: dict[int, Path] = {}
         self.dirty: set[Path] = set()
         self.renamed: dict[Path, list[tuple[Path, bytes | None]]] = {}
+        self.removed: dict[Path, dict[Path, bytes]] = {}
 
     def after(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         before = None
-        if name == "replace" and Path(arguments[1]).exists():
-            before = Path(arguments[1]).read_bytes()
+        if name in ("replace", "unlink") and Path(arguments[-1]).exists():
+            before = Path(arguments[-1]).read_bytes()
         result = real(*arguments, **options)
         if name == "open":
             self.names[result] = Path(arguments[0])
@@ -476,6 +477,9 @@ class Disk(System):
             path = self.names[arguments[0]]
             self.dirty.discard(path)
             self.renamed.pop(path, None)
+            self.removed.pop(path, None)
+        elif name == "unlink" and before is not None:
+            self.removed.setdefault(Path(arguments[0]).parent, {})[Path(arguments[0])] = before
         elif name == "replace":
             source, target = Path(arguments[0]), Path(arguments[1])
             if source in self.dirty:
@@ -512,14 +516,21 @@ class Disk(System):
                         target.unlink()
                     else:
                         target.write_bytes(before)
+        for names_left in self.removed.values():
+            for path, data in names_left.items():
+                if not path.exists() and self.random.random() < 0.5:
+                    changed += 1
+                    path.write_bytes(data)
         return changed
 
 
 def power_cuts(folder: Path, rounds: int, seed: int = 0) -> Tally:
-    """Cut the power at a random system call. Synced puts survive; others are there, or a miss, and never wrong."""
+    """Cut the power at a random system call. Synced puts survive, and what was deleted so does not come back; what was
+    not synced is there, or a miss, and never wrong.
+    """
     tally, known, rng = Tally(), chunks(8), random.Random(seed)
     for number in range(rounds):
-        here, sync, done = folder / f"power-{number}", rng.random() < 0.5, set[str]()
+        here, sync, done, gone = folder / f"power-{number}", rng.random() < 0.5, set[str](), set[str]()
         here.mkdir()
         disk = Disk(rng.randrange(5, 120), rng.randrange(1 << 30))
         try:
@@ -529,11 +540,17 @@ def power_cuts(folder: Path, rounds: int, seed: int = 0) -> Tally:
                     if store.put(key, chunk):
                         done.add(key)
                         tally.puts += 1
+                    if rng.random() < 0.3:
+                        done.discard(key)
+                        store.delete([key])
+                        gone.add(key)
         except PowerCut:
             pass
         tally.faults += disk.scramble()
         tally.rounds += 1
-        check(here, known, done if sync else set(), tally)
+        store = check(here, known, done if sync else set(), tally)
+        if sync and any(key in store for key in gone):
+            tally.failed.append("what was deleted came back")
         shutil.rmtree(here)
     return tally
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,6 +15,8 @@ from . import files, format
 from .cap import STALE, Found, SharedCap, namespaces
 from .documents import FOLDER, Documents
 from .holdings import Holdings, NamespaceUsage, Stored, Verified
+
+log = logging.getLogger("cacheclip_rag")
 
 
 class Administration(Holdings):
@@ -70,6 +73,12 @@ class Administration(Holdings):
         self._remove_empty()
         return gone
 
+    def forget(self, unwanted: Callable[[str], bool], namespace: str = "", tenant: str | None = None) -> list[Stored]:
+        try:
+            return super().forget(unwanted, namespace, tenant)
+        finally:
+            self._sync()
+
     def forget_documents(
         self,
         documents: Sequence[str],
@@ -99,6 +108,7 @@ class Administration(Holdings):
         if not namespace:
             Documents(self.folder).clear()
         self._remove_empty()
+        self._sync()
         return count
 
     # ---- inside ---------------------------------------------------------------------------------------------------
@@ -117,6 +127,14 @@ class Administration(Holdings):
 
     def _path(self, file: Found) -> Path:
         return self.folder / file.namespace / file.name
+
+    def _sync(self) -> None:
+        """What was removed does not come back with a power cut."""
+        for path in (self.folder, *namespaces(self.folder)):
+            try:
+                files.sync_folder(path)
+            except OSError as error:
+                log.warning("what was removed from %s may come back with a power cut: %s", path, error)
 
     def _remove_empty(self) -> None:
         for path in namespaces(self.folder):

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,7 +57,7 @@ class DiskStore:
         self._prefix = f"{self.path}/"
         self._index: dict[str, _Known] = {}
         self._reading: Counter[str] = Counter()
-        self._vanished: deque[str] = deque(maxlen=1 << 16)
+        self._vanished: set[str] = set()
         self._stats = StoreStats()
         self._lock, self._writing, self._refreshing = threading.RLock(), threading.Lock(), threading.Lock()
         self._seen = -1
@@ -103,7 +103,7 @@ class DiskStore:
             with self._lock:
                 for key in gone:
                     self._index.pop(key, None)
-                self._vanished += gone
+                self._vanished |= gone
             adopted = [key for key in new if self._adopt(key)]
             # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
             self._seen = changed if listed - changed > _TICK else -1
@@ -229,6 +229,11 @@ class DiskStore:
                 log.warning("could not delete stored chunk %s: %s", key[:12], error)
                 continue
             self._forget(key)
+        if self.sync and keys:
+            try:
+                files.sync_folder(self.path)  # or a power cut brings them back
+            except OSError as error:
+                log.warning("what was deleted may come back with a power cut: %s", error)
 
     def entries(self) -> Iterator[Entry]:
         self.refresh()

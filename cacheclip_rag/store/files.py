@@ -147,9 +147,14 @@ def make_directory(path: Path) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
+        return
     except FileNotFoundError:
         os.makedirs(path.parent, exist_ok=True)
         os.mkdir(path, 0o700)
+    try:
+        sync_folder(path.parent)  # what is synced in a folder is lost with the folder
+    except OSError:  # it may be another's, who lets nobody look
+        pass
 
 
 def remove(path: Path) -> None:

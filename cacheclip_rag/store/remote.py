@@ -93,7 +93,12 @@ class Remote:
 
         start = time.monotonic()
         # A thread of its own that nobody joins: one that hangs must hold up neither the next call nor the exit.
-        threading.Thread(target=run, name="cacheclip-remote", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="cacheclip-remote", daemon=True).start()
+        except RuntimeError as error:  # too many of them
+            self._slots.release()
+            self._failed(0.0)
+            raise Unavailable(f"{self.url}: {error}") from error
         try:
             result = future.result(patience)
         except FileNotFoundError:
