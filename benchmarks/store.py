@@ -127,8 +127,8 @@ def many(folder: Path, count: int) -> list[str]:
     row("refresh, another process removed one", timed(store.refresh))
     row("scan (cacheclip store stats)", timed(lambda: Administration(folder).usage()))
     small = DiskStore(folder, NAMESPACE, store.stats().nbytes, sync=False)
-    row("put one into a full store: evicts a tenth", timed(lambda: small.put(NAMESPACE.key("last"), make("last", MIB))))
-    assert small.stats().evicted > count // 11
+    last = timed(lambda: small.put(NAMESPACE.key("last"), make("last", MIB)))
+    row(f"put one into a full store: evicts {small.stats().evicted:,}", last)
     return rows
 
 

@@ -52,6 +52,26 @@ def test_snippets_are_python(page: Path) -> None:
         ast.parse(snippet)
 
 
+def test_every_promise_of_the_store_names_the_tests_that_prove_it() -> None:
+    text = (ROOT / "docs" / "store.md").read_text(encoding="utf-8")
+    files = {
+        letter: (ROOT / "tests" / name).read_text() for name, letter in re.findall(r"`tests/(\w+\.py)` \((\w)\)", text)
+    }
+    promises = re.split(r"^\*\*P(\d+)\.", text.partition("\n`make torture`")[0], flags=re.MULTILINE)
+    assert promises[1::2] == [str(number) for number in range(1, 15)]
+    for number, promise in zip(promises[1::2], promises[2::2], strict=True):
+        letters = re.split(r"(?:^|; ?\n?|[.,] )([A-Z]) (?=`test_)", promise, flags=re.MULTILINE)
+        named = [
+            (letter, name)
+            for letter, tests in zip(letters[1::2], letters[2::2], strict=True)
+            for name in re.findall(r"`(test_\w+)`", tests)
+        ]
+        assert named, f"P{number} names no test"
+        assert len(named) == len(re.findall(r"`test_\w+`", promise)), f"P{number}: a test of no file"
+        for letter, name in named:
+            assert re.search(rf"^(def {name}\(|{name} = )", files[letter], re.MULTILINE), f"P{number}: no {name}"
+
+
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a document about keys in docs/, to run snippets in."""

@@ -577,6 +577,33 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     assert disk._is_key(key)
 
 
+def test_no_memory_is_left_behind(tmp_path: Path) -> None:
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    store = open_disk(tmp_path)
+    chunk = make("large", tokens=8192)
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            key = ONE.key("large")
+            assert store.put(key, chunk) and same(store.get(key), chunk)
+            with open(path_of(store, key), "r+b") as file:
+                file.truncate(1 << 20)
+            assert store.get(key) is None
+            store.delete([key])
+
+    rounds(5)
+    before = resident()
+    rounds(60)
+    assert resident() - before < 10 * chunk.nbytes
+    assert not store._reading and not store._vanished and not store._index
+    assert [path.name for path in store.path.iterdir()] == ["namespace.json"]
+
+
 # ---- company -----------------------------------------------------------------------------------------------------
 
 

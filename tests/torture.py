@@ -1,6 +1,6 @@
 """Breaks the chunk store on purpose and counts what is lost or wrong: ``python tests/torture.py`` (minutes).
 
-`test_torture.py` runs short versions of the same. Every function here returns a `Tally`; all chunks are made from their
+`test_torture.py` runs shorter versions of it. Every function here returns a `Tally`; all chunks are made from their
 text, so what a store serves can be compared with what must be there whoever wrote it.
 """
 
