@@ -21,7 +21,7 @@ STALE = 3600.0
 """Seconds after which a temporary file is taken for a crashed process's, and a damaged file is dropped."""
 
 _PATIENCE = 10.0  # seconds for another process to finish making room
-_AT_ONCE = 1.0  # seconds of removing more than is needed, while others wait
+_AT_ONCE = 1.0  # seconds, or as long as counting took, of removing more than is needed
 _NOTE = len(b"%020d %020d\n" % (0, 0))
 _CHUNK = re.compile(r"[0-9a-f]{64}\.safetensors")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
@@ -96,11 +96,14 @@ class SharedCap:
         """
         total, gone = self._noted(), list[Found]()
         if total is None or total + size > self.cap:
+            start = time.monotonic()
             found = list(self.scan())
             total = sum(file.nbytes for file in found)
             if total + size > self.cap:
+                # Others are waiting; but what is removed beyond what is needed spares them the next count.
+                until = time.monotonic() + max(time.monotonic() - start, _AT_ONCE)
                 excess = total + size - self.cap
-                gone = self._free(found, excess, last_used, gladly=excess + self.cap - int(self.cap * LOW_WATER))
+                gone = self._free(found, excess, last_used, excess + self.cap - int(self.cap * LOW_WATER), until)
                 total -= sum(file.nbytes for file in gone)
         fits = total + size <= self.cap
         self._write_down(total + size if fits else total)
@@ -144,9 +147,11 @@ class SharedCap:
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    def _free(self, found: list[Found], size: int, last_used: LastUsed, gladly: int = 0) -> list[Found]:
-        """Remove ``size`` bytes, and ``gladly`` so many if it does not take long: others are waiting."""
-        now, start, freed, gone = time.time(), time.monotonic(), 0, list[Found]()
+    def _free(
+        self, found: list[Found], size: int, last_used: LastUsed, gladly: int = 0, until: float = 0.0
+    ) -> list[Found]:
+        """Remove ``size`` bytes, and ``gladly`` so many, ``until`` that moment of `time.monotonic`."""
+        now, freed, gone = time.time(), 0, list[Found]()
         candidates = list[tuple[bool, float, str, Found]]()
         for file in found:
             used = last_used(file)
@@ -154,7 +159,7 @@ class SharedCap:
             if used is not None and not (file.name.startswith(files.TEMPORARY) and now - file.used < STALE):
                 candidates.append((not file.garbage, used, file.name, file))
         for *_, file in sorted(candidates, key=lambda candidate: candidate[:3]):
-            if freed >= size and (freed >= gladly or time.monotonic() - start > _AT_ONCE):
+            if freed >= size and (freed >= gladly or time.monotonic() > until):
                 break
             if self._remove(file):
                 freed += file.nbytes
