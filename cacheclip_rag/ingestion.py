@@ -279,10 +279,7 @@ class Ingestion:
             self._forget(gone)
             if self._remote_texts is not None:
                 opened = [store.namespace.digest[:32] for store in self._uploading]
-                try:
-                    self._remote_texts.forget(set(map(self.documents.text, gone)), opened)
-                except StoreError as error:
-                    log.warning("what was forgotten may still be at the remote: %s", error)
+                self._remote_texts.forget_in(opened, set(map(self.documents.text, gone)))
             self.documents.drop(gone)
 
     def forget_document(self, *documents: str) -> None:
@@ -349,10 +346,7 @@ class Ingestion:
         for store in self._uploading:
             store.flush()
         if self._remote_texts is not None:
-            try:
-                self._remote_texts.go_on()
-            except StoreError as error:
-                log.warning("what was forgotten may still be at the remote: %s", error)
+            self._remote_texts.go_on()
 
     def _follow_store(self) -> None:
         for room in self._opened():

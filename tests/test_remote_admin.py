@@ -179,8 +179,8 @@ def test_each_beginning_is_read_once_and_other_tenants_not(memory: Remote, monke
     texts = RemoteTexts(memory, "", digest)
     texts.forget([digest("text 0")])
     assert len(heads) == 4 + 1
-    texts.forget([digest("text 1")], [ONE.digest[:32]])
-    texts.forget([digest("text 2")], ["0" * 32])
+    texts.forget_in([ONE.digest[:32]], [digest("text 1")])
+    texts.forget_in(["0" * 32], [digest("text 2")])
     assert len(heads) == 4 + 1
     uploaded(memory, "text 0")
     heads.clear()

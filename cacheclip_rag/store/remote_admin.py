@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -13,6 +14,8 @@ from . import files, format
 from .cap import Found
 from .holdings import Holdings, Look
 from .remote import Remote, Unavailable
+
+log = logging.getLogger("cacheclip_rag")
 
 T = TypeVar("T")
 
@@ -74,21 +77,30 @@ class RemoteTexts:
         self._orders: list[_Order] = []
         self._lock = threading.Lock()
 
-    def forget(self, wanted: Collection[str], namespaces: Collection[str] | None = None) -> None:
+    def forget(self, wanted: Collection[str]) -> None:
         """Remove every chunk with a text of these digests, and every one that was computed in the company of one.
 
         Files whose beginning is damaged go as well. Raises `StoreError` when the remote is away; it is tried again by
         the next call, and by `go_on`.
         """
         with self._lock:
-            self._orders.append(_Order(frozenset(wanted), None if namespaces is None else frozenset(namespaces)))
+            self._orders.append(_Order(frozenset(wanted), None))
             self._carry_out()
 
-    def go_on(self) -> None:
-        """Forget what could not be forgotten when that was asked for. Raises `StoreError`."""
+    def forget_in(self, namespaces: Collection[str], wanted: Collection[str]) -> None:
+        """As `forget`, in namespaces of these names; a remote that is away is worth a warning."""
         with self._lock:
-            if self._orders:
-                self._carry_out()
+            self._orders.append(_Order(frozenset(wanted), frozenset(namespaces)))
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Forget what could not be forgotten when that was asked for. Warns when the remote is still away."""
+        with self._lock:
+            try:
+                if self._orders:
+                    self._carry_out()
+            except StoreError as error:
+                log.warning("what was forgotten may still be at the remote: %s", error)
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
