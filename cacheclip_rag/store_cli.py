@@ -25,13 +25,29 @@ Remotely = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OfNamespace = Annotated[str, typer.Option("--namespace", "-n", help="Only namespaces whose names begin so.")]
+Tenant = Annotated[str, typer.Option(help="Whose document that is.")]
+Secret = Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")]
 DEFAULT = Path(".cacheclip")
 
 
 @app.command()
-def stats(store: Folder = DEFAULT, remote: Remotely = "", as_json: AsJson = False) -> None:
-    """What each model, encoder and tenant takes up."""
-    found = _open(store, remote).usage()
+def stats(
+    store: Folder = DEFAULT,
+    remote: Remotely = "",
+    document: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Only of the chunks that were stored as this document's.")
+    ] = None,
+    tenant: Tenant = "",
+    secret_file: Secret = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each model, encoder and tenant takes up; with --document, what the documents with these IDs do."""
+    if document and remote:
+        raise typer.BadParameter("which chunks a document has is known in a folder: --document goes without --remote")
+    if document:
+        found = _folder(store).usage_of_documents(document, tenant, _secret(secret_file))
+    else:
+        found = _open(store, remote).usage()
     if as_json:
         return _print([asdict(one) for one in found])
     for one in found:
@@ -79,7 +95,7 @@ def list_(
 def verify(
     store: Folder = DEFAULT,
     remote: Remotely = "",
-    secret_file: Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")] = None,
+    secret_file: Secret = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every file and check it as a request would; exits with 1 when one is damaged. Changes nothing."""
@@ -123,8 +139,8 @@ def forget(
     document: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Forget the chunks that were stored as this document's.")
     ] = None,
-    tenant: Annotated[str, typer.Option(help="Whose document that is.")] = "",
-    secret_file: Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")] = None,
+    tenant: Tenant = "",
+    secret_file: Secret = None,
     namespace: OfNamespace = "",
     as_json: AsJson = False,
 ) -> None:

@@ -250,3 +250,19 @@ def test_the_command_forgets_documents(tmp_path: Path) -> None:
     assert forget(tmp_path / "kv", "--document", "one", "--containing", "x").exit_code == 2
     Administration(tmp_path / "kv").clear()
     assert list((tmp_path / "kv" / "documents").iterdir()) == []
+
+
+def test_what_a_document_takes_up_is_told(tmp_path: Path) -> None:
+    with open_engine(tmp_path) as engine, open_engine(tmp_path, tenant="acme") as acme:
+        engine.ensure(PASSAGES[:3], document="one")
+        engine.ensure(PASSAGES[2:4], document="two")
+        acme.ensure(PASSAGES[:1], document="one")
+        sizes = {entry.text: entry.nbytes for entry in engine.library.store.entries()}
+    folder = Administration(tmp_path)
+    (one,) = folder.usage_of_documents(["one"])
+    assert (one.entries, one.nbytes) == (3, sum(sizes[text] for text in PASSAGES[:3])) and one.bytes_per_token
+    assert [usage.entries for usage in folder.usage_of_documents(["one", "two"])] == [4]
+    assert [usage.entries for usage in folder.usage_of_documents(["one"], "acme")] == [1]
+    assert folder.usage_of_documents(["three"]) == []
+    told = CliRunner().invoke(cli.app, ["store", "stats", "--store", str(tmp_path), "--document", "two"])
+    assert told.exit_code == 0 and "2 chunks" in told.stdout

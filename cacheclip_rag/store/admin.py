@@ -47,6 +47,14 @@ class Administration(Holdings):
             result.open_to_others += _open_to_others(path)
         return result
 
+    def usage_of_documents(
+        self, documents: Sequence[str], tenant: str = "", secret: bytes = b""
+    ) -> list[NamespaceUsage]:
+        """What these documents of the tenant take up in each namespace; a chunk that several have counts once."""
+        known = Documents(self.folder, tenant, secret)
+        texts = frozenset[str]().union(*map(known.of, documents))
+        return self.usage(lambda stored: stored.tenant == tenant and known.text(stored.text) in texts)
+
     def collect(self, cap: int | None = None, unused_for: float | None = None) -> list[Found]:
         """Remove what crashes left an hour ago, damaged files, and empty namespaces; what was removed.
 

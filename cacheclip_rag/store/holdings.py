@@ -95,10 +95,12 @@ class Holdings(ABC):
     def remove(self, file: Found) -> None:
         """That it is gone already is no error."""
 
-    def usage(self) -> list[NamespaceUsage]:
-        """What each namespace holds, the largest first."""
-        found = {one.name: one for one in self._namespaces()}
+    def usage(self, of: Callable[[Stored], bool] | None = None) -> list[NamespaceUsage]:
+        """What each namespace holds, the largest first; of such chunks only, where that is asked for."""
+        found = {one.name: one for one in self._namespaces()} if of is None else {}
         for file, stored, _, about in self.look(self.scan()):
+            if of is not None and (stored is None or file.garbage or not of(stored)):
+                continue
             one = found.setdefault(file.namespace, NamespaceUsage(file.namespace))
             if file.garbage:
                 one.garbage += 1
