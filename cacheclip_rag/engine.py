@@ -89,7 +89,7 @@ class Engine(Ingestion):
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
-        ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"query_guided"``) and
+        ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"auto"``) and
         ``recompute_ratio`` (0..1) can be overridden by each request. ``store``: the folder that keeps chunk KV; None
         keeps it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers. ``prefix``: the text chunks are
         encoded behind, by default what precedes the user's text in the model's chat template. ``tenant`` separates
@@ -107,7 +107,7 @@ class Engine(Ingestion):
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
         if method is None:
-            method = "cacheclip" if auxiliary is not None else "query_guided"
+            method = "cacheclip" if auxiliary is not None else "auto"
         self.method = methods.resolve(method)
         if prefix is not None:
             self.method = methods.resolve(self.method, prefix=prefix)

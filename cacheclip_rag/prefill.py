@@ -180,15 +180,14 @@ class Reuse:
                 canvas.place(chunk, part, row, self._rotary, int(positions[row]))
             exact = self._exact_rows(layout, chunks)
 
-        if method.fitted_ratio is not None:
-            report.fit = _mean(
-                self._fits(spans, chunks), torch.bincount(layout.chunk + 1, minlength=len(spans) + 1)[1:]
-            )
-            ratio += (method.fitted_ratio - ratio) * report.fit
-            report.requested_ratio = ratio
         held = layout.reusable.clone()
         held[count - 1] = False  # the last token's logits are wanted, so it is always computed
         rows = (held & ~exact).nonzero()[:, 0]
+        if method.fitted_ratio is not None:
+            tokens_each = torch.bincount(layout.chunk[rows] + 1, minlength=len(spans) + 1)[1:]
+            report.fit = _mean(self._fits(spans, chunks), tokens_each)
+            ratio += (method.fitted_ratio - ratio) * report.fit
+            report.requested_ratio = ratio
         fresh = (~held).nonzero()[:, 0]
         fresh = fresh[fresh >= prefix]
         request = Request(

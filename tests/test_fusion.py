@@ -604,17 +604,15 @@ def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
     def answered(**options: Any) -> Any:
         return ready.prefill(prompt, **options).report
 
-    share = len(A) / len(A + B + C)  # nothing stands in front of A, and nothing stood there
+    both = len(B + C)  # A's KV is exact: it stands right behind the prefix it was computed behind
     alone = answered()
-    assert alone.fit == pytest.approx(share, abs=1e-3) and alone.requested_ratio == pytest.approx(
-        0.4 * (1 - share), abs=1e-3
-    )
+    assert alone.fit == 0.0 and alone.requested_ratio == 0.4 and alone.recomputed == int(0.4 * both)
     ready.fuse({C: [D]})  # a stranger's company counts half
     half = answered()
-    assert half.fit == pytest.approx((len(A) + len(C) / 2) / len(A + B + C), abs=1e-3) and half.ratio < alone.ratio
+    assert half.fit == pytest.approx(len(C) / 2 / both, abs=1e-3) and half.ratio < alone.ratio
     ready.fuse({B: [A]})
     better = answered()
-    assert better.fit == pytest.approx((len(A + B) + len(C) / 2) / len(A + B + C), abs=1e-3)
+    assert better.fit == pytest.approx((len(B) + len(C) / 2) / both, abs=1e-3)
     assert better.ratio < half.ratio
     ready.fuse_in_order([[A, B, C]])
     assert answered().fit == pytest.approx(1.0) and answered().recomputed == 0

@@ -55,7 +55,7 @@ class Report:
     """Fresh tokens inside known chunks."""
     completion_tokens: int = 0
     fit: float | None = None
-    """How much of the company that chunk KV was computed in stood in front of it, 0..1, where the ratio hangs on it."""
+    """How well chunk KV that was not exact suited what stood in front of it, 0..1, where the ratio hangs on it."""
     chunks: list[ChunkUse] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     """Why reuse was given up, wholly or for a chunk; empty when all went well."""
