@@ -55,7 +55,7 @@ def test_methods_compared_on_one_engine(by_name: CacheClipLLM, tiny_folder: Path
     prompt = f"{passage}\nWhat does it say?"
     full = CacheClipLLM(model_name=str(tiny_folder), max_new_tokens=4, method="full")
     assert full.complete(prompt).raw["cacheclip"]["method"] == "full"
-    assert by_name.complete(prompt).raw["cacheclip"]["method"] == "query_guided"
+    assert by_name.complete(prompt).raw["cacheclip"]["method"] == "auto"
     assert by_name.last_report().reused and not full.last_report().reused  # type: ignore[union-attr]
 
 
