@@ -26,7 +26,7 @@ import torch
 from cacheclip_rag import METHODS, Engine
 from cacheclip_rag.evaluation import kl
 from cacheclip_rag.report import Report
-from cacheclip_rag.store import MemoryStore
+from cacheclip_rag.store import MemoryStore, TieredStore
 
 CORPUS = Path(__file__).parent.parent / "demo" / "corpus"
 CHUNKS = 10
@@ -84,7 +84,7 @@ def drop_page_cache(folder: Path) -> None:
 def forget_memory(engine: Engine) -> None:
     for library in (engine.library, engine.auxiliary.library if engine.auxiliary else None):
         if library is not None:
-            library.store.tiers = (MemoryStore(4 << 30), library.store.tiers[1])
+            library.store = TieredStore(MemoryStore(4 << 30), library.store.tiers[1])
 
 
 def first_token(engine: Engine, prompt: str, question: str, method: str, ratio: float | None) -> Report:

@@ -17,7 +17,7 @@ from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
 from .batches import TOGETHER, batches
-from .chunks import ChunkKV, Namespace, canonical
+from .chunks import Namespace, canonical
 from .encode import Encoder, Harvested
 from .errors import CacheClipError, StoreError
 from .exact import ExactCache, ExactReuse
@@ -35,6 +35,7 @@ from .turns import Seats, Turns
 log = logging.getLogger("cacheclip_rag")
 
 _UNKNOWN = "the chunk is not known: ensure it first"
+_NOT_KEPT = "the store did not keep it"
 
 FUSED_AT = (2, 8, 32, 128, 512, 2048)
 """How often a chunk must have come in prompts to be fused in idle time, and then again: its company becomes clearer."""
@@ -140,27 +141,38 @@ class Ingestion:
 
     def _ensure(self, texts: Sequence[str], library: Library, result: Ensured) -> None:
         keys = [library.key(text) for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if not self._there(key, text, library)}
-        made: dict[str, ChunkKV | Exception] = {}
-        if missing:
-            with self._turns:
-                made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
-        refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
-        refused |= {key: "the store did not keep it" for key in made if key not in library.store and key not in refused}
-        self._ensure_auxiliary([text for key, text in zip(keys, texts, strict=True) if key not in refused])
+        if all(self._settled(key, text, library) for key, text in zip(keys, texts, strict=True)):
+            result.keys += keys
+            return
+        with self._turns:  # nothing of it can be forgotten meanwhile
+            missing = {
+                key: text
+                for key, text in zip(keys, texts, strict=True)
+                if not self._held(key, text, library) and library.get(key) is None
+            }
+            made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
+            refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
+            refused |= {key: _NOT_KEPT for key in made if key not in refused and key not in library.store}
+            kept = {text: key for key, text in zip(keys, texts, strict=True) if key not in refused}
+            for text in kept:
+                self.index.add(self.library.key(text), canonical(text))
+            if self.auxiliary is not None:  # a chunk that it cannot take is scored 0 later
+                other = self.auxiliary.library
+                other.ensure_each([text for text in kept if text not in other])
         for key, text in zip(keys, texts, strict=True):
             if key in refused:
                 log.warning("chunk not encoded: %s", refused[key])
                 result.skipped.append((text[:40], refused[key]))
             else:
-                self.index.add(self.library.key(text), canonical(text))
                 result.keys.append(key)
         result.encoded += len(made) - len(refused)
 
-    def _there(self, key: str, text: str, library: Library) -> bool:
-        """Whether this chunk's KV is kept; of one that is not known here yet, whole and fit for use, remotely too."""
-        known = self.index.text(self.library.key(text)) is not None and key in library.store
-        return known or library.get(key) is not None
+    def _settled(self, key: str, text: str, library: Library) -> bool:
+        """Whether there is nothing left to do for this chunk, so that no turn need be waited for."""
+        return self._held(key, text, library) and (self.auxiliary is None or text in self.auxiliary.library)
+
+    def _held(self, key: str, text: str, library: Library) -> bool:
+        return self.index.text(self.library.key(text)) is not None and key in library.store
 
     def fuse(
         self,
@@ -396,14 +408,6 @@ class Ingestion:
             return TieredStore(*tiers)
         self._uploading.append(RemoteStore(self._remote, namespace))
         return TieredStore(*tiers, remote=self._uploading[-1])
-
-    def _ensure_auxiliary(self, texts: Sequence[str]) -> None:
-        if self.auxiliary is None:
-            return
-        library = self.auxiliary.library
-        if missing := [text for text in dict.fromkeys(texts) if text not in library]:
-            with self._turns:
-                library.ensure_each(missing)  # a chunk that it cannot take is scored 0 later
 
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up

@@ -147,7 +147,7 @@ class Library:
 
     def ensure_each(self, texts: Sequence[str]) -> list[ChunkKV | Exception]:
         """Encode and store these in one forward: the chunks as computed, or why there is none."""
-        made = self.encode_each(texts)
+        made = self.encode_each(texts) if texts else []
         for text, chunk in zip(texts, made, strict=True):
             if isinstance(chunk, ChunkKV):
                 self.store.put(self.key(text), chunk)

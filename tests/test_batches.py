@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from oracles import distance, own
@@ -140,6 +142,24 @@ def test_what_a_damaged_file_held_is_encoded_again(tmp_path) -> None:
             engine.index.remove(engine.library.key(text))
         assert engine.ensure(PASSAGES).encoded == 1
         assert all(engine.library.get(engine.library.key(text)) is not None for text in PASSAGES)
+
+
+def test_what_is_forgotten_while_it_is_encoded_stays_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_backbone(), method="query_guided", auxiliary=tiny_backbone("qwen2"))
+    assert engine.auxiliary is not None
+    encode, forgetting = engine.auxiliary.library.encode_each, []
+
+    def slow(texts):
+        forgetting.append(threading.Thread(target=engine.forget, args=([PASSAGES[0]],)))
+        forgetting[0].start()
+        forgetting[0].join(0.2)  # it waits for the chunk to be complete
+        return encode(texts)
+
+    monkeypatch.setattr(engine.auxiliary.library, "encode_each", slow)
+    engine.ensure(PASSAGES[:2])
+    forgetting[0].join()
+    assert not engine.knows(PASSAGES[0]) and engine.knows(PASSAGES[1])
+    assert PASSAGES[0] not in engine.auxiliary.library and engine.library.key(PASSAGES[0]) not in engine.index
 
 
 def test_a_single_text_still_raises() -> None:
