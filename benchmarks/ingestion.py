@@ -26,7 +26,7 @@ import torch
 from speed import CORPUS
 
 from cacheclip_rag import Engine
-from cacheclip_rag.batches import TOGETHER, batches
+from cacheclip_rag.batches import batches, together
 
 Run = Callable[[list[str]], Any]
 """Ingests the documents, in the order of their numbers."""
@@ -78,10 +78,10 @@ def langchain(engine: Engine) -> Run:
 FRAMEWORKS = {"llama-index": llama_index, "langchain": langchain}
 
 
-def together(engine: Engine, texts: list[str], pairs: int = 5) -> float:
+def speedup(engine: Engine, texts: list[str], pairs: int = 5) -> float:
     """How many times sooner chunks are encoded that share a forward: the median of paired runs."""
     ratios = []
-    groups = batches(texts, TOGETHER["cpu" if engine.backbone.device.type == "cpu" else "gpu"])
+    groups = batches(texts, together(engine.backbone.device))
     for _, group in zip(range(pairs + 1), groups, strict=False):
         start = time.perf_counter()
         for text in group:
@@ -147,7 +147,7 @@ def main() -> None:
             "disk_bytes": 100 * 2**30,
         }
         with Engine(arguments.model, method="query_guided", **options) as engine:
-            print(f"together {together(engine, texts):.2f} times sooner than one by one\n")
+            print(f"together {speedup(engine, texts):.2f} times sooner than one by one\n")
             run = FRAMEWORKS[arguments.framework](engine)
             print("| run | encoded | known after it | time | peak memory of the process |\n|---|---|---|---|---|")
             interrupt_at(engine, 2 * len(texts) // 5)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
+
 TOGETHER = {"cpu": 2_000, "gpu": 16_000}
 """How many characters of chunks share a forward: beyond, little is gained, and requests wait longer."""
 
 MOST = 64
 """How many chunks at most, so that progress shows where all of them are there already."""
+
+
+def together(device: torch.device) -> int:
+    """`TOGETHER` of this device."""
+    return TOGETHER["cpu" if device.type == "cpu" else "gpu"]
 
 
 def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

@@ -16,7 +16,7 @@ from . import methods
 from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
-from .batches import TOGETHER, batches
+from .batches import batches, together
 from .chunks import Namespace, canonical
 from .encode import Encoder, Harvested
 from .errors import CacheClipError, StoreError
@@ -120,7 +120,7 @@ class Ingestion:
                 return result
         chosen = self.method if method is None else methods.resolve(method)
         done = 0
-        for batch in batches(texts, TOGETHER["cpu" if self.backbone.device.type == "cpu" else "gpu"]):
+        for batch in batches(texts, together(self.backbone.device)):
             try:
                 if not self.composable:
                     result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in batch]
