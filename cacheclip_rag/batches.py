@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -18,15 +18,15 @@ def together(device: torch.device) -> int:
     return TOGETHER["cpu" if device.type == "cpu" else "gpu"]
 
 
-def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Neighbouring texts, cut where they would be more than so many characters together."""
+def batches(texts: Iterable[str], characters: int, weight: Callable[[str], int] = len) -> Iterator[list[str]]:
+    """Neighbouring texts, cut where they would be more than so many characters together, each counted as ``weight``."""
     batch: list[str] = []
     size = 0
     for text in texts:
-        if batch and (size + len(text) > characters or len(batch) == MOST):
+        if batch and (size + weight(text) > characters or len(batch) == MOST):
             yield batch
             batch, size = [], 0
         batch.append(text)
-        size += len(text)
+        size += weight(text)
     if batch:
         yield batch

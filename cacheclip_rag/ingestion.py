@@ -49,6 +49,13 @@ class Task(NamedTuple):
     fuse: bool = False
 
 
+def _weight(text: str, company: Sequence[str]) -> int:
+    """Characters that a chunk counts for where it is fused together with others. Its company is not computed and takes
+    memory only, but for ten neighbours ten times its own.
+    """
+    return len(text) + sum(map(len, company)) // 8
+
+
 @dataclass
 class Ensured:
     """What `Engine.ensure` did: keys of chunks whose KV is kept, how many were encoded now, what was left out."""
@@ -193,17 +200,20 @@ class Ingestion:
         result = Ensured()
         chosen = self.method if method is None else methods.resolve(method)
         reason = self._unfusable(chosen)
-        for done, (text, company) in enumerate(neighbours.items(), start=1):
+        done = 0
+        for batch in batches(neighbours, together(self.backbone.device), lambda text: _weight(text, neighbours[text])):
             try:
                 if reason is not None:
-                    result.skipped.append((text[:40], reason))
+                    result.skipped += [(text[:40], reason) for text in batch]
                 else:
-                    self._fuse(text, company, self._room(chosen), variants, result)
+                    self._fuse({text: neighbours[text] for text in batch}, self._room(chosen), variants, result)
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
-                log.warning("chunk not fused: %s", error)
-                result.skipped.append((text[:40], str(error)))
-            if progress is not None:
-                progress(done)
+                log.warning("%d chunks not fused: %s", len(batch), error)
+                result.skipped += [(text[:40], str(error)) for text in batch]
+            for _ in batch:
+                done += 1
+                if progress is not None:
+                    progress(done)
         return result
 
     def fuse_in_order(
@@ -252,21 +262,27 @@ class Ingestion:
                 neighbours[texts[0]] = company
         return neighbours
 
-    def _fuse(self, text: str, company: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
-        with self._turns:  # nothing of the company can be forgotten meanwhile
-            if self.library.key(text) not in self.index:
-                result.skipped.append((text[:40], _UNKNOWN))
-                return
-            known = [other for other in company if self.library.key(other) in self.index]
-            result.encoded += room.fused.fuse(text, known, keep)
-            result.keys.append(room.library.key(text))
+    def _fuse(self, neighbours: Mapping[str, Sequence[str]], room: Reuse, keep: int, result: Ensured) -> None:
+        with self._turns:  # nothing of the companies can be forgotten meanwhile
+            known = {text: self._known(company) for text, company in neighbours.items() if self._known([text])}
+            result.skipped += [(text[:40], _UNKNOWN) for text in neighbours if text not in known]
+            for text, done in zip(known, room.fused.fuse(known, keep), strict=True):
+                if isinstance(done, Exception):
+                    log.warning("chunk not fused: %s", done)
+                    result.skipped.append((text[:40], str(done)))
+                else:
+                    result.encoded += done
+                    result.keys.append(room.library.key(text))
 
     def _fuse_in_order(self, texts: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:
-            known = [text for text in texts if self.library.key(text) in self.index]
+            known = self._known(texts)
             result.skipped += [(text[:40], _UNKNOWN) for text in texts if text not in known]
             result.encoded += room.fused.fuse_in_order(known, keep)
             result.keys += [room.library.key(text) for text in known]
+
+    def _known(self, texts: Iterable[str]) -> list[str]:
+        return [text for text in texts if self.library.key(text) in self.index]
 
     def _unfusable(self, method: Method) -> str | None:
         """Why no chunk can be fused for this method, or None."""

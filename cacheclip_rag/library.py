@@ -97,7 +97,7 @@ class Library:
         made: dict[str, ChunkKV | Exception] = {}
         try:
             if good:
-                chunks = self.encoder.encode(self.backbone, good, self.prefix_kv)
+                chunks = self.encoder.encode(self.backbone, good, [self.prefix_kv] * len(good))
                 made = {text: chunk for (text, _), chunk in zip(good, chunks, strict=True)}
         except (CacheClipError, RuntimeError, MemoryError) as error:
             if len(texts) == 1:

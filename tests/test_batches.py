@@ -27,7 +27,7 @@ def encoded(backbone, encoder, texts):
         canvas = backbone.canvas(len(prefix_ids))
         backbone.forward(prefix_ids, torch.arange(len(prefix_ids)), canvas, logits=0)
         prefix = canvas.read(slice(None))
-    return encoder.encode(backbone, texts, prefix)
+    return encoder.encode(backbone, texts, [prefix] * len(texts))
 
 
 @pytest.mark.parametrize(

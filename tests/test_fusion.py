@@ -15,6 +15,7 @@ from tiny import CONFIGS, PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
 from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError, cli
+from cacheclip_rag.batches import TOGETHER
 from cacheclip_rag.encode import disorder
 from cacheclip_rag.evaluation import Item, Passage, run
 from cacheclip_rag.evaluation.company import meeting
@@ -31,6 +32,7 @@ from cacheclip_rag.fusion import (
     simulate,
     suits,
 )
+from cacheclip_rag.fusion import variants as fusion_variants
 from cacheclip_rag.methods import resolve
 
 A, B, C, D, E = PASSAGES
@@ -228,19 +230,51 @@ def test_strangers_are_left_out_and_reported() -> None:
     assert not ready.knows(C)
 
 
-def test_one_chunk_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_chunks_are_fused_together_as_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, alone = engine(tiny_backbone(kind)), engine(tiny_backbone(kind))
+    companies = {A: [B, C, D], B: [C], C: [], D: [B, A], f" {B} ": [C]}  # the last is B again
+    for ready in (together, alone):
+        ready.ensure([A, B, C, D])
+    for text, company in companies.items():
+        alone.fuse({text: company})
+    made: list[int] = []
+    once = fusion_variants.fused
+    monkeypatch.setattr(fusion_variants, "fused", lambda *args: made.append(len(args[2])) or once(*args))
+    monkeypatch.setitem(TOGETHER, "cpu", 10_000)
+    assert together.fuse(companies).encoded == 3 and made == [3]
+    for text, company in {A: (B, C, D), B: (C,), D: (B, A)}.items():
+        one, other = (variants(ready).get(text, company) for ready in (together, alone))
+        assert one.company == other.company == company and one.position == other.position
+        assert distance(one.keys, other.keys) < 1e-5 and distance(one.values, other.values) < 1e-5
+
+
+def test_a_company_counts_where_it_is_decided_how_much_is_fused_together(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = engine()
     ready.ensure([A, B, C])
-    fuse = variants(ready).fuse
+    made: list[int] = []
+    once = fusion_variants.fused
+    monkeypatch.setattr(fusion_variants, "fused", lambda *args: made.append(len(args[2])) or once(*args))
+    monkeypatch.setitem(TOGETHER, "cpu", len(A) + len(B))
+    ready.fuse({A: [C], B: [C]})
+    assert made == [1, 1]
 
-    def failing(text: str, *args: Any) -> bool:
-        if text == B:
-            raise PromptError("no")
-        return bool(fuse(text, *args))
 
-    monkeypatch.setattr(variants(ready), "fuse", failing)
+@pytest.mark.parametrize("error", [PromptError("no"), RuntimeError("no"), MemoryError("no")], ids=repr)
+def test_one_chunk_that_fails_does_not_stop_the_others(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = engine()
+    ready.ensure([A, B, C])
+    once = fusion_variants.fused
+
+    def failing(encoder: Any, backbone: Any, chunks: Any, *rest: Any) -> Any:
+        if B in [chunk.text for chunk in chunks]:
+            raise error
+        return once(encoder, backbone, chunks, *rest)
+
+    monkeypatch.setattr(fusion_variants, "fused", failing)
     result = ready.fuse({A: [B], B: [A], C: [A]})
     assert result.encoded == 2 and result.skipped == [(B[:40], "no")]
+    assert variants(ready).of(A) == [(), (B,)] and variants(ready).of(B) == [()]
 
 
 def test_a_model_that_cannot_be_composed_is_not_fused_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

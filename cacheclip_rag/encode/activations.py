@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..backbone import Backbone
 from ..chunks import ChunkKV
 from ..errors import ConfigurationError
-from .base import PrefixKV, Text, behind
+from .base import Front, Text, behind
 from .isolated import Isolated
 
 
@@ -30,5 +30,5 @@ class WithActivations(Isolated):
                 f"transition_layer must be at least 1, not {self.transition_layer}: tokens enter layer 0"
             )
 
-    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
-        return behind(backbone, texts, prefix, activations=min(self.transition_layer, backbone.layers - 2))
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
+        return behind(backbone, texts, fronts, activations=min(self.transition_layer, backbone.layers - 2))

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..backbone import Backbone, Tokens
 from ..chunks import ChunkKV
 
-PrefixKV = tuple[Tensor, Tensor]
+Front = tuple[Tensor, Tensor] | None
+"""Keys and values ``[L, Hk, P, D]`` at positions 0.. of what a chunk is encoded behind; None for nothing."""
+
 Text = tuple[str, Tokens]
 """A chunk's text and its tokens."""
 
@@ -23,26 +25,26 @@ class Encoder(Protocol):
     def prefix_ids(self, backbone: Backbone) -> Tensor:
         """The tokens ``[P]`` int64 that chunks are encoded behind."""
 
-    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
-        """KV of each text behind the prefix, whose KV ``[L, Hk, P, D]`` is given. The texts do not see each other."""
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
+        """KV of each text behind its own front. The texts do not see each other."""
 
 
-def behind(backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None, activations: int = 0) -> list[ChunkKV]:
-    """``KV(C_i) = prefill(C_i | S)`` for every ``C_i``: forward ``[S; C_1; S; C_2; ...]``, keep the rows of each.
+def behind(backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front], activations: int = 0) -> list[ChunkKV]:
+    """``KV(C_i) = prefill(C_i | S_i)`` for every ``C_i``: forward ``[S_1; C_1; S_2; C_2; ...]``, keep the rows of each.
 
-    One forward over one canvas, where every text has the prefix's KV in front of it and sees nothing below: short
-    texts keep the processor busy together, and nothing is padded. With ``activations``, the residual stream that enters
-    this layer is kept too, as ``extra["activations"] [n, d]``.
+    One forward over one canvas, where every text has its front's KV before it and sees nothing below: short texts keep
+    the processor busy together, and nothing is padded. With ``activations``, the residual stream that enters this layer
+    is kept too, as ``extra["activations"] [n, d]``.
     """
-    start = 0 if prefix is None else prefix[0].shape[2]
+    starts = [0 if front is None else front[0].shape[2] for front in fronts]
     lengths = [len(tokens) for _, tokens in texts]
-    canvas = backbone.canvas(sum(start + length for length in lengths))
-    floors = list(accumulate((start + length for length in lengths[:-1]), initial=0))
-    if prefix is not None:
-        for floor in floors:
-            canvas.write(floor, *prefix)
+    ends = list(accumulate(start + length for start, length in zip(starts, lengths, strict=True)))
+    canvas, floors = backbone.canvas(ends[-1]), [0, *ends[:-1]]
+    for floor, front in zip(floors, fronts, strict=True):
+        if front is not None:
+            canvas.write(floor, *front)
     ids = torch.cat([tokens.ids for _, tokens in texts])
-    positions = torch.cat([torch.arange(start, start + length) for length in lengths])
+    positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
     lowest = torch.tensor(floors).repeat_interleave(torch.tensor(lengths))
     apart: dict[str, Any] = {"positions": positions, "floors": lowest if len(texts) > 1 else None}
     if activations:
@@ -51,8 +53,8 @@ def behind(backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None, a
     else:
         backbone.forward(ids, lowest + positions, canvas, logits=0, **apart)
     made = []
-    for number, ((text, tokens), floor) in enumerate(zip(texts, floors, strict=True)):
-        keys, values = canvas.read(slice(floor + start, floor + start + len(tokens)))
+    for number, ((text, tokens), start, end) in enumerate(zip(texts, starts, ends, strict=True)):
+        keys, values = canvas.read(slice(end - len(tokens), end))
         extra = {"activations": hidden.split(lengths)[number].cpu().clone()} if activations else {}
         made.append(ChunkKV(text, tokens.ids, tokens.offsets, keys.cpu(), values.cpu(), position=start, extra=extra))
     return made

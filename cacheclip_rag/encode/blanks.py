@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..chunks import ChunkKV
 from ..errors import ConfigurationError
-from .base import PrefixKV, Text, behind
+from .base import Front, Text, behind
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,5 @@ class Blanks:
             raise ConfigurationError(f"{self.token!r} must be one token of this model, not {len(dummy)}")
         return torch.cat([opening, dummy.repeat(self.count)])
 
-    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
-        return behind(backbone, texts, prefix)
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
+        return behind(backbone, texts, fronts)

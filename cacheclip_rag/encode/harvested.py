@@ -14,7 +14,7 @@ from ..attention import visible
 from ..backbone import Backbone
 from ..chunks import ChunkKV
 from ..errors import PromptError
-from .base import PrefixKV, Text
+from .base import Front, Text
 from .isolated import Isolated
 
 
@@ -33,7 +33,7 @@ class Harvested(Isolated):
     variants: int = 5
     alpha: float = 1.0
 
-    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
         raise PromptError("cachecraft encodes no chunk ahead: its KV is harvested from the first prompt with it")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backbone import Backbone
 from ..chunks import ChunkKV
-from .base import PrefixKV, Text, behind
+from .base import Front, Text, behind
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,5 @@ class Isolated:
     def prefix_ids(self, backbone: Backbone) -> Tensor:
         return backbone.tokenise_prompt(backbone.shared_prefix() if self.prefix is None else self.prefix).ids
 
-    def encode(self, backbone: Backbone, texts: Sequence[Text], prefix: PrefixKV | None) -> list[ChunkKV]:
-        return behind(backbone, texts, prefix)
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
+        return behind(backbone, texts, fronts)

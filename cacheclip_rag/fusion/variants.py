@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..chunks import ChunkKV, canonical
 from ..encode import fused
+from ..errors import CacheClipError
 from ..library import Library
 from .fit import Company
+
+_ERRORS = (CacheClipError, RuntimeError, MemoryError)
+"""What may be wrong with one chunk and not with the next."""
 
 
 class FusedVariants:
@@ -41,20 +45,36 @@ class FusedVariants:
                 self._all().get(canonical(text), {}).pop(company, None)
         return self._library.get(self._library.key(text))
 
-    def fuse(self, text: str, company: Sequence[str], keep: int) -> bool:
-        """Compute and keep the chunk's KV behind ``company``, in this order; False if there is nothing to do.
+    def fuse(self, companies: Mapping[str, Sequence[str]], keep: int) -> list[bool | Exception]:
+        """Compute and keep each chunk's KV behind its company, in this order, all in one forward.
 
-        That is so when a variant with this company is there, and when no company is left. Of a company too long for the
-        model's window the last ones are left out. Of more than ``keep`` variants of a chunk the oldest are dropped. The
-        chunks' own KV is computed if need be. Raises what `Library.encode` raises.
+        For each, in turn: True, or False where there is nothing to do (a variant with this company is there, or no
+        company is left), or why it could not be done: what `Library.encode` raises for it. Of a company too long for
+        the model's window the last ones are left out. Of more than ``keep`` variants of a chunk the oldest are dropped.
+        The chunks' own KV is computed if need be. Where they are too much for the device together they are done one by
+        one.
         """
-        chunk = self._library.ensure(text)
-        others = self._fitting(chunk, [other for other in company if canonical(other) != chunk.text])
-        before = tuple(other.text for other in others)
-        if not before or before in self.of(chunk.text):
-            return False
-        self._make(chunk, others, keep)
-        return True
+        done: list[bool | Exception] = []
+        todo: dict[tuple[str, Company], tuple[ChunkKV, list[ChunkKV]]] = {}
+        for text, company in companies.items():
+            try:
+                chunk = self._library.ensure(text)
+                others = self._fitting(chunk, [other for other in company if canonical(other) != chunk.text])
+            except _ERRORS as error:
+                done.append(error)
+                continue
+            variant = chunk.text, tuple(other.text for other in others)
+            done.append(bool(others) and variant not in todo and variant[1] not in self.of(chunk.text))
+            if done[-1]:
+                todo[variant] = chunk, others
+        try:
+            if todo:
+                self._make(list(todo.values()), keep)
+        except _ERRORS as error:
+            if len(companies) == 1:
+                return [error]
+            return [self.fuse({text: company}, keep)[0] for text, company in companies.items()]
+        return done
 
     def fuse_in_order(self, texts: Sequence[str], keep: int) -> int:
         """Compute these chunks as one text behind the prefix and keep each one's KV, its company all those before it.
@@ -71,7 +91,8 @@ class FusedVariants:
             company = tuple(other.text for other in seen)
             known = library.get(library.key(chunk.text, company, joint=True))
             if known is None:
-                known, new = self._make(chunk, seen, keep, joint=True), new + bool(company)
+                [known] = self._make([(chunk, seen)], keep, joint=True) if company else [chunk]
+                new += bool(company)
             seen.append(known)
         return new
 
@@ -88,19 +109,22 @@ class FusedVariants:
             fitting.append(found)
         return fitting
 
-    def _make(self, chunk: ChunkKV, company: Sequence[ChunkKV], keep: int, joint: bool = False) -> ChunkKV:
-        if not company:
-            return chunk
+    def _make(
+        self, chunks: Sequence[tuple[ChunkKV, Sequence[ChunkKV]]], keep: int, joint: bool = False
+    ) -> list[ChunkKV]:
         library = self._library
-        made = fused(library.encoder, library.backbone, chunk, company, library.prefix_kv)
-        made = replace(made, joint=joint)
-        key = library.key(made.text, made.company, joint)
+        texts, companies = zip(*chunks, strict=True)
+        made = fused(library.encoder, library.backbone, texts, companies, library.prefix_kv)
+        made = [replace(chunk, joint=joint) for chunk in made]
+        old: list[str] = []
         with self._lock:
-            mine = self._all().setdefault(made.text, {})
-            library.store.put(key, made)
-            old = [mine.pop(made.company)] if made.company in mine else []
-            mine[made.company] = key
-            old += [mine.pop(other) for other in list(mine)[:-keep]]
+            for chunk in made:
+                key = library.key(chunk.text, chunk.company, joint)
+                mine = self._all().setdefault(chunk.text, {})
+                library.store.put(key, chunk)
+                old += [mine.pop(chunk.company)] if chunk.company in mine else []
+                mine[chunk.company] = key
+                old += [mine.pop(other) for other in list(mine)[:-keep]]
         library.store.delete(old)
         return made
 
