@@ -477,6 +477,22 @@ def test_systems_with_different_company_share_a_store_and_not_their_variants(tmp
     assert row["kl"] == kl["naive:company=use,neighbours=1"]
 
 
+def test_the_bytes_of_a_system_that_fuses_are_those_of_chunks_and_variants(tmp_path: Path) -> None:
+    """With "use", one variant of each chunk; of C, A and E and of B, C and A fused as prompts, all but the first."""
+    items = [item("1", A, B, C), item("2", C, A, E)]
+    for company, variants_of in {"use": [A, B, C], "prompts": [A, C, A]}.items():
+        ready, path = Engine(tiny_backbone()), tmp_path / f"{company}.jsonl"
+        fusing = dataclasses.replace(
+            parse([f"naive:company={company}"])[0], meet=meeting(company, 9, items, [], lambda texts: 1 / 0)
+        )
+        assert run(ready, items[:1], [*parse(["naive"]), fusing], path, dataset="set", max_new_tokens=2) == 0
+        _, plain, row = map(json.loads, path.read_text().splitlines())
+        size = {text: ready.library.get(ready.library.key(text)).nbytes for text in (A, B, C)}
+        assert plain["stored_bytes"] == sum(size.values())
+        assert row["stored_bytes"] == plain["stored_bytes"] + sum(size[text] for text in variants_of)
+        assert row["stored_tokens"] == plain["stored_tokens"] == len(A) + len(B) + len(C)
+
+
 @pytest.mark.parametrize("spec", ["naive:company=rumour", "naive:company=use,neighbours=0", "cachecraft:company=use"])
 def test_systems_that_cannot_be_fused_are_refused(spec: str) -> None:
     with pytest.raises(ConfigurationError):

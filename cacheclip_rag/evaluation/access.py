@@ -7,10 +7,10 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 
-from ..chunks import Namespace
+from ..chunks import ChunkKV, Namespace
 from ..engine import Engine
 from ..errors import ConfigurationError
-from ..fusion import Nearest
+from ..fusion import Fit, Nearest
 from ..library import Library
 from ..methods import Method
 from ..store.int8 import pack
@@ -76,12 +76,21 @@ def library(engine: Engine, method: Method) -> Library | None:
     return engine.library_of(method) if method.ahead else None
 
 
-def stored(library: Library | None, texts: Sequence[str]) -> tuple[int, int] | None:
-    """Bytes and tokens of these chunks' KV, each chunk once; None where some of it is not kept."""
+def stored(library: Library | None, texts: Sequence[str], fit: Fit | None = None) -> tuple[int, int] | None:
+    """Bytes of these chunks' KV, with the variants that ``fit`` may choose from, and the chunks' tokens, each chunk
+    once. None where some chunk is not kept.
+    """
     if library is None:
         return None
-    chunks = [library.get(key) for key in dict.fromkeys(map(library.key, texts))]
-    whole = [chunk if library.lossless else pack(chunk) for chunk in chunks if chunk is not None]
-    if len(whole) < len(chunks):
+    alone = _kept(library, dict.fromkeys(map(library.key, texts)))
+    if None in alone:
         return None
-    return sum(chunk.nbytes for chunk in whole), sum(len(chunk) for chunk in whole)
+    companies = fit.these if isinstance(fit, Only) else ()
+    keys = {library.key(text, company, joint) for text in texts for company in companies for joint in (True, False)}
+    held = [chunk for chunk in alone + _kept(library, keys) if chunk is not None]
+    return sum(chunk.nbytes for chunk in held), sum(len(chunk) for chunk in alone if chunk is not None)
+
+
+def _kept(library: Library, keys: Iterable[str]) -> list[ChunkKV | None]:
+    chunks = [library.get(key) if key in library.store else None for key in keys]
+    return [chunk if chunk is None or library.lossless else pack(chunk) for chunk in chunks]

@@ -79,7 +79,7 @@ def _measure(
     logits = prefill.forced(reference.answer)
     answer = _text(engine, _decode(engine, prefill, reference.answer, logits, max_new_tokens))
     compared = logits[: len(reference.logits)].bfloat16().cpu()
-    size = access.stored(access.library(engine, method), chunks)
+    size = access.stored(access.library(engine, method), chunks, method.fit)
     helper = engine.auxiliary if method.select.needs_auxiliary else None
     aside = access.stored(helper.library, chunks) if helper is not None else (0, 0)
     return {
