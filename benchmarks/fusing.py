@@ -1,0 +1,85 @@
+"""What fusing a chunk costs, next to encoding it.
+
+    python benchmarks/fusing.py DATA/xquad_fusion --neighbours 2 5 10 15
+
+Passages of the questions, each fused behind its most similar others (MiniLM's embeddings among all passages of the file
+and of a `corpus.jsonl` beside it), and encoded by itself right before: medians of paired runs. A fused variant takes as
+many bytes as the chunk by itself, and stands beside it. At last the same for short chunks, cut from these passages, one
+by one and together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+from cacheclip_rag import Engine
+from cacheclip_rag.evaluation.embedding import mean_pooling
+from cacheclip_rag.evaluation.sources import sources
+from cacheclip_rag.fusion import similar
+
+SHORT = 200
+"""Characters of a short chunk."""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def costs(engine: Engine, nearest: Mapping[str, Sequence[str]], count: int) -> tuple[float, float]:
+    """Seconds a chunk takes to be fused with ``count`` neighbours, and by how much that is more than encoding it."""
+    fusing, times = [], []
+    for text, company in nearest.items():
+        engine.ensure([text, *company[:count]])
+        alone = seconds(lambda text=text: engine.library.encode(text))
+        fusing.append(seconds(lambda text=text, company=company: engine.fuse({text: company[:count]})))
+        times.append(fusing[-1] / alone)
+    return median(fusing[1:]), median(times[1:])  # the first one warms up
+
+
+def together(engine: Engine, texts: Sequence[str], count: int, pairs: int = 5) -> float:
+    """How many times sooner short chunks are fused together than one by one: the median of paired runs."""
+    engine.ensure(texts)
+    ratios = []
+    for pair in range(pairs + 1):
+        mine = texts[pair * 10 : pair * 10 + 10]
+        first = {text: [other for other in mine if other != text][:count] for text in mine}
+        second = {text: company[::-1] for text, company in first.items()}
+        slow = seconds(lambda first=first: [engine.fuse({text: company}) for text, company in first.items()])
+        ratios.append(slow / seconds(lambda second=second: engine.fuse(second)))
+    return median(ratios[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="what `cacheclip eval` takes")
+    parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct")
+    parser.add_argument("--chunks", type=int, default=12)
+    parser.add_argument("--neighbours", nargs="+", type=int, default=[2, 5, 10, 15])
+    arguments = parser.parse_args()
+    [source] = sources([arguments.data])
+    texts = list(dict.fromkeys(p.chunk.strip() for item in source.all() for p in item.passages))
+    every = list(dict.fromkeys([*texts, *(text.strip() for text in source.corpus())]))
+    start = time.perf_counter()
+    nearest = similar(every, mean_pooling(), max(arguments.neighbours))
+    print(f"{(time.perf_counter() - start) / len(every) * 1000:.0f} ms a passage to embed and to compare\n")
+    engine = Engine(arguments.model, method="naive:fused=True")
+    chosen = {text: nearest[text] for text in texts[:: max(1, len(texts) // (arguments.chunks + 1))]}
+    sizes = [len(engine.library.ensure(text)) for text in chosen]
+    print(f"{len(chosen)} passages of {median(sizes):.0f} tokens in the median\n")
+    print("| neighbours | ms to fuse a passage | times encoding it |\n|---|---|---|")
+    for count in arguments.neighbours:
+        fusing, times = costs(engine, chosen, count)
+        print(f"| {count} | {fusing * 1000:.0f} | {times:.2f} |", flush=True)
+    short = [text[at : at + SHORT] for text in texts for at in range(0, len(text) - SHORT, SHORT)]
+    print(
+        f"\n{together(engine, short, 5):.2f} times sooner together: ten chunks of {SHORT} characters, five neighbours"
+    )
+
+
+if __name__ == "__main__":
+    main()
