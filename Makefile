@@ -60,7 +60,7 @@ quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; res
 COMPARED = naive promptcache link0 random epic legolink cacheblend droidspeak cachecraft \
 	cacheclip cacheclip:layers=upper cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct query_guided \
 	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr \
-	naive:company=prompts "query_guided:company=prompts,layers=(0.69,0.83)" auto:company=prompts
+	naive:company=prompts auto:company=prompts auto@0.15:fused=False
 SETS = $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion \
 	"ruler_2k=$(DATA)/ruler_niah?approx_tokens=2000" "ruler_4k=$(DATA)/ruler_niah?approx_tokens=4000" \
 	"kv_retrieval_75=$(DATA)/kv_retrieval_75?passages=3" \

@@ -121,7 +121,7 @@ def test_items_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
     assert (found["d", "full"]["items"], found["d", "full"]["failed"]) == (3, 1)
     assert (found["d", "worst"]["items"], found["d", "worst"]["score"]) == (0, None)
     assert "| clip | 2 (2 failed) | 0.500 [0.25, 0.75] |" in summarise(path)
-    assert "| worst | 0 (1 failed) | – | – (0) | – | – | – | – | – | – |" in summarise(path)
+    assert "| worst | 0 (1 failed) | – | – (0) | – | – | – | – | – | – | – |" in summarise(path)
 
 
 def test_the_normalised_score_is_over_the_items_of_all_three(tmp_path: Path) -> None:
@@ -180,9 +180,11 @@ def test_the_table(tmp_path: Path) -> None:
     )
     text = summarise(path)
     first, second = text.split("### e")
-    head = "| system | items | score | adjusted | normalised | agree | KL | ratio | TTFT | bytes/token |"
-    assert first.startswith(f"### d\n\n{head}\n|---|---|---|---|---|---|---|---|---|---|\n| full | 2 |")
-    clip = "0.375 [0.00, 0.75] | 0.750 (1) | 50 | 0.500 [0.25, 0.75] | 0.300 [0.20, 0.40] | 0.200 | 0.30 | 1,000 |"
+    head = "| system | items | score | adjusted | normalised | agree | KL | median | ratio | TTFT | bytes/token |"
+    assert first.startswith(f"### d\n\n{head}\n{'|---' * 11}|\n| full | 2 |")
+    clip = (
+        "0.375 [0.00, 0.75] | 0.750 (1) | 50 | 0.500 [0.25, 0.75] | 0.300 [0.20, 0.40] | 0.300 | 0.200 | 0.30 | 1,000 |"
+    )
     assert f"| clip | 2 | {clip}" in first
     assert "given up, wholly or for a chunk: clip on 1." in first and "given up" not in second
     assert "clip" not in second and text.endswith("|\n") and summarise(path) == text
@@ -190,7 +192,7 @@ def test_the_table(tmp_path: Path) -> None:
 
 def test_rows_of_older_versions_still_make_tables(tmp_path: Path) -> None:
     old = [row(), row(system="clip", score=0.5, ratio=0.2)]
-    assert "| clip | 1 | 0.500 | 0.500 (1) | – | 1.000 | 0.000 | 0.200 | – | – |" in summarise(
+    assert "| clip | 1 | 0.500 | 0.500 (1) | – | 1.000 | 0.000 | 0.000 | 0.200 | – | – |" in summarise(
         write(tmp_path / "rows.jsonl", *old)
     )
 

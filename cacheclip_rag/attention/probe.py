@@ -20,7 +20,8 @@ class AttentionProbe:
     ``"row"``: every key the row sees (the model's own probabilities; CacheClip, InfoFlow);
     ``"context"``: the columns only (ProphetKV);
     ``"chunk"``: the columns of each group by themselves, so that every chunk gets the same mass (FusionRAG).
-    ``groups [C]`` int64 numbers the chunks from 0 and is needed for ``"chunk"`` only.
+    ``groups [C]`` int64 says which chunk a column belongs to, a chunk's columns standing together, and is needed for
+    ``"chunk"`` only.
 
     `scores` is ``[C]`` float32, the mean over layers, heads and rows. Rows must stand behind the columns, and layers
     must be full-attention ones (`Backbone.full_layers`): a sliding window is not applied.
@@ -53,15 +54,16 @@ class AttentionProbe:
             mass = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)[..., self.columns]
         else:
             logits = (q @ key[0][:, self.columns].float().unsqueeze(1).mT) * scaling
-            alone = self.normalise == "chunk"
-            mass = _softmax_by_group(logits, self._groups()) if alone else logits.softmax(dim=-1)
+            parts = logits.split(self._sizes() if self.normalise == "chunk" else len(self.columns), dim=-1)
+            mass = torch.cat([part.softmax(dim=-1) for part in parts], dim=-1)
         self._total += mass.sum(dim=(0, 1, 2))
         self._terms += q.shape[0] * q.shape[1] * q.shape[2]
 
-    def _groups(self) -> Tensor:
+    def _sizes(self) -> list[int]:
         if self.groups is None:
             raise ValueError('normalise="chunk" needs groups, the chunk number of every column')
-        return self.groups
+        sizes: list[int] = self.groups.unique_consecutive(return_counts=True)[1].tolist()
+        return sizes
 
 
 class StopAt:
@@ -72,12 +74,3 @@ class StopAt:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
         raise Enough
-
-
-def _softmax_by_group(logits: Tensor, groups: Tensor) -> Tensor:
-    """Softmax of ``logits [..., C]`` inside each of the groups that ``groups [C]`` numbers."""
-    index = groups.expand_as(logits)
-    shape = (*logits.shape[:-1], int(groups.max()) + 1)
-    peak = logits.new_full(shape, float("-inf")).scatter_reduce(-1, index, logits, "amax")
-    powers = (logits - peak.gather(-1, index)).exp()
-    return powers / logits.new_zeros(shape).scatter_add(-1, index, powers).gather(-1, index)

@@ -22,7 +22,8 @@ def summary(path: str | Path) -> list[dict[str, Any]]:
     """One record for each data set and system, JSON-ready; None for what the rows do not say.
 
     ``score``, ``agree``, ``kl``, ``em``: means over the items that full prefill answered as well, with ``..._interval``
-    ``[low, high]`` (bootstrap, 95 %) beside the first three. ``adjusted``: the score over the ``solved`` items, those
+    ``[low, high]`` (bootstrap, 95 %) beside the first three. ``kl_median``: of the same items; a few that full prefill
+    is itself undecided about make up most of the mean. ``adjusted``: the score over the ``solved`` items, those
     that full prefill scores above 0 on (arXiv 2603.20218). ``normalised``: see `metrics.normalised_f1`, over the items
     that plain reuse answered too. ``ratio``: realised, where stored KV was placed. ``ttft``: the median over items of
     seconds to the first token / full prefill's, which were measured when its reference was computed.
@@ -39,6 +40,7 @@ def summary(path: str | Path) -> list[dict[str, Any]]:
             for name in MEASURES:
                 values = [row[name] for row in good.values()]
                 record |= {name: _mean(values), f"{name}_interval": interval(values)}
+            record["kl_median"] = median(row["kl"] for row in good.values()) if good else None
             solved = [row["score"] for id, row in good.items() if full[id]["score"] > 0]
             record |= {"adjusted": _mean(solved), "adjusted_interval": interval(solved), "solved": len(solved)}
             record["em"] = _mean(row["em"] for row in good.values() if "em" in row)

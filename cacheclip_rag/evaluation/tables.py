@@ -18,6 +18,7 @@ _COLUMNS: dict[str, Callable[[Record], str]] = {
     "normalised": lambda r: _number(r["normalised"], ".0f"),
     "agree": lambda r: _mean(r, "agree"),
     "KL": lambda r: _mean(r, "kl"),
+    "median": lambda r: _number(r["kl_median"]),
     "ratio": lambda r: _number(r["ratio"]),
     "TTFT": lambda r: _number(r["ttft"], ".2f"),
     "bytes/token": lambda r: _number(r["bytes_per_token"], ",.0f"),
@@ -37,7 +38,8 @@ def summarise(path: str | Path) -> str:
     """A Markdown table a data set, of what `figures.summary` says: mean [95 % bootstrap interval]; – for no number.
 
     *adjusted* has the number of items behind it, *normalised* is 0 for plain reuse and 100 for full prefill, *ratio* is
-    realised, *TTFT* relative to full prefill. Systems that fell back are named below. The same rows give the same text.
+    realised, *median* the KL's, *TTFT* relative to full prefill. Systems that fell back are named below. The same rows
+    give the same text.
     """
     parts = []
     for dataset, records in _grouped(summary(path)).items():

@@ -64,14 +64,13 @@ def question_scores(
         scored = torch.arange(len(layout), len(layout) + len(copy))
         rows, ids = torch.cat([rows, scored]), torch.cat([ids, copy])
         positions = torch.cat([positions, scored - len(layout) + int(request.positions[-1]) + 1])
-    groups = torch.unique(request.groups, return_inverse=True)[1] if normalise == "chunk" else None
     device = backbone.device
     probe = AttentionProbe(
         scored.to(device),
         request.rows.to(device),
         layers,
         normalise,
-        None if groups is None else groups.to(device),
+        request.groups.to(device),
     )
     length = canvas.length
     backbone.forward(ids, rows, canvas, positions=positions, logits=0, probe=probe, depth=max(layers) + 1)
