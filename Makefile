@@ -69,7 +69,7 @@ SETS = $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion 
 results: setup  ## DATA=folder: every method on every set, 20 items each (hours; resumable)
 	@$(RUN)/cacheclip eval $(SETS) --methods $(COMPARED) --ratio 0.15 --items 20 \
 		--out $(RESULTS)/methods-1.5b.jsonl --no-table
-	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl --fusion $(RESULTS)/fusion-1.5b.jsonl
+	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl --recipe $(RESULTS)/recipe-1.5b.jsonl
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis

@@ -1,6 +1,6 @@
 """Writes docs/results.md from committed rows.
 
-    python benchmarks/results.py benchmarks/results/methods-1.5b.jsonl --fusion benchmarks/results/fusion-1.5b.jsonl
+    python benchmarks/results.py benchmarks/results/methods-1.5b.jsonl --recipe benchmarks/results/recipe-1.5b.jsonl
 
 The rows come from `make results DATA=folder`, which can be stopped and goes on where it was: a set that not all systems
 have answered to its end is left out, and said to be.
@@ -13,13 +13,14 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 from cacheclip_rag.evaluation import plots
 from cacheclip_rag.evaluation.figures import summary
 from cacheclip_rag.evaluation.tables import compare, summarise
 
 HEAD = Path(__file__).parent / "results-head.md"
-FUSION = Path(__file__).parent / "results-fusion.md"
+RECIPE = Path(__file__).parent / "results-recipe.md"
 
 
 def finished(rows: Path, items: int, folder: Path) -> tuple[Path, dict[str, int]]:
@@ -35,10 +36,45 @@ def finished(rows: Path, items: int, folder: Path) -> tuple[Path, dict[str, int]
     return kept, {data: count for data, count in least.items() if count < items}
 
 
+def common(rows: Path, items: int, folder: Path) -> Path:
+    """The rows of items that every system has answered, of the systems that have answered ``items`` of a set at all."""
+    lines = [line for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
+    good = [(line, row) for line, row in ((line, json.loads(line)) for line in lines) if "error" not in row]
+    answered: dict[tuple[str, str], set[str]] = {}
+    for _, row in good:
+        answered.setdefault((row["dataset"], row["system"]), set()).add(row["id"])
+    enough = {key: ids for key, ids in answered.items() if len(ids) >= items}
+    shared = {data: set.intersection(*(ids for (d, _), ids in enough.items() if d == data)) for data, _ in enough}
+    kept = folder / rows.name
+    chosen = (
+        line for line, row in good if (row["dataset"], row["system"]) in enough and row["id"] in shared[row["dataset"]]
+    )
+    kept.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+    return kept
+
+
+def overall(rows: Path) -> str:
+    """A Markdown table of each system's means over the sets, every set counting the same."""
+    records = summary(rows)
+    full = {r["dataset"]: r["score"] for r in records if r["system"] == "full"}
+    lines = ["| system | score | of full prefill's | agree | KL | median | ratio |", "|---" * 7 + "|"]
+    for system in dict.fromkeys(r["system"] for r in records):
+        mine = [r for r in records if r["system"] == system]
+        if len(mine) < len(full):
+            continue
+        means = {name: mean(r[name] for r in mine) for name in ("score", "agree", "kl", "kl_median")}
+        ratio = "–" if system == "full" else f"{mean(r['ratio'] for r in mine):.3f}"
+        lines.append(
+            f"| {system} | {means['score']:.3f} | {means['score'] / mean(full.values()):.0%} | {means['agree']:.3f} "
+            f"| {means['kl']:.3f} | {means['kl_median']:.3f} | {ratio} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--fusion", type=Path, help="rows about fused chunks")
+    parser.add_argument("--recipe", type=Path, help="rows about the parts of `auto`")
     parser.add_argument("--items", type=int, default=20, help="of a set that is finished")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--baseline", default="cacheclip@0.15")
@@ -52,12 +88,13 @@ def main() -> None:
         parts = [
             HEAD.read_text(encoding="utf-8"),
             f"Not finished, so not here: {waiting}.\n" if waiting else "",
+            f"\n## All sets\n\n{overall(rows)}\n## Each set\n",
             summarise(rows),
             f"\n![Quality against time to first token](figures/{figure.name})\n",
             f"\n## Differences from `{args.baseline}`\n\n{compare(rows, args.baseline)}",
         ]
-    if args.fusion:
-        parts += [FUSION.read_text(encoding="utf-8"), summarise(args.fusion)]
+        if args.recipe:
+            parts += [RECIPE.read_text(encoding="utf-8"), summarise(common(args.recipe, 8, Path(folder)))]
     args.out.write_text("\n".join(parts), encoding="utf-8")
 
 
