@@ -592,6 +592,16 @@ def test_a_sequence_that_comes_again_is_exact_without_recompute() -> None:
     assert ready.fuse_in_order([[A, B, C], [A]]).encoded == 0
 
 
+def test_a_sequence_whose_kv_is_gone_is_computed_again_and_kept() -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    assert ready.fuse_in_order([[A, B]]).encoded == 1
+    key = ready.library.key(B, (A,), joint=True)
+    ready.library.store.delete([key])
+    assert ready.fuse_in_order([[A, B]]).encoded == 1 and key in ready.library.store
+    assert variants(ready).get(B, (A,)).company == (A,)
+
+
 def test_sequences_share_what_they_have_in_common_and_know_no_strangers(tmp_path: Path) -> None:
     ready = engine(store=tmp_path)
     ready.ensure([A, B, C])

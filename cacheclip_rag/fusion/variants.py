@@ -122,7 +122,8 @@ class FusedVariants:
                 key = library.key(chunk.text, chunk.company, joint)
                 mine = self._all().setdefault(chunk.text, {})
                 library.store.put(key, chunk)
-                old += [mine.pop(chunk.company)] if chunk.company in mine else []
+                replaced = mine.pop(chunk.company, key)
+                old += [replaced] if replaced != key else []  # the same key: its KV had gone, and came again
                 mine[chunk.company] = key
                 old += [mine.pop(other) for other in list(mine)[:-keep]]
         library.store.delete(old)
