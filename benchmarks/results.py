@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, help="rows about the parts of `auto`")
     parser.add_argument("--items", type=int, default=20, help="of a set that is finished")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--baseline", default="cacheclip@0.15")
+    parser.add_argument("--baselines", nargs="+", default=["cacheclip@0.15", "auto:company=prompts"])
     args = parser.parse_args()
     figure = args.out.parent / "figures" / "pareto.svg"
     figure.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def main() -> None:
             f"\n## All sets\n\n{overall(rows)}\n## Each set\n",
             summarise(rows),
             f"\n![Quality against time to first token](figures/{figure.name})\n",
-            f"\n## Differences from `{args.baseline}`\n\n{compare(rows, args.baseline)}",
+            *(f"\n## Differences from `{name}`\n\n{compare(rows, name)}" for name in args.baselines),
         ]
         if args.recipe:
             parts += [RECIPE.read_text(encoding="utf-8"), summarise(common(args.recipe, 8, Path(folder)))]
