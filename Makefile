@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check docs bench bench-store quality results clean
+.PHONY: setup demo test behaviours torture check docs bench bench-store quality results recipe clean
 
 setup: $(VENV)/.ready
 
@@ -61,6 +61,14 @@ COMPARED = naive promptcache link0 random epic legolink cacheblend droidspeak ca
 	cacheclip cacheclip:layers=upper cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct query_guided \
 	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr \
 	naive:company=prompts auto:company=prompts auto@0.15:fused=False
+MET = company=prompts
+PARTS = naive:$(MET) random@0.1:$(MET) epic@0.1:$(MET),prefix=system cacheblend@0.1:$(MET),prefix=system \
+	cacheclip@0.1:$(MET),layers=upper fusionrag@0.1:$(MET) infoflow@0.1:$(MET) \
+	"query_guided@0.1:$(MET),layers=(0.69,0.83)" "query_guided@0.1:$(MET),layers=(0.69,1.0),normalise=chunk" \
+	"query_guided@0.1:$(MET),layers=(0.69,0.83),normalise=chunk,window=1" \
+	"query_guided@0.1:$(MET),layers=(0.69,1.0),normalise=chunk,window=1" \
+	"query_guided@0.1:$(MET),layers=all,normalise=chunk,window=1" \
+	"query_guided@0.2:layers=(0.69,1.0),normalise=chunk,window=1" "query_guided@0.2:layers=(0.69,0.83)"
 SETS = $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion \
 	"ruler_2k=$(DATA)/ruler_niah?approx_tokens=2000" "ruler_4k=$(DATA)/ruler_niah?approx_tokens=4000" \
 	"kv_retrieval_75=$(DATA)/kv_retrieval_75?passages=3" \
@@ -70,6 +78,10 @@ results: setup  ## DATA=folder: every method on every set, 20 items each (hours;
 	@$(RUN)/cacheclip eval $(SETS) --methods $(COMPARED) --ratio 0.15 --items 20 \
 		--out $(RESULTS)/methods-1.5b.jsonl --no-table
 	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl --recipe $(RESULTS)/recipe-1.5b.jsonl
+
+recipe: setup  ## DATA=folder: the parts of `auto`, over the same fused chunks (hours; resumable)
+	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa --methods $(PARTS) --items 20 \
+		--out $(RESULTS)/recipe-1.5b.jsonl --no-table
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis

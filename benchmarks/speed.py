@@ -23,8 +23,9 @@ from statistics import median
 
 import torch
 
-from cacheclip_rag import METHODS, Engine
+from cacheclip_rag import Engine
 from cacheclip_rag.evaluation import kl
+from cacheclip_rag.methods import resolve
 from cacheclip_rag.report import Report
 from cacheclip_rag.store import MemoryStore, TieredStore
 
@@ -93,7 +94,7 @@ def first_token(engine: Engine, prompt: str, question: str, method: str, ratio: 
 
 def fuse(engine: Engine, chunks: list[str], method: str) -> None:
     """For methods that take fused variants: the chunks as an earlier prompt held them, the second half first."""
-    if METHODS[method].fit is not None:
+    if resolve(method).fit is not None:
         half = len(chunks) // 2
         engine.fuse_in_order([[*chunks[half:], *chunks[:half]]], method=method)
 
@@ -122,7 +123,7 @@ def pair(
 
 
 def measure(engine: Engine, tokens: int, pairs: int, ratio: float, method: str, folder: Path) -> dict:
-    own = ratio if METHODS[method].fitted_ratio is None else None
+    own = ratio if resolve(method).fitted_ratio is None else None
     generator, rows = random.Random(tokens), []
     for number in range(pairs):
         question = f"What do passages {generator.randrange(90)} and {generator.randrange(90)} propose, and why?"

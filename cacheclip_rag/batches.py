@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -30,3 +30,14 @@ def batches(texts: Iterable[str], characters: int, weight: Callable[[str], int] 
         size += weight(text)
     if batch:
         yield batch
+
+
+def reported(groups: Iterable[Sequence[str]], progress: Callable[[int], None] | None) -> Iterator[Sequence[str]]:
+    """The groups; once one is done with, ``progress`` is told of each of its texts how many there were so far."""
+    done = 0
+    for group in groups:
+        yield group
+        for _ in group:
+            done += 1
+            if progress is not None:
+                progress(done)

@@ -16,7 +16,7 @@ from . import methods
 from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
-from .batches import batches, together
+from .batches import batches, reported, together
 from .chunks import Namespace, canonical
 from .encode import Encoder, Harvested
 from .errors import CacheClipError, StoreError
@@ -47,13 +47,6 @@ class Task(NamedTuple):
     text: str
     method: Method | None = None
     fuse: bool = False
-
-
-def _weight(text: str, company: Sequence[str]) -> int:
-    """Characters that a chunk counts for where it is fused together with others. Its company is not computed and takes
-    memory only, but for ten neighbours ten times its own.
-    """
-    return len(text) + sum(map(len, company)) // 8
 
 
 @dataclass
@@ -126,8 +119,7 @@ class Ingestion:
                 result.skipped += [(text[:40], str(error)) for text in texts]
                 return result
         chosen = self.method if method is None else methods.resolve(method)
-        done = 0
-        for batch in batches(texts, together(self.backbone.device)):
+        for batch in reported(batches(texts, together(self.backbone.device)), progress):
             try:
                 if not self.composable:
                     result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in batch]
@@ -140,10 +132,6 @@ class Ingestion:
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
                 log.warning("%d chunks not encoded: %s", len(batch), error)
                 result.skipped += [(text[:40], str(error)) for text in batch]
-            for _ in batch:
-                done += 1
-                if progress is not None:
-                    progress(done)
         return result
 
     def _ensure(self, texts: Sequence[str], library: Library, result: Ensured) -> None:
@@ -200,8 +188,8 @@ class Ingestion:
         result = Ensured()
         chosen = self.method if method is None else methods.resolve(method)
         reason = self._unfusable(chosen)
-        done = 0
-        for batch in batches(neighbours, together(self.backbone.device), lambda text: _weight(text, neighbours[text])):
+        groups = batches(neighbours, together(self.backbone.device), lambda text: _weight(text, neighbours[text]))
+        for batch in reported(groups, progress):
             try:
                 if reason is not None:
                     result.skipped += [(text[:40], reason) for text in batch]
@@ -210,10 +198,6 @@ class Ingestion:
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
                 log.warning("%d chunks not fused: %s", len(batch), error)
                 result.skipped += [(text[:40], str(error)) for text in batch]
-            for _ in batch:
-                done += 1
-                if progress is not None:
-                    progress(done)
         return result
 
     def fuse_in_order(
@@ -434,3 +418,10 @@ class Ingestion:
             self.fuse({task.text: [text for text in met if text is not None]}, method=task.method)
         else:
             self.ensure([task.text], method=task.method)
+
+
+def _weight(text: str, company: Sequence[str]) -> int:
+    """Characters that a chunk counts for where it is fused together with others. Its company is not computed and takes
+    memory only, but for ten neighbours ten times its own.
+    """
+    return len(text) + sum(map(len, company)) // 8
