@@ -389,6 +389,11 @@ def test_items_can_be_shortened_to_the_passages_that_matter(tmp_path: Path) -> N
     assert kept("n=2&passages=2") == [["The ANSWER is here", "five"]]
     assert kept("passages=3&n=1") == [["one", "The ANSWER is here", "five"]]
     assert kept("passages=9&n=1") == [[passage["text"] for passage in passages]]
+    # What passages are fused with comes from the same set: not from questions left out, not from longer prompts.
+    everything = sources([f"{file}?n=2&passages=2"])[0].all()
+    assert [(item.id, [p.text for p in item.passages]) for item in everything] == [
+        ("2", ["The ANSWER is here", "five"])
+    ]
     for wrong in ("passages=0", "passages=many"):
         with pytest.raises(ConfigurationError, match="1 or more"):
             kept(wrong)

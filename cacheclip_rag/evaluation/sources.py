@@ -29,8 +29,10 @@ class Source:
     passages: int | None = None
 
     def all(self) -> list[Item]:
-        """All items of a file, whatever is asked of it; none of a generated set."""
-        return [] if self.path is None else read(self.path)
+        """The set's items as they are asked, none that its conditions leave out; none at all of a generated set."""
+        if self.path is None:
+            return []
+        return [shortened(item, self.passages) for item in read(self.path) if self._wanted(item)]
 
     def corpus(self) -> list[str]:
         """Passages that stand beside the items, in ``corpus.jsonl``: they are retrieved from, too."""
@@ -40,8 +42,7 @@ class Source:
     def items(self, count: int, backbone: Backbone) -> list[Item]:
         """``count`` items: spread evenly over the file, or of the seeds 0.. with lengths by the model's tokenizer."""
         if self.path is not None:
-            items = spread([item for item in read(self.path) if self._wanted(item)], count)
-            items = [shortened(item, self.passages) for item in items]
+            items = spread(self.all(), count)
         else:
             items = [
                 _ruler().generate(
