@@ -67,6 +67,15 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
     assert plots.front_of(points, lower=False) == [False, False, False, True, False]
 
 
+def test_a_line_of_lengths_counts_every_row_once() -> None:
+    few = [{"system": "a", "chunks": n, "kl": kl} for n, kl in [(2, 0.1), (2, 0.3), (5, 0.4), (10, 0.5)]]
+    assert plots.quarters(few, "chunks", "kl") == {"a": [(2, pytest.approx(0.2)), (5, 0.4), (10, 0.5)]}
+    many = [{"system": "a", "chunks": n, "kl": float(n)} for n in range(1, 9)]
+    assert plots.quarters(many, "chunks", "kl") == {"a": [(1.5, 1.5), (3.5, 3.5), (5.5, 5.5), (7.5, 7.5)]}
+    many += [{"system": "b", "chunks": 8, "kl": 0.0}]
+    assert plots.quarters(many, "chunks", "kl")["b"] == [(8, 0.0)]
+
+
 def test_figures_are_drawn(engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plots.agreement(agreement(engine, [ITEM], {"helper": engine.auxiliary}), tmp_path / "agreement.svg")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -120,21 +120,34 @@ def _swept(label: str, parameter: str) -> tuple[str, Any]:
 
 
 def length(rows: Iterable[dict[str, Any]], path: str | Path, by: str = "prompt_tokens", measure: str = "kl") -> None:
-    """A measure against the length of the prompt (or ``by="chunks"``), binned into quarters, a line a system."""
+    """A measure against the length of the prompt (or ``by="chunks"``), a line a system (`quarters`)."""
     usable = [row for row in rows if row.get(by) and row.get(measure) is not None and row["system"] != "full"]
     if not usable:
         raise ConfigurationError(f"no rows say {by} and {measure}")
     figure, axes = _axes(1)
-    edges = sorted(row[by] for row in usable)
-    borders = [edges[i * (len(edges) - 1) // 4] for i in range(5)]
-    for system in dict.fromkeys(row["system"] for row in usable):
-        points = []
-        for low, high in pairwise(borders):
-            mine = [r for r in usable if r["system"] == system and low <= r[by] <= high]
-            if mine:
-                points.append((mean(r[by] for r in mine), mean(r[measure] for r in mine)))
+    for system, points in quarters(usable, by, measure).items():
         axes[0].plot(*zip(*points, strict=True), marker="o", label=system)
     axes[0].set_xlabel(by.replace("_", " "))
     axes[0].set_ylabel(measure)
     axes[0].legend(fontsize=6)
     _save(figure, path)
+
+
+def quarters(rows: Sequence[dict[str, Any]], by: str, measure: str) -> dict[str, list[tuple[float, float]]]:
+    """Means of ``(by, measure)`` by system: a point for each value of ``by`` while there are at most six, else for each
+    quarter of the rows, in the order of ``by``; rows of one value stay together.
+    """
+    values = sorted({row[by] for row in rows})
+    if len(values) > 6:
+        places = sorted(row[by] for row in rows)
+        values = sorted({places[len(places) * quarter // 4] for quarter in range(4)})
+    points: dict[str, list[tuple[float, float]]] = {}
+    for system in dict.fromkeys(row["system"] for row in rows):
+        groups = defaultdict(list)
+        for row in rows:
+            if row["system"] == system:
+                groups[bisect(values, row[by])].append(row)
+        points[system] = [
+            (mean(r[by] for r in group), mean(r[measure] for r in group)) for _, group in sorted(groups.items())
+        ]
+    return points
