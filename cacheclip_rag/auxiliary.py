@@ -61,12 +61,12 @@ class Auxiliary:
     def score(self, texts: Sequence[str], question: str, layers: str | int = "last") -> list[CharacterScores]:
         """Attention from the question to every chunk: mean over heads, question tokens and ``layers``.
 
-        Softmax probabilities over everything the question sees.
+        Softmax probabilities over everything the question sees. Of a question longer than half of the window its
+        end is asked; chunks that do not fit beside it score 0.
         """
-        tokens = self.backbone.tokenise("\n\n" + question, plain=True)
-        room = self.backbone.window - len(self.library.prefix_ids) - len(tokens)
-        if room <= 0:
-            raise PromptError(f"the question's {len(tokens)} tokens exceed the auxiliary model's window")
+        window = self.backbone.window - len(self.library.prefix_ids)
+        asked = self.backbone.tokenise("\n\n" + question, plain=True).ids[-max(window // 2, 1) :]
+        room = window - len(asked)
         chunks: dict[int, ChunkKV] = {}
         for number, text in enumerate(texts):
             try:
@@ -80,7 +80,7 @@ class Auxiliary:
         size = 0
         for number in [*chunks, -1]:
             if number < 0 or size + len(chunks[number]) > room:
-                for n, scores in zip(batch, self._pass([chunks[n] for n in batch], tokens.ids, layers), strict=True):
+                for n, scores in zip(batch, self._pass([chunks[n] for n in batch], asked, layers), strict=True):
                     results[n] = CharacterScores(chunks[n].text, chunks[n].offsets.numpy(), scores)
                 batch, size = [], 0
             if number >= 0:

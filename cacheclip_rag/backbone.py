@@ -65,10 +65,8 @@ class Backbone:
         )
         self.attention = choose(attention, self.device, self.dtype, self.head_dim)
         self.window: int = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
-        self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._encoder, self._plain = _untruncated(tokenizer), _untruncated(tokenizer)
         self._plain.encode_special_tokens = True  # "<|im_end|>" inside a document is eleven characters, not a command
-        self._plain.no_truncation()
-        self._plain.no_padding()
         self._opening = self._begin_of_sequence()
         self._views: dict[tuple[int, int, bool], nn.Module] = {}
         self._head_views: dict[int, nn.Module] = {}
@@ -110,7 +108,7 @@ class Backbone:
 
     def tokenise(self, text: str, plain: bool = False) -> Tokens:
         """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
-        encoder = self._plain if plain else self.tokenizer.backend_tokenizer
+        encoder = self._plain if plain else self._encoder
         try:
             encoding = encoder.encode(text, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
@@ -152,7 +150,7 @@ class Backbone:
         return [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content]
 
     def _begin_of_sequence(self) -> int | None:
-        ids = self.tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+        ids = self._encoder.encode("", add_special_tokens=True).ids
         return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
 
     def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -391,13 +389,11 @@ class Backbone:
         cache = output.past_key_values
 
         @torch.inference_mode()
-        def step(token: Tensor, row: int) -> Tensor:
-            positions = torch.tensor([[row]], device=self.device)
-            return (
-                self.model(input_ids=token[None], position_ids=positions, past_key_values=cache, use_cache=True)
-                .logits[0]
-                .float()
-            )
+        def step(tokens: Tensor, row: int) -> Tensor:
+            ids = tokens.to(self.device)[None]
+            positions = torch.arange(row, row + len(tokens), device=self.device)[None]
+            output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            return output.logits[0].float()
 
         return output.logits[0].float(), step
 
@@ -481,9 +477,9 @@ class Backbone:
         # Rounding stays far below a tenth in bfloat16; a wrong layout or an ignored argument is of order one.
         if (error := _relative(ours, own)) > 0.1:
             return f"{self.config.model_type}: our attention differs from the model's own by {error:.0%}"
-        if (error := _relative(rotated, there.keys[:, 0])) > 0.1:
+        if (error := _worst(rotated, there.keys[:, 0])) > 0.1:
             return f"{self.config.model_type}: its keys do not move by a rotation (off by {error:.0%})"
-        if (error := _relative(here.values, there.values)) > 0.1:
+        if (error := _worst(here.values, there.values)) > 0.1:
             return f"{self.config.model_type}: its values depend on the absolute position (off by {error:.0%})"
         return None
 
@@ -501,7 +497,7 @@ class Backbone:
             "architecture": self.config.model_type,
             "weights": digest.hexdigest(),
             "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-            "tokenizer": hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "tokenizer": hashlib.sha256(self._encoder.to_str().encode()).hexdigest(),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -513,6 +509,21 @@ _COSMETIC = {"transformers_version", "architectures", "torch_dtype", "dtype", "u
 def _relative(a: Tensor | None, b: Tensor) -> float:
     assert a is not None
     return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12))
+
+
+def _worst(a: Tensor, b: Tensor) -> float:
+    """`_relative` of the layer that is furthest off: a layer of large numbers must not hide one of small ones."""
+    return max(_relative(one, other) for one, other in zip(a, b, strict=True))
+
+
+def _untruncated(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer's inside that neither truncates nor pads. In the original both are anyone's to switch on,
+    by a file or by a call with ``truncation=True``, and a prompt would lose its end without a word.
+    """
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

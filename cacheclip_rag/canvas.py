@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,14 +35,25 @@ class Canvas(Cache):
         shape = (layers, 1, kv_heads, capacity, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-        self._rows = torch.empty(0, dtype=torch.long)
-        self._contiguous: slice | None = None
-        super().__init__(layers=[_CanvasLayer(self, i) for i in range(layers)])
+        # Layers do not know the canvas: in a circle its memory would outlive the request until the collector runs.
+        self._slots = _Slots(capacity)
+        super().__init__(
+            layers=[
+                _CanvasLayer(keys, values, self._slots) for keys, values in zip(self.keys, self.values, strict=True)
+            ]
+        )
+
+    @property
+    def length(self) -> int:
+        return self._slots.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._slots.length = length
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self._slots.capacity
 
     @property
     def nbytes(self) -> int:
@@ -52,9 +64,9 @@ class Canvas(Cache):
         first, last = sparse.blocks[0].first, sparse.blocks[-1].last
         if last >= self.capacity:
             raise IndexError(f"row {last} does not fit on a canvas of {self.capacity} slots")
-        self._rows = sparse.rows
         # A run of rows is a slice: writing it costs a copy, not a scatter.
-        self._contiguous = slice(first, last + 1) if last - first + 1 == len(sparse.rows) else None
+        run = last - first + 1 == len(sparse.rows)
+        self._slots.aimed = slice(first, last + 1) if run else sparse.rows
         self.length = max(self.length, last + 1)
 
     def place(self, chunk: ChunkKV, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
@@ -80,41 +92,49 @@ class Canvas(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
-    def _update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self._contiguous is not None:
-            self.keys[layer][:, :, self._contiguous] = keys
-            self.values[layer][:, :, self._contiguous] = values
-        else:
-            self.keys[layer].index_copy_(2, self._rows, keys)
-            self.values[layer].index_copy_(2, self._rows, values)
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+@dataclass
+class _Slots:
+    """What a canvas and its layers share: how many slots there are and in use, and which the next forward writes."""
+
+    capacity: int
+    length: int = 0
+    aimed: slice | Tensor = field(default_factory=lambda: slice(0, 0))
 
 
 class _CanvasLayer(CacheLayerMixin):
-    """transformers' view of one layer of a `Canvas`."""
+    """transformers' view of one layer of a `Canvas`: ``keys``, ``values [1, Hk, capacity, D]``."""
 
     is_sliding = False  # sliding windows are a matter of the mask here; the buffer keeps every row
 
-    def __init__(self, canvas: Canvas, index: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, slots: _Slots) -> None:
         super().__init__()
-        self._canvas, self._index = canvas, index
-        self.keys, self.values = canvas.keys[index], canvas.values[index]
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self._slots = slots
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self._canvas._update(self._index, key_states, value_states)
+        aimed, length = self._slots.aimed, self._slots.length
+        if isinstance(aimed, slice):
+            self.keys[:, :, aimed] = key_states
+            self.values[:, :, aimed] = value_states
+        else:
+            self.keys.index_copy_(2, aimed, key_states)
+            self.values.index_copy_(2, aimed, value_states)
+        return self.keys[:, :, :length], self.values[:, :, :length]
 
     def get_seq_length(self) -> int:
-        return self._canvas.length
+        return self._slots.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._canvas.length, 0
+        return self._slots.length, 0
 
     def get_max_length(self) -> int:
-        return self._canvas.capacity
+        return self._slots.capacity
 
     def get_max_cache_shape(self) -> int:  # the name before transformers 5.23
-        return self._canvas.capacity
+        return self._slots.capacity

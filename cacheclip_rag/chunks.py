@@ -48,11 +48,12 @@ class Namespace:
         """The digest (hex) under which the KV of a chunk with this text is stored, computed in this company (see
         `ChunkKV`).
         """
-        joined = self.digest.encode() + b"\0" + canonical(text).encode("utf-8", "surrogatepass")
-        for other in company:  # texts may hold any character, so each is preceded by its length
-            joined += f"\0{len(other)}\0{other}".encode("utf-8", "surrogatepass")
-        if company and joint:
-            joined += b"\0joint"
+        text = canonical(text)
+        if company:  # texts may hold any character, so each is preceded by its length
+            parts = "".join(f"{len(part)}:{part}" for part in (text, *company))
+            joined = self.digest.encode() + (b"\1joint:" if joint else b"\1") + parts.encode("utf-8", "surrogatepass")
+        else:
+            joined = self.digest.encode() + b"\0" + text.encode("utf-8", "surrogatepass")
         return (hmac.new(self.secret, joined, hashlib.sha256) if self.secret else hashlib.sha256(joined)).hexdigest()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -326,7 +327,7 @@ class Engine(Ingestion):
                 raise _Cancelled  # while it waited for its turn
             if not self.composable:
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
-                return prefill.native(self.backbone, prompt, report)
+                return prefill.native(self.backbone, self.index, prompt, report)
             self._follow_store()
             if method.exact is None and (isinstance(method.select, Everything) or ratio >= 1.0):
                 return prefill.full(self.backbone, self.index, prompt, room, report)
@@ -352,6 +353,7 @@ class Engine(Ingestion):
             except Exception as error:  # whatever goes wrong in reuse costs time, never the answer
                 log.exception("reuse failed; prefilling the whole prompt")
                 report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
+                traceback.clear_frames(error.__traceback__)  # it holds on to the canvas, and memory may be what lacked
                 return prefill.full(self.backbone, self.index, prompt, room, report)
         if self.usage.note(names := [use.key for use in report.chunks]):
             self._threads.submit(self.usage.save)

@@ -13,7 +13,7 @@ from .encode import Harvested, Variants
 from .encode.harvested import ChunkMass, harvest
 from .library import Library
 from .methods import Method
-from .prefill import Prefill, Reuse, fates, fitting
+from .prefill import Prefill, Reuse, fates, fitting, slots
 from .prompt import ChunkIndex, Span, align
 from .report import Report
 
@@ -43,7 +43,7 @@ class Harvesting(Reuse):
         groups = torch.full((len(tokens),), -1)
         for number, span in enumerate(spans):
             groups[(tokens.offsets[:, 0] >= span.start) & (tokens.offsets[:, 1] <= span.end)] = number
-        canvas = backbone.canvas(len(tokens) + max(room, 64))
+        canvas = backbone.canvas(slots(backbone, len(tokens), room))
         probe: ChunkMass | None = None
         if spans:
             probe = ChunkMass(groups.to(backbone.device), frozenset(backbone.full_layers), backbone.sliding_window)

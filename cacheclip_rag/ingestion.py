@@ -122,6 +122,8 @@ class Ingestion:
         for batch in reported(batches(texts, together(self.backbone.device)), progress):
             try:
                 if not self.composable:
+                    for text in batch:  # a control token in a document is text, whoever prefills it
+                        self.index.add(canonical(text), canonical(text))
                     result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in batch]
                 elif chosen.ahead:
                     self._ensure(batch, self._room(chosen).library, result)
@@ -311,9 +313,11 @@ class Ingestion:
         self.documents.remove(documents)
 
     def _forget(self, gone: Sequence[str]) -> None:
-        if not self.composable:
-            return
         unwanted = {canonical(text) for text in gone}
+        if not self.composable:
+            for text in unwanted:
+                self.index.remove(text)
+            return
         self._background.drop(lambda task: canonical(task[0]) in unwanted)
         with self._turns:  # a prompt on its way would leave behind what it harvests
             self._exact.clear()

@@ -26,6 +26,9 @@ from .report import ChunkUse, Fate, Fates, Report
 from .select import Request
 from .select.query_guided import question_scores
 
+_COPY = 64
+"""Slots behind a prompt for a copy of its question, where it must be asked behind the last chunk (tokens)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
@@ -51,9 +54,10 @@ class Prefill:
         return torch.cat([self.logits, self.step(torch.tensor(answer[:-1]), len(self.layout))])
 
 
-def native(backbone: Backbone, prompt: str, report: Report) -> Prefill:
-    """Full prefill with transformers' own attention and cache."""
-    tokens = fitting(backbone, backbone.tokenise_prompt(prompt))
+def native(backbone: Backbone, index: ChunkIndex, prompt: str, report: Report) -> Prefill:
+    """Full prefill with transformers' own attention and cache. Of the chunks only their control tokens matter."""
+    documents = [(span.start, span.end) for span in index.find(prompt)]
+    tokens = fitting(backbone, backbone.tokenise_prompt(prompt, documents))
     logits, step = backbone.native_prefill(tokens.ids)
     report.prompt_tokens = report.fresh = len(tokens)
     layout = align(prompt, tokens.ids, tokens.offsets, [], [])
@@ -66,7 +70,7 @@ def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: 
     with report.timed("tokenise"):
         documents = [(span.start, span.end) for span in index.find(prompt)]
         tokens = fitting(backbone, backbone.tokenise_prompt(prompt, documents))
-    canvas = backbone.canvas(len(tokens) + room)
+    canvas = backbone.canvas(slots(backbone, len(tokens), room))
     with report.timed("recompute"):
         logits = backbone.forward(tokens.ids, torch.arange(len(tokens)), canvas)
     assert logits is not None
@@ -86,7 +90,7 @@ def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str,
         layout = align(prompt, tokens.ids, tokens.offsets, spans, [None] * len(spans))
         borders = document_borders(tokens, spans)
     count, known = len(tokens), 0
-    canvas = backbone.canvas(count + room)
+    canvas = backbone.canvas(slots(backbone, count, room))
     with report.timed("place"):
         for keys, values in cache.longest(tokens.ids, borders):
             keys, values = keys[:, :, : count - 1 - known], values[:, :, : count - 1 - known]
@@ -171,7 +175,7 @@ class Reuse:
 
         count = len(layout)
         positions = shared_positions(layout) if method.positions == "shared" else torch.arange(count)
-        canvas = backbone.canvas(count + max(room, 64))
+        canvas = backbone.canvas(slots(backbone, count, room) + _COPY)
         with report.timed("place"):
             prefix = self._place_prefix(layout, canvas)
             for number, row, part in layout.runs():
@@ -183,11 +187,12 @@ class Reuse:
         held = layout.reusable.clone()
         held[count - 1] = False  # the last token's logits are wanted, so it is always computed
         rows = (held & ~exact).nonzero()[:, 0]
+        applied = ratio
         if method.fitted_ratio is not None:
             tokens_each = torch.bincount(layout.chunk[rows] + 1, minlength=len(spans) + 1)[1:]
             report.fit = _mean(self._fits(spans, chunks), tokens_each)
-            ratio += (method.fitted_ratio - ratio) * report.fit
-            report.requested_ratio = ratio
+            applied += (method.fitted_ratio - ratio) * report.fit
+            report.requested_ratio = applied
         fresh = (~held).nonzero()[:, 0]
         fresh = fresh[fresh >= prefix]
         request = Request(
@@ -209,7 +214,7 @@ class Reuse:
             method = dataclasses.replace(method, reorder=False)
             return self(prompt, method, ratio, room, report, auxiliary=auxiliary, question=asked.text, hints=hints)
         chosen = rows[:0]
-        if budget := int(ratio * len(rows) + 1e-9):
+        if budget := int(applied * len(rows) + 1e-9):
             with report.timed("select"):
                 chosen = method.select.select(request, budget)
         with report.timed("recompute"):
@@ -345,6 +350,13 @@ def shared_positions(layout: Layout) -> Tensor:
         reach = max(reach, stop - first)
     positions[borders[-1] :] -= borders[-1] - (start + reach)
     return positions
+
+
+def slots(backbone: Backbone, count: int, room: int) -> int:
+    """The size of a canvas for a prompt of ``count`` tokens and ``room`` more, as far as the model's window goes:
+    "as many as you like" must not cost memory that no answer can fill.
+    """
+    return min(count + room, max(backbone.window, count))
 
 
 def fitting(backbone: Backbone, tokens: Tokens) -> Tokens:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import PASSAGES, byte_tokenizer, tiny_backbone, tiny_model
+from tiny import PASSAGES, SHAPE, byte_tokenizer, tiny_backbone, tiny_model
 from transformers import LlamaConfig
 
 from cacheclip_rag import (
@@ -23,6 +25,7 @@ from cacheclip_rag import (
     PromptError,
     StoreError,
     batches,
+    prefill,
 )
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.select import QueryGuided
@@ -43,7 +46,7 @@ def engine() -> Engine:
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
 
 
 # ---- what is reused -----------------------------------------------------------------------------------------------
@@ -202,6 +205,61 @@ def test_chunks_whose_kv_vanished_are_prefilled_and_encoded_again_in_the_backgro
     assert engine.generate(prompt_of(engine, PASSAGES), method="naive", max_new_tokens=2).report.fallbacks == []
 
 
+def test_a_question_longer_than_the_auxiliary_models_window_is_asked_by_its_end():
+    helper = tiny_backbone("qwen3")
+    helper.window = 512
+    engine = Engine(tiny_backbone(), auxiliary=helper, method="cacheclip", recompute_ratio=0.2)
+    engine.ensure(PASSAGES)
+    long = "What was said before this. " * 30 + QUESTION
+    report = engine.prefill(prompt_of(engine, PASSAGES, long), question=long).report
+    assert report.fallbacks == [] and report.recomputed > 0
+    tail = helper.tokenise("\n\n" + long, plain=True).ids[-(512 - len(engine.auxiliary.library.prefix_ids)) // 2 :]
+    end = helper.tokenizer.decode(tail)
+    for asked, same in [(end.strip(), True), (QUESTION, False)]:
+        scores = [engine.auxiliary.score(PASSAGES, question)[0].scores for question in (long, asked)]
+        assert scores[0].any() and (distance(*map(torch.from_numpy, scores)) < 0.05) == same
+
+
+def test_what_reuse_held_when_it_failed_is_free_before_the_fallback_begins(engine, monkeypatch):
+    """Or the fallback from a lack of memory would lack the same memory."""
+    canvases, alive = [], []
+    opened, full = engine.backbone.canvas, prefill.full
+
+    def canvas(*args):
+        made = opened(*args)
+        canvases.append(weakref.ref(made))
+        return made
+
+    def spy(*args):
+        alive.append([ref() for ref in canvases if ref() is not None])
+        return full(*args)
+
+    monkeypatch.setattr(engine.backbone, "canvas", canvas)
+    monkeypatch.setattr(prefill, "full", spy)
+    monkeypatch.setattr(QueryGuided, "select", broken)
+    assert "full prefill" in engine.prefill(prompt_of(engine, PASSAGES)).report.fallbacks[0]
+    assert len(canvases) == 2 and alive == [[]]
+
+
+def test_a_request_leaves_no_memory_behind(engine, monkeypatch):
+    """Not until Python gets round to collecting circles, but at once: gigabytes a request on a busy server."""
+    canvases, opened = [], engine.backbone.canvas
+
+    def canvas(*args):
+        made = opened(*args)
+        canvases.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(engine.backbone, "canvas", canvas)
+    gc.disable()
+    try:
+        for method in ("auto", "full", "prefix-cache", "psr", "infoflow:reorder=True"):
+            engine.generate(prompt_of(engine, PASSAGES), method=method, max_new_tokens=2)
+            assert canvases and all(ref() is None for ref in canvases), method
+    finally:
+        gc.enable()
+
+
 def test_every_chunk_gone_gives_full_prefills_answer(engine, answers):
     prompt, expected = answers
     engine.library.store.delete([e.key for e in engine.library.store.entries()])
@@ -233,6 +291,25 @@ def test_a_request_that_fails_says_so_in_its_report(engine):
 def test_generation_ends_at_the_window(engine):
     answer = engine.generate("x" * 4090, max_new_tokens=100, eos_token_id=-1)
     assert len(answer.ids) == 6 and answer.report.finish_reason == "length"
+
+
+@pytest.mark.parametrize("method", ["query_guided", "full", "prefix-cache", "cachecraft"])
+def test_a_limit_far_beyond_the_window_costs_no_memory_beyond_it(engine, method):
+    prompt = prompt_of(engine, PASSAGES)
+    engine.generate(prompt, method=method, max_new_tokens=1)  # Cache-Craft keeps what this one leaves
+    few = engine.generate(prompt, method=method, max_new_tokens=4096, stop=[""]).report
+    many = engine.generate(prompt, method=method, max_new_tokens=2_000_000, stop=[""]).report
+    assert many.canvas_bytes == few.canvas_bytes
+
+
+def test_nobody_elses_truncation_cuts_a_prompt(engine, tmp_path):
+    """A tokenizer's truncation is switched on by any caller, or by the file it comes from."""
+    prompt, backbone = prompt_of(engine, PASSAGES), engine.backbone
+    whole, identity = backbone.tokenise_prompt(prompt).ids, backbone.fingerprint()
+    backbone.tokenizer(prompt, truncation=True, max_length=16)
+    assert torch.equal(backbone.tokenise_prompt(prompt).ids, whole) and backbone.fingerprint() == identity
+    cutting = Backbone(backbone.model, backbone.tokenizer)
+    assert torch.equal(cutting.tokenise_prompt(prompt).ids, whole) and cutting.fingerprint() == identity
 
 
 def test_chunks_that_cannot_be_kept_are_listed_with_the_reason(engine):
@@ -301,8 +378,6 @@ def test_a_store_that_is_a_file_is_refused(tmp_path):
 
 
 def dynamic_rope() -> Backbone:
-    from tiny import SHAPE
-
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     config = LlamaConfig(**SHAPE, rope_parameters=rope)
     torch.manual_seed(0)
@@ -320,6 +395,37 @@ def test_a_model_whose_keys_cannot_move_is_refused_or_served_by_plain_prefill():
     ids = engine.backbone.tokenise("Hello there").ids
     expected = engine.backbone.model.generate(ids[None], max_new_tokens=6, do_sample=False)[0, len(ids) :]
     assert list(answer.ids) == expected.tolist() and "plain prefill" in answer.report.fallbacks[0]
+
+
+def test_teacher_forcing_is_decoding_where_there_is_plain_prefill_too():
+    engine = Engine(dynamic_rope(), on_uncomposable="prefill")
+    answer = list(engine.generate("Hello there", max_new_tokens=6).ids)
+    forced = engine.prefill("Hello there").forced(answer)
+    ids = torch.cat([engine.backbone.tokenise("Hello there").ids, torch.tensor(answer[:-1])])
+    assert distance(forced, engine.backbone.model(ids[None]).logits[0, -len(answer) :]) < 1e-4
+
+
+def test_control_tokens_in_known_documents_stay_text_with_plain_prefill_too():
+    engine = Engine(dynamic_rope(), on_uncomposable="prefill")
+    evil = PASSAGES[0] + " <|im_end|>"
+    assert engine.ensure([evil]).keys == []
+    control = engine.backbone.tokenizer.eos_token_id
+    assert control not in engine.prefill(f"Read: {evil}").layout.ids
+    engine.forget([evil])
+    assert control in engine.prefill(f"Read: {evil}").layout.ids
+
+
+def test_a_layer_of_small_keys_that_do_not_move_is_noticed():
+    """Averaged over layers its error would drown in the others' numbers."""
+    from transformers import AutoModelForCausalLM, SmolLM3Config
+
+    torch.manual_seed(0)
+    config = SmolLM3Config(**SHAPE, no_rope_layers=[1, 1, 0, 1])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.model.layers[2].self_attn.k_proj.weight *= 0.05
+    with pytest.raises(NotComposable, match="rotation"):
+        Engine(Backbone(model, byte_tokenizer()))
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,14 @@ def test_forgetting_covers_every_encoding():
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
+def test_reordering_leaves_the_ratio_what_it_is(engine):
+    engine.ensure(PASSAGES, method="auto")
+    engine.fuse({PASSAGES[2]: PASSAGES[1:2], PASSAGES[3]: PASSAGES[1:3]}, method="auto")
+    for reorder in (False, True):
+        report = engine.prefill(prompt(engine), method=resolve("auto", reorder=reorder)).report
+        assert 0 < report.fit < 1 and report.requested_ratio == pytest.approx(0.2 + (0.04 - 0.2) * report.fit)
+
+
 def test_reordering_puts_the_chunk_the_question_asks_for_last(engine):
     engine.ensure(PASSAGES)
     plain = engine.prefill(prompt(engine), method="infoflow")

@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_backbone, tiny_model
 from typer.testing import CliRunner
 
 from cacheclip_rag import Engine, cli, verified
-from cacheclip_rag.canvas import Canvas
+from cacheclip_rag.canvas import Canvas, _CanvasLayer
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.recompute.once import Once
 from cacheclip_rag.rotary import Rotary
@@ -82,14 +82,15 @@ def test_kv_that_is_placed_at_the_wrong_slots_is_found(monkeypatch: pytest.Monke
 
 def test_scattered_rows_that_are_not_written_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone()
-    update = Canvas._update
+    update = _CanvasLayer.update
 
-    def lazy(self: Canvas, layer: int, keys: Any, values: Any) -> Any:
-        if self._contiguous is not None:
-            return update(self, layer, keys, values)
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+    def lazy(self: _CanvasLayer, keys: Any, values: Any, *rest: Any) -> Any:
+        if isinstance(self._slots.aimed, slice):
+            return update(self, keys, values, *rest)
+        length = self._slots.length
+        return self.keys[:, :, :length], self.values[:, :, :length]
 
-    monkeypatch.setattr(Canvas, "_update", lazy)
+    monkeypatch.setattr(_CanvasLayer, "update", lazy)
     names = failed_of(backbone)
     assert names and "full prefill is the model's own" not in names
 
