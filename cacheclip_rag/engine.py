@@ -280,7 +280,9 @@ class Engine(Ingestion):
         return self._tally.snapshot(self._seats.taken, self._seats.waiting, total(stores, aside))
 
     def close(self) -> None:
-        """Stop background work, but for uploads, which are waited for. The engine goes on answering."""
+        """Stop background work, but for uploads, which are waited for. The engine goes on answering, and begins to work
+        in the background again when there is something to do.
+        """
         self._background.close()
         self.usage.save()
         self._settle_remote()

@@ -27,8 +27,10 @@ from .library import KVDtype, Library
 from .methods import Method
 from .prefill import Reuse
 from .prompt import ChunkIndex
+from .spec import at_least
 from .store import ChunkStore, DiskStore, Documents, MemoryStore, Remote, RemoteStore, TieredStore
 from .store.admin import Administration, forget_digests
+from .store.cap import namespaces
 from .store.remote_admin import RemoteTexts
 from .turns import Seats, Turns
 
@@ -120,28 +122,38 @@ class Ingestion:
                 return result
         chosen = self.method if method is None else methods.resolve(method)
         for batch in reported(batches(texts, together(self.backbone.device)), progress):
-            try:
-                if not self.composable:
-                    for text in batch:  # a control token in a document is text, whoever prefills it
-                        self.index.add(canonical(text), canonical(text))
-                    result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in batch]
-                elif chosen.ahead:
-                    self._ensure(batch, self._room(chosen).library, result)
-                else:  # nothing to compute before the first prompt, but to be recognised there
-                    for text in batch:
-                        self.index.add(self.library.key(text), text)
-                        result.keys.append(self.library.key(text))
-            except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
-                log.warning("%d chunks not encoded: %s", len(batch), error)
-                result.skipped += [(text[:40], str(error)) for text in batch]
+            self._ensure_batch(batch, chosen, result)
         return result
 
-    def _ensure(self, texts: Sequence[str], library: Library, result: Ensured) -> None:
+    def _ensure_batch(
+        self, texts: Sequence[str], method: Method, result: Ensured, wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        try:
+            if not self.composable:
+                for text in texts:  # a control token in a document is text, whoever prefills it
+                    self.index.add(canonical(text), canonical(text))
+                result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in texts]
+            elif method.ahead:
+                self._ensure(texts, self._room(method).library, result, wanted)
+            else:  # nothing to compute before the first prompt, but to be recognised there
+                for text in texts:
+                    self.index.add(self.library.key(text), text)
+                    result.keys.append(self.library.key(text))
+        except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
+            log.warning("%d chunks not encoded: %s", len(texts), error)
+            result.skipped += [(text[:40], str(error)) for text in texts]
+
+    def _ensure(
+        self, texts: Sequence[str], library: Library, result: Ensured, wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """``wanted`` is asked once it is this call's turn: what was forgotten meanwhile must not come back."""
         keys = [library.key(text) for text in texts]
         if all(self._settled(key, text, library) for key, text in zip(keys, texts, strict=True)):
             result.keys += keys
             return
         with self._turns:  # nothing of it can be forgotten meanwhile
+            if not wanted():
+                return
             missing = {
                 key: text
                 for key, text in zip(keys, texts, strict=True)
@@ -149,8 +161,9 @@ class Ingestion:
             }
             made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
             refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
-            refused |= {key: _NOT_KEPT for key in made if key not in refused and key not in library.store}
-            kept = {text: key for key, text in zip(keys, texts, strict=True) if key not in refused}
+            refused |= {key: _NOT_KEPT for key in made if key not in refused and not library.keeps(key)}
+            # What a full disk refuses may still be in memory, and serve prompts as long as this process lives.
+            kept = {t: k for k, t in zip(keys, texts, strict=True) if k not in refused or k in library.store}
             for text in kept:
                 self.index.add(self.library.key(text), canonical(text))
             if self.auxiliary is not None:  # a chunk that it cannot take is scored 0 later
@@ -189,7 +202,7 @@ class Ingestion:
         """
         result = Ensured()
         chosen = self.method if method is None else methods.resolve(method)
-        reason = self._unfusable(chosen)
+        reason = self._unfusable(chosen, variants)
         groups = batches(neighbours, together(self.backbone.device), lambda text: _weight(text, neighbours[text]))
         for batch in reported(groups, progress):
             try:
@@ -217,7 +230,7 @@ class Ingestion:
         """
         result = Ensured()
         chosen = self.method if method is None else methods.resolve(method)
-        reason = self._unfusable(chosen)
+        reason = self._unfusable(chosen, variants)
         for done, texts in enumerate(sequences, start=1):
             try:
                 if reason is not None:
@@ -250,7 +263,8 @@ class Ingestion:
 
     def _fuse(self, neighbours: Mapping[str, Sequence[str]], room: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:  # nothing of the companies can be forgotten meanwhile
-            known = {text: self._known(company) for text, company in neighbours.items() if self._known([text])}
+            self._follow_store()
+            known = {t: self._known(company, room) for t, company in neighbours.items() if self._known([t], room)}
             result.skipped += [(text[:40], _UNKNOWN) for text in neighbours if text not in known]
             for text, done in zip(known, room.fused.fuse(known, keep), strict=True):
                 if isinstance(done, Exception):
@@ -262,16 +276,24 @@ class Ingestion:
 
     def _fuse_in_order(self, texts: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:
-            known = self._known(texts)
+            self._follow_store()
+            known = self._known(texts, room)
             result.skipped += [(text[:40], _UNKNOWN) for text in texts if text not in known]
             result.encoded += room.fused.fuse_in_order(known, keep)
             result.keys += [room.library.key(text) for text in known]
 
-    def _known(self, texts: Iterable[str]) -> list[str]:
-        return [text for text in texts if self.library.key(text) in self.index]
+    def _known(self, texts: Iterable[str], room: Reuse) -> list[str]:
+        """Those that are recognised and have KV: another process may have forgotten what this one knows."""
+        libraries = (self.library, room.library)
+        return [
+            text
+            for text in texts
+            if self.library.key(text) in self.index and any(text in library for library in libraries)
+        ]
 
-    def _unfusable(self, method: Method) -> str | None:
-        """Why no chunk can be fused for this method, or None."""
+    def _unfusable(self, method: Method, variants: int) -> str | None:
+        """Why no chunk can be fused for this method, or None. Raises `ConfigurationError` for no variants at all."""
+        at_least(1, variants=variants)
         return self.backbone.obstacle or (None if method.ahead else f"{method.name} encodes nothing ahead")
 
     def ensure_later(self, texts: Iterable[str]) -> None:
@@ -287,10 +309,20 @@ class Ingestion:
 
     def forget(self, texts: Iterable[str]) -> None:
         """Drop the KV of these chunks, whatever was computed in their company, the auxiliary model's included, and all
-        that exact reuse keeps of prompts; whichever documents have them.
+        that exact reuse keeps of prompts; whichever documents have them, for all models in the store's folder.
+
+        It reads the beginning of every file of other models and encodings in the folder. Interrupted, it can be
+        repeated. Raises `StoreError` when something cannot be removed: repeat it then.
         """
         if gone := list(texts):
             self._forget(gone)
+            if self._store_folder is not None:
+                done = {library.namespace.digest[:32] for library in self._libraries()}
+                wanted = set(map(self.documents.text, gone))
+                for path in namespaces(Path(self._store_folder).expanduser()):
+                    if path.name not in done:
+                        place = Administration(self._store_folder)
+                        forget_digests(place, self.documents, wanted, self._tenant, path.name)
             if self._remote_texts is not None:
                 opened = [store.namespace.digest[:32] for store in self._uploading]
                 self._remote_texts.forget_in(opened, set(map(self.documents.text, gone)))
@@ -393,6 +425,11 @@ class Ingestion:
         with self._rooms_lock:
             return list(self._rooms.values())
 
+    def _libraries(self) -> list[Library]:
+        """All that this engine has opened."""
+        aside = [] if self.auxiliary is None else [self.auxiliary.library]
+        return [room.library for room in self._opened()] + aside
+
     def _usage_file(self) -> Path | None:
         if self._store_folder is None or not self.composable:
             return None
@@ -421,7 +458,7 @@ class Ingestion:
             met = map(self.index.text, self.usage.company(self.library.key(task.text), 10))
             self.fuse({task.text: [text for text in met if text is not None]}, method=task.method)
         else:
-            self.ensure([task.text], method=task.method)
+            self._ensure_batch([task.text], task.method or self.method, Ensured(), wanted=self._background.wanted)
 
 
 def _weight(text: str, company: Sequence[str]) -> int:

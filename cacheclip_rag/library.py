@@ -13,7 +13,7 @@ from .backbone import Backbone
 from .chunks import MIN_CHARS, ChunkKV, Namespace, canonical
 from .encode import Encoder, Text
 from .errors import CacheClipError, PromptError
-from .store import ChunkStore, Int8Store
+from .store import ChunkStore, Int8Store, TieredStore
 from .store.format import FORMAT
 
 KVDtype = Literal["auto", "int8"]
@@ -52,12 +52,17 @@ class Library:
         )
         self.lossless = kv_dtype == "auto"
         store = open_store(self.namespace)
+        self._lasting = store.tiers[-1] if isinstance(store, TieredStore) else store
         self.store: ChunkStore = store if self.lossless else Int8Store(store)
         self._prefix_kv: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
 
     def key(self, text: str, company: Sequence[str] = (), joint: bool = False) -> str:
         return self.namespace.key(text, company, joint)
+
+    def keeps(self, key: str) -> bool:
+        """Whether the chunk is where a later process finds it; what a full disk refuses is in memory only."""
+        return key in self._lasting
 
     def __contains__(self, text: str) -> bool:
         return self.key(text) in self.store

@@ -14,15 +14,20 @@ WORTH = 8  # tokens; a shorter head is not worth a look-up
 
 
 class PrefixCache:
-    """The latest ``size`` heads (system prompt and instructions before the first chunk), least recently used out first.
+    """The latest ``size`` heads (system prompt and instructions before the first chunk), least recently used out first,
+    and never more than ``capacity_bytes`` of them. A head that another one begins with is not kept beside it.
 
     What vLLM and SGLang call prefix caching, for the one prefix that RAG prompts share. Thread-safe.
     """
 
-    def __init__(self, size: int = 8) -> None:
-        self._size = size
+    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 28) -> None:
+        self._size, self._capacity = size, capacity_bytes
         self._heads: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self._heads.values())
 
     def longest(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """KV ``[L, Hk, p, D]`` of the longest common beginning of ``ids [T]`` and any kept head, if worth it."""
@@ -47,10 +52,12 @@ class PrefixCache:
         with self._lock:
             if any(known[:length] == head for known in self._heads):
                 return
-        kv = canvas.read(slice(0, length))
+        keys, values = canvas.read(slice(0, length))
         with self._lock:
-            self._heads[head] = kv
-            while len(self._heads) > self._size:
+            for known in [known for known in self._heads if head[: len(known)] == known]:
+                del self._heads[known]  # as every turn of a conversation would leave one
+            self._heads[head] = keys, values
+            while len(self._heads) > self._size or self.nbytes > self._capacity:
                 self._heads.popitem(last=False)
 
 

@@ -63,6 +63,13 @@ def check(method: str, name: str, given: Any, part: Any) -> None:
         raise ConfigurationError(f'method "{method}": {name} must be {wanted}, not {given!r}')
 
 
+def at_least(least: float, **given: float | None) -> None:
+    """Raises `ConfigurationError` for a parameter below ``least``. None is a parameter that is not given."""
+    for name, value in given.items():
+        if value is not None and not value >= least:
+            raise ConfigurationError(f"{name} must be at least {least}, not {value}")
+
+
 def describe(part: Any) -> str:
     """A dataclass and what of it differs from its defaults; a field that is added later changes no description."""
     changed = []

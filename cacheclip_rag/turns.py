@@ -67,8 +67,11 @@ class Seats:
 
     def __init__(self, limit: int) -> None:
         self._free = self.limit = limit
-        self._lock = threading.Lock()
-        self._queue: deque[threading.Event] = deque()
+        # Reentrant: a stream that nobody holds any more gives its seat back from the garbage collector, which may run
+        # on a thread that is inside one of these methods.
+        self._lock = threading.RLock()
+        self._queue: deque[threading.Lock] = deque()
+        """Locks that are released when it is their owner's turn; an Event has a lock inside that is not reentrant."""
 
     @property
     def taken(self) -> int:
@@ -80,14 +83,13 @@ class Seats:
 
     def take(self, cancel: threading.Event | None = None) -> bool:
         """Wait for a seat. False, and no seat, if ``cancel`` is set before there is one."""
+        mine = threading.Lock()
+        mine.acquire()
         with self._lock:
             if cancel is not None and cancel.is_set():
                 return False
-            if self._free:
-                self._free -= 1
-                return True
-            mine = threading.Event()
             self._queue.append(mine)
+            self._call()
         seated = False
         try:
             seated = self._wait(mine, cancel)
@@ -98,14 +100,21 @@ class Seats:
 
     def give(self) -> None:
         with self._lock:
-            if self._queue:
-                self._queue.popleft().set()
-            else:
+            self._free += 1
+            self._call()
+
+    def _call(self) -> None:
+        """Seats that are free go to those who wait."""
+        while self._free and self._queue:
+            self._free -= 1
+            try:
+                self._queue.popleft().release()
+            except IndexError:  # the collector ran just now, and what it ended has called the last one
                 self._free += 1
 
-    def _wait(self, mine: threading.Event, cancel: threading.Event | None) -> bool:
+    def _wait(self, mine: threading.Lock, cancel: threading.Event | None) -> bool:
         waited = 0.0
-        while not mine.wait(_LOOK):
+        while not mine.acquire(timeout=_LOOK):
             if cancel is not None and cancel.is_set():
                 return False
             waited += _LOOK
@@ -113,7 +122,7 @@ class Seats:
                 log.warning("a request waits for one of %d in flight to end; is a stream left open?", self.limit)
         return True
 
-    def _leave(self, mine: threading.Event) -> None:
+    def _leave(self, mine: threading.Lock) -> None:
         """Give up waiting; a seat that came at the last moment goes to the next."""
         with self._lock:
             if mine in self._queue:

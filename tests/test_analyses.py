@@ -92,3 +92,24 @@ def test_figures_are_drawn(engine: Engine, tmp_path: Path) -> None:
         assert "</svg>" in file.read_text()
     with pytest.raises(ConfigurationError, match="prefix"):
         plots.sweep(records, tmp_path / "none.svg", "prefix")
+
+
+def test_a_sweep_has_a_line_for_each_system() -> None:
+    swept = plots._swept
+    assert swept("cacheclip@0.1:layers=upper,window=4", "window") == ("cacheclip@0.1:layers=upper", 4.0)
+    assert swept("cacheclip@0.1:layers=last,window=4", "window") == ("cacheclip@0.1:layers=last", 4.0)
+    assert swept("query_guided@0.1:layers=(0.69, 0.83),window=1", "window") == (
+        "query_guided@0.1:layers=(0.69, 0.83)",
+        1.0,
+    )
+    assert swept("cacheclip@0.05+int8", "ratio") == ("cacheclip+int8", 0.05)
+    assert swept("cacheclip@0.05:window=4+int8", "ratio") == ("cacheclip:window=4+int8", 0.05)
+    assert swept("cacheclip:prefix=none", "prefix") == ("cacheclip", "none")
+
+
+def test_items_that_nothing_can_be_said_about_are_left_out(engine: Engine) -> None:
+    short = replace(ITEM, id="short", passages=tuple(replace(p, text="no chunk", title="") for p in ITEM.passages))
+    mute = replace(ITEM, id="mute", question=" ")
+    rows = list(agreement(engine, [short, mute, ITEM], {}))
+    assert {row["id"] for row in rows} == {ITEM.id}
+    assert {row["id"] for row in deviation(engine, [short, ITEM])} == {ITEM.id}

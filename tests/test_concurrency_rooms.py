@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -174,14 +176,13 @@ def test_an_interrupt_while_waiting_loses_no_seat(monkeypatch: pytest.MonkeyPatc
     seats = Seats(1)
     assert seats.take()
 
-    class Interrupted(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            if granted:
-                seats.give()
-            raise KeyboardInterrupt
+    def interrupted(*_: Any) -> bool:
+        if granted:
+            seats.give()
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(turns_module.threading, "Event", Interrupted)
+        patch.setattr(seats, "_wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             seats.take()
     assert not seats._queue and seats.taken == (0 if granted else 1)
@@ -292,7 +293,7 @@ def test_closing_finishes_the_text_at_hand_and_drops_the_rest() -> None:
     background.add(["d"])
     background.flush()
     background.close()
-    assert done == ["a"]
+    assert done == ["a", "d"]  # but what is asked for later is
 
 
 def test_work_may_add_work_and_may_close() -> None:
@@ -310,8 +311,33 @@ def test_work_may_add_work_and_may_close() -> None:
     background.flush()
     background.add(["last", "never"])
     background.flush()
-    until(lambda: background._thread is not None and not background._thread.is_alive())
+    until(lambda: background._thread is None)
     assert done == ["a", "b", "last"]
+    background.add(["more"])  # what was closed begins again when there is more to do
+    background.flush()
+    assert done == ["a", "b", "last", "more"]
+    background.close()
+
+
+def test_background_work_does_not_keep_its_object_alive() -> None:
+    class Worker:
+        def __init__(self) -> None:
+            self.done: list[str] = []
+            self.background = Background(self.work)
+
+        def work(self, text: str) -> None:
+            self.done.append(text)
+
+    worker = Worker()
+    worker.background.add(["a"])
+    worker.background.flush()
+    thread, gone = worker.background._thread, weakref.ref(worker)
+    assert worker.done == ["a"] and thread is not None
+    del worker
+    gc.collect()
+    assert gone() is None
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_idle_background_costs_no_thread_and_flushes_at_once() -> None:
@@ -330,6 +356,48 @@ def test_many_threads_add() -> None:
     background.flush()
     assert sorted(done) == sorted(f"{k}-{i}" for k in range(8) for i in range(50))
     background.close()
+
+
+def test_a_seat_may_come_back_from_the_garbage_collector() -> None:
+    """It runs where it likes: also on a thread that has just begun to take a seat, or to give one."""
+
+    class Deque(type(Seats(1)._queue)):  # type: ignore[misc]
+        def append(self, waiting: Any) -> None:
+            super().append(waiting)
+            if abandoned:
+                abandoned.pop().give()
+
+        def popleft(self) -> Any:
+            if abandoned:
+                abandoned.pop().give()
+            return super().popleft()
+
+    def work() -> None:
+        for _ in range(2):
+            assert seats.take()
+        for _ in range(2):
+            abandoned.append(seats)
+            assert seats.take()
+        for _ in range(2):
+            seats.give()
+
+    seats, abandoned = Seats(2), list[Seats]()
+    seats._queue = Deque()
+    join(start(work))
+    assert seats.taken == 0 and seats.waiting == 0 and not abandoned
+
+
+def test_heads_that_extend_one_another_are_kept_once_and_within_their_bytes() -> None:
+    ids = torch.arange(64)
+    one = 2 * 2 * 4 * 4  # bytes of a row on that canvas: keys and values, two layers, four numbers of four bytes
+    cache = PrefixCache(capacity_bytes=100 * one)
+    for length in (16, 32, 64):
+        cache.keep(ids, length, canvas(ids))
+    assert cache.nbytes == 64 * one
+    found = cache.longest(ids[:20])
+    assert found is not None and found[0].shape[2] == 20
+    cache.keep(ids + 100, 64, canvas(ids + 100))
+    assert cache.nbytes == 64 * one and cache.longest(ids) is None
 
 
 # ---- prompt heads ------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +18,22 @@ from tiny import PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
 from cacheclip_rag import Engine, StoreError, cli
-from cacheclip_rag.store import Documents, files
+from cacheclip_rag.store import DiskStore, Documents, files
 from cacheclip_rag.store.admin import Administration
 
 BACKBONE, OTHER = tiny_backbone(), tiny_backbone("qwen2")
 
 
 def open_engine(folder: Path | None, **options: Any) -> Engine:
-    return Engine(options.pop("backbone", BACKBONE), method="naive", store=folder, **options)
+    return Engine(options.pop("backbone", BACKBONE), method=options.pop("method", "naive"), store=folder, **options)
+
+
+def until(done: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if done():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never happened")
 
 
 @pytest.fixture
@@ -123,6 +133,19 @@ def test_forgetting_a_text_reaches_all_encodings_of_it(tmp_path: Path) -> None:
     assert not traces(tmp_path, PASSAGES[0])
 
 
+def test_forgetting_texts_reaches_what_was_never_opened(tmp_path: Path) -> None:
+    for backbone in (BACKBONE, OTHER):
+        with open_engine(tmp_path, backbone=backbone) as engine:
+            engine.ensure(PASSAGES[:2], method="psr")
+            engine.fuse({PASSAGES[1]: [PASSAGES[0]]}, method="psr")
+    with open_engine(tmp_path, tenant="acme") as acme, open_engine(tmp_path) as engine:
+        acme.ensure(PASSAGES[:1])
+        engine.forget(PASSAGES[:1])
+        left = [stored for stored in Administration(tmp_path).entries() if stored.holds(lambda t: t == PASSAGES[0])]
+        assert [stored.tenant for stored in left] == ["acme"]
+        assert sum(stored.text == PASSAGES[1] for stored in Administration(tmp_path).entries()) == 2
+
+
 def test_in_memory_documents_are_known_as_well() -> None:
     engine = open_engine(None)
     engine.ensure(PASSAGES[:2], document="one")
@@ -131,16 +154,68 @@ def test_in_memory_documents_are_known_as_well() -> None:
     assert known(engine) == [1]
 
 
-def test_background_work_does_not_bring_it_back(engine: Engine) -> None:
-    engine.documents.add("one", PASSAGES[:1])
-    engine._active = 1  # as if a request were being answered: the background waits
-    engine.ensure_later(PASSAGES[1:2])
-    engine.ensure_later(PASSAGES[:1])
-    engine.index.add(engine.library.key(PASSAGES[0]), PASSAGES[0])
+@pytest.mark.parametrize("ahead", [0, 1], ids=["the task at hand", "a task that waits"])
+def test_background_work_does_not_bring_it_back(engine: Engine, ahead: int) -> None:
+    engine.ensure(PASSAGES[:1], document="one")
+    engine.library.store.delete([engine.library.key(PASSAGES[0])])
+    stream = engine.stream("Hello", max_new_tokens=4)
+    next(stream)  # while it is open the background waits
+    engine.ensure_later([*PASSAGES[3 : 3 + ahead], PASSAGES[0]])
+    until(lambda: engine._background._busy)
     engine.forget_document("one")
-    engine._active = 0
+    stream.close()
     engine.flush()
-    assert known(engine) == [1]
+    assert known(engine) == [3, 4][:ahead]
+
+
+def test_a_look_up_under_way_does_not_bring_it_back(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hint reads a file on a thread of its own while the text is forgotten."""
+    with open_engine(tmp_path / "kv") as writer:
+        writer.ensure(PASSAGES[:2])
+    reading, forgotten, read = threading.Event(), threading.Event(), DiskStore.get
+
+    def slow(self: DiskStore, key: str) -> Any:
+        chunk = read(self, key)
+        reading.set()
+        assert forgotten.wait(30)
+        return chunk
+
+    with open_engine(tmp_path / "kv") as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskStore, "get", slow)
+            engine.hint(PASSAGES[:1])
+            assert reading.wait(30)
+            engine.forget(PASSAGES[:1])
+            forgotten.set()
+            engine._threads.submit(lambda: None).result()
+        assert known(engine) == [1]
+        assert [entry.text for entry in engine.library.store.entries()] == [PASSAGES[1]]
+
+
+def test_fusing_does_not_bring_back_what_another_process_forgot(tmp_path: Path) -> None:
+    first, second = (open_engine(tmp_path, method="auto") for _ in range(2))
+    first.ensure(PASSAGES[:2], document="one")
+    first.ensure(PASSAGES[2:4], document="two")
+    prompt = "\n\n".join(PASSAGES[:3])
+    first.generate(prompt, max_new_tokens=1)
+    first.generate(prompt, max_new_tokens=1)
+    second.forget_document("one")
+    assert first.fuse({PASSAGES[2]: [PASSAGES[0]]}).encoded == 0
+    assert first.fuse_in_order([[PASSAGES[0], PASSAGES[2]]]).encoded == 0
+    assert first.fuse_used().encoded == 0
+    assert not traces(tmp_path, PASSAGES[0]) and not traces(tmp_path, PASSAGES[1])
+    assert first.fuse({PASSAGES[2]: [PASSAGES[3], PASSAGES[0]]}).encoded == 1
+
+
+def test_a_full_disk_is_told_and_serves_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_engine(tmp_path) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskStore, "put", lambda *_: False)
+            result = engine.ensure(PASSAGES[:2])
+        assert len(result.skipped) == 2 and result.keys == [] and "keep" in result.skipped[0][1]
+        assert engine.generate("\n\n".join(PASSAGES[:2]) + "?", max_new_tokens=1).report.reused > 0
 
 
 def test_tenants_have_documents_of_their_own(tmp_path: Path) -> None:

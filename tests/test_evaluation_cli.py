@@ -343,12 +343,33 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
         assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_rows_of_another_model_are_bad_input(evaluate: Eval, tmp_path: Path) -> None:
+@pytest.mark.parametrize("origin", ["model", "version"])
+def test_rows_of_another_model_or_version_are_bad_input(evaluate: Eval, tmp_path: Path, origin: str) -> None:
     file = str(data(tmp_path / "set", "Who?"))
+    assert evaluate(file, "--methods", "naive").exit_code == 0
+    rows = [json.loads(line) for line in evaluate.out.read_text().splitlines()]
+    evaluate.out.write_text("".join(json.dumps(row | {origin: "another"}) + "\n" for row in rows))
+    done = evaluate(file, "--methods", "naive", "link0")
+    assert done.exit_code == 2 and f"belongs to another {origin} (another, now " in done.stderr
+
+
+def test_a_row_without_numbers_is_no_row(evaluate: Eval, tmp_path: Path) -> None:
     evaluate.out.parent.mkdir()
-    evaluate.out.write_text(json.dumps({"dataset": "set", "id": "0", "system": "full", "model": "another"}) + "\n")
-    done = evaluate(file, "--methods", "naive")
-    assert done.exit_code == 2 and "belongs to another model" in done.stderr
+    evaluate.out.write_text(json.dumps({"dataset": "set", "id": "0", "system": "full"}) + "\n")
+    done = evaluate(str(data(tmp_path / "set", "Who?")), "--methods", "naive")
+    assert done.exit_code == 2 and "line 1 is no row" in done.stderr
+
+
+def test_more_items_go_on_with_the_length_that_rows_have(evaluate: Eval, tmp_path: Path) -> None:
+    """How long answers may be is derived from the right ones, and a longer one may come with more items."""
+    file = data(tmp_path / "set", "Who?", "When?")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["answers"] = ["a much longer answer than the first " * 3]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate(str(file), "--methods", "naive", "--items", "1").exit_code == 0
+    assert evaluate(str(file), "--methods", "naive", "--items", "2").exit_code == 0
+    rows = [json.loads(line) for line in evaluate.out.read_text().splitlines()]
+    assert len(rows) == 4 and len({row["max_new_tokens"] for row in rows}) == 1
 
 
 def test_an_auxiliary_model_is_asked_for_where_it_is_needed(evaluate: Eval, tmp_path: Path) -> None:
@@ -425,6 +446,22 @@ def test_a_question_is_answered_by_a_figure_and_its_numbers(model: str, tmp_path
     ]:
         done = analyse(*arguments)
         assert done.exit_code == 2 and said in done.stderr, arguments
+
+
+def test_a_figure_that_cannot_be_is_refused_before_anything_runs(evaluate: Eval, tmp_path: Path) -> None:
+    file = data(tmp_path / "set", "Who?")
+    assert evaluate(str(file), "--methods", "naive").exit_code == 0
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    for arguments, said in [
+        (["deviation", str(file), "--out", str(tmp_path / "figure.xyz")], ".svg, .png, .pdf"),
+        (["pareto", "--rows", str(evaluate.out), "--measure", "foo"], "kl, score, adjusted, agree"),
+        (["pareto", "--rows", str(empty)], "holds no rows"),
+    ]:
+        done = CliRunner().invoke(cli.app, ["analyse", *arguments])
+        assert done.exit_code == 2 and said in done.stderr, arguments
+    arguments = ["--rows", str(evaluate.out), "--out", str(tmp_path / "new" / "figure.svg")]
+    assert CliRunner().invoke(cli.app, ["analyse", "length", *arguments]).exit_code == 0
 
 
 def test_rows_are_drawn(evaluate: Eval, tmp_path: Path) -> None:

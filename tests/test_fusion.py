@@ -683,14 +683,21 @@ def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
         resolve("naive:fitted_ratio=2.0")
 
 
-def test_a_neighbourhood_says_once_what_changed() -> None:
+def test_a_neighbourhood_says_what_changed_until_it_is_settled() -> None:
     known = Neighbourhood(2, tolerance=0.5)
     known.add(["a", "b", "c", "d"], [[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
-    assert set(known.changed()) == {"a", "b", "c", "d"} and known.changed() == {}
+    first = known.changed()
+    assert set(first) == {"a", "b", "c", "d"} and known.changed() == first
+    known.settled({text: first[text] for text in "abc"})
+    assert set(known.changed()) == {"d"}  # as when it could not be fused
+    known.settled(known.changed())
+    assert known.changed() == {}
     known.add(["e"], [[1.0, 0.05]])  # one of a's, b's and c's two neighbours at most is another now
     assert set(known.changed()) == {"e"}
+    known.settled(known.changed())
     known.add(["f"], [[1.0, 0.01]])  # now both of a's are
     assert {"a", "f"} <= set(known.changed())
+    known.settled(known.changed())
     known.remove(["e"])
     assert "a" in known.changed()  # what it was fused with is no more
     with pytest.raises(ConfigurationError, match="tolerance"):

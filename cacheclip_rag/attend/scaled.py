@@ -10,6 +10,7 @@ from torch import Tensor
 from ..attention import ScaledContext, Shape
 from ..errors import ConfigurationError
 from ..select import Request
+from ..spec import at_least
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Scaled:
             raise ConfigurationError(f"temperature must be above 0, not {self.temperature}; 1 changes nothing")
         if not (self.scale if self.mass is None else self.mass) >= 0:
             raise ConfigurationError(f"scale must not be below 0, not {self.scale}; 1 changes nothing")
+        at_least(0, first=self.first)
 
     def shape(self, request: Request, chosen: Tensor) -> Shape | None:
         mass = self.scale * self.temperature if self.mass is None else self.mass

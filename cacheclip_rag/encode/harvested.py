@@ -14,6 +14,7 @@ from ..attention import visible
 from ..backbone import Backbone
 from ..chunks import ChunkKV
 from ..errors import PromptError
+from ..spec import at_least
 from .base import Front, Text
 from .isolated import Isolated
 
@@ -32,6 +33,10 @@ class Harvested(Isolated):
     chunks: int = 100
     variants: int = 5
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(1, chunks=self.chunks, variants=self.variants)
+        at_least(0.0, alpha=self.alpha)
 
     def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
         raise PromptError("cachecraft encodes no chunk ahead: its KV is harvested from the first prompt with it")

@@ -18,6 +18,7 @@ from .hits import hits
 from .sources import sources
 
 FROM_ROWS = ("pareto", "sweep", "length")
+MEASURES = ("kl", "score", "adjusted", "agree")
 FROM_MODEL = ("agreement", "deviation", "hits")
 
 
@@ -37,6 +38,11 @@ def answer(
 
     Raises ConfigurationError for an unknown question, for missing rows or data, and for missing matplotlib.
     """
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    if figure.suffix not in plots.FORMATS:
+        raise ConfigurationError(f"{figure}: a figure ends in {', '.join(plots.FORMATS)}")
+    if measure not in MEASURES:
+        raise ConfigurationError(f'unknown measure "{measure}"; there are: {", ".join(MEASURES)}')
     if question in FROM_ROWS:
         if kept is None:
             raise ConfigurationError(f"{question} draws rows of cacheclip eval: --rows FILE")
@@ -78,10 +84,13 @@ def _each(items: Sequence[Item], measure: Callable[[Item], Iterable[dict[str, An
 
 
 def _draw(question: str, kept: Path, figure: Path, by: str, measure: str) -> None:
+    records = figures.summary(kept)
+    if not records:
+        raise ConfigurationError(f"{kept} holds no rows")
     if question == "pareto":
-        plots.pareto(figures.summary(kept), figure, measure)
+        plots.pareto(records, figure, measure)
     elif question == "sweep":
-        plots.sweep(figures.summary(kept), figure, by or "ratio", measure)
+        plots.sweep(records, figure, by or "ratio", measure)
     else:
         good = [row for row in rows.read(kept).values() if "error" not in row]
         plots.length(good, figure, by or "prompt_tokens", measure)

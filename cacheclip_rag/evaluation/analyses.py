@@ -6,6 +6,7 @@ one layer's error foretell another's? Rows are JSON-ready; `plots` draws them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..engine import Engine
 from ..prefill import Prefill
 from ..select import top
 from .data import Item, prompt
+
+log = logging.getLogger("cacheclip_rag")
 
 EPSILON = 1e-8  # keeps the KL finite where a model pays a token no attention at all
 
@@ -54,6 +57,9 @@ def agreement(
         stale = engine.prefill(text, question=item.question, method="naive")
         full = engine.prefill(text, question=item.question, method="full")
         context = stale.layout.reusable.nonzero()[:, 0]
+        if not len(context) or not item.question.strip():
+            log.warning("%s is left out: it has no passages that are chunks, or no question", item.id)
+            continue
         own = _attention(engine, full, item.question, context)
         reference = own[max(own)]
         for layer, scores in own.items():
@@ -126,6 +132,7 @@ def deviation(
         assert stale.canvas is not None and full.canvas is not None
         rows = stale.layout.reusable.nonzero()[:, 0]
         if not len(rows):
+            log.warning("%s is left out: it has no passages that are chunks", item.id)
             continue
         # [L, Hk, C, D] -> [L, C], a layer at a time
         distances = torch.stack(

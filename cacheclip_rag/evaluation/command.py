@@ -93,6 +93,9 @@ def execute(plan: Plan) -> int:
     """
     helped = any(system.recipe.select.needs_auxiliary and not system.helper for system in plan.systems)
     failed = 0
+    # Rows that are there say how long answers may be: with other items the longest right answer is another.
+    kept = rows.read(plan.out)
+    begun = {data: row["max_new_tokens"] for (data, _, _), row in kept.items() if "max_new_tokens" in row}
     try:
         helper = plan.auxiliary if helped else None
         with Engine(plan.model, auxiliary=helper, store=plan.store, kv_dtype=plan.kv_dtype) as engine:
@@ -106,7 +109,7 @@ def execute(plan: Plan) -> int:
                     among,
                     plan.out,
                     dataset=source.name,
-                    max_new_tokens=plan.length or max_new_tokens(items, engine.backbone),
+                    max_new_tokens=plan.length or begun.get(source.name) or max_new_tokens(items, engine.backbone),
                     references=plan.references,
                 )
     except KeyboardInterrupt:

@@ -51,15 +51,18 @@ class Item:
 
 def read(path: str | Path) -> list[Item]:
     """The items of a JSONL file. A malformed line is reported with its number and left out."""
-    items = []
+    items: dict[str, Item] = {}
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            items.append(_item(json.loads(line.decode("utf-8"))))
+            item = _item(json.loads(line.decode("utf-8")))
+            if item.id in items:
+                raise ValueError(f'the id "{item.id}" has come before')
+            items[item.id] = item
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s, line %d left out: %s: %s", path, number, type(error).__name__, error)
-    return items
+    return list(items.values())
 
 
 def passages(path: str | Path) -> list[str]:
@@ -84,7 +87,7 @@ def _item(record: dict[str, Any]) -> Item:
     if not isinstance(meta, dict):
         raise TypeError("meta is no object")
     return Item(
-        id=str(record["id"]),
+        id=_id(record["id"]),
         question=_text(record["question"]),
         answers=tuple(_text(answer) for answer in _list(record["answers"])),
         passages=passages,
@@ -97,6 +100,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"text is wanted, not {type(value).__name__}")
     return value
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"an id is text or a number, not {value!r}")
+    return str(value)
 
 
 def _list(value: Any) -> list[Any]:

@@ -9,7 +9,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from .. import spec
 from ..errors import ConfigurationError
+
+FORMATS = (".svg", ".png", ".pdf")
 
 
 def _axes(columns: int, width: float = 5.0, height: float = 3.6) -> Any:
@@ -108,15 +111,21 @@ def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, m
 
 def _swept(label: str, parameter: str) -> tuple[str, Any]:
     head, _, rest = label.partition(":")
+    head, _, dtype = head.partition("+")  # "+int8" ends the label of what is kept in 8 bits
+    if not dtype:
+        rest, _, dtype = rest.partition("+")
+    dtype = dtype and f"+{dtype}"
     name, _, ratio = head.partition("@")
     if parameter == "ratio":
-        return (f"{name}:{rest}" if rest else name), (float(ratio) if ratio else None)
-    values = dict(part.partition("=")[::2] for part in rest.split(","))
+        return (f"{name}:{rest}" if rest else name) + dtype, (float(ratio) if ratio else None)
+    values = dict(part.partition("=")[::2] for part in spec.split(rest))
     value = values.pop(parameter, None)
+    others = ",".join(f"{one}={other}" for one, other in values.items())
+    line = (f"{head}:{others}" if others else head) + dtype
     try:
-        return head, None if value is None else float(value)
+        return line, None if value is None else float(value)
     except ValueError:
-        return head, value
+        return line, value
 
 
 def length(rows: Iterable[dict[str, Any]], path: str | Path, by: str = "prompt_tokens", measure: str = "kl") -> None:

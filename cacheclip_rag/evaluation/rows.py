@@ -20,6 +20,9 @@ SETTLED = ("method", "auxiliary", "requested_ratio", "prompt", "max_new_tokens")
 """What a row was made with: a row of another value is not the row that a run wants."""
 
 
+_MEASURED = ("score", "agree", "kl")
+
+
 def prepare(path: Path) -> None:
     """Make the file and its folder. Raises ConfigurationError where that cannot be."""
     try:
@@ -72,7 +75,8 @@ def differs(row: Row, wanted: Row) -> str | None:
 def _row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-        return row if all(isinstance(part, str) for part in key(row)) else None
+        whole = "error" in row or all(isinstance(row[name], (int, float)) for name in _MEASURED)
+        return row if whole and all(isinstance(part, str) for part in key(row)) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -49,7 +49,7 @@ def run(
     heads = [_head(engine, system, max_new_tokens) | {"dataset": dataset} for system in [None, *systems]]
     rows.prepare(path)
     kept = rows.read(path, repair=True)
-    _check_model(path, kept.values(), heads[0]["model"])
+    _check_origin(path, kept.values(), heads[0])
     todo = []
     for item in items:
         text = prompt(item, engine.backbone)
@@ -88,13 +88,14 @@ def _head(engine: Engine, system: System | None, max_new_tokens: int) -> Row:
     }
 
 
-def _check_model(path: Path, kept: Iterable[Row], model: str) -> None:
+def _check_origin(path: Path, kept: Iterable[Row], wanted: Row) -> None:
     for row in kept:
-        if row.get("model") != model:
-            raise ConfigurationError(
-                f"{path}: the row of {row['dataset']}, {row['id']}, {row['system']} belongs to another model or "
-                f"version ({row.get('model')}): choose another file"
-            )
+        for name in ("model", "version"):
+            if row.get(name) != wanted[name]:
+                raise ConfigurationError(
+                    f"{path}: the row of {row['dataset']}, {row['id']}, {row['system']} belongs to another {name} "
+                    f"({row.get(name)}, now {wanted[name]}): choose another file"
+                )
 
 
 def _done(path: Path, kept: Row | None, wanted: Row) -> bool:

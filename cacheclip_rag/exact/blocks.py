@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..canvas import Canvas
+from ..spec import at_least
 from .base import ExactCache
 
 
@@ -23,6 +24,9 @@ class PrefixBlocks:
 
     block: int = 16
     capacity_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        at_least(1, block=self.block, capacity_bytes=self.capacity_bytes)
 
     def open(self) -> ExactCache:
         return _Blocks(self.block, self.capacity_bytes)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ..canvas import Canvas
+from ..spec import at_least
 from .base import ExactCache
 
 
@@ -22,6 +23,9 @@ class DocumentTree:
     """
 
     capacity_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        at_least(1, capacity_bytes=self.capacity_bytes)
 
     def open(self) -> ExactCache:
         return _Tree(self.capacity_bytes)

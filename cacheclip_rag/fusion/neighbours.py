@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,17 +87,18 @@ class Neighbourhood:
         return found
 
     def changed(self) -> dict[str, list[str]]:
-        """The neighbours of chunks that are new, or whose neighbourhood is another than this said last.
-
-        What it gives is taken for done: fuse it.
-        """
+        """The neighbours of chunks that are new, or whose neighbourhood is another than when last `settled`."""
         changed = {}
         for text, now in self.nearest().items():
             before = self._given.get(text)
             fresh = len(set(now) - set(before or ()))
             if before is None or set(before) - self._vectors.keys() or fresh > self.tolerance * max(1, len(now)):
-                changed[text] = self._given[text] = now
+                changed[text] = now
         return changed
+
+    def settled(self, neighbours: Mapping[str, list[str]]) -> None:
+        """These chunks were fused with these neighbours: they have not `changed` until theirs are others."""
+        self._given |= {canonical(text): given for text, given in neighbours.items() if text in self}
 
 
 def similar(texts: Sequence[str], embed: Embed, count: int = 10) -> dict[str, list[str]]:

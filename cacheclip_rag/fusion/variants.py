@@ -50,7 +50,7 @@ class FusedVariants:
 
         For each, in turn: True, or False where there is nothing to do (a variant with this company is there, or no
         company is left), or why it could not be done: what `Library.encode` raises for it. Of a company too long for
-        the model's window the last ones are left out. Of more than ``keep`` variants of a chunk the oldest are dropped.
+        the model's window what does not fit is left out; of more than ``keep`` variants of a chunk, the oldest.
         The chunks' own KV is computed if need be. Where they are too much for the device together they are done one by
         one.
         """
@@ -103,9 +103,9 @@ class FusedVariants:
         fitting: list[ChunkKV] = []
         for text in dict.fromkeys(map(canonical, texts)):
             found = library.ensure(text)
+            if len(found) > room:  # one that is too long is no reason to leave out those behind it
+                continue
             room -= len(found)
-            if room < 0:
-                break
             fitting.append(found)
         return fitting
 
@@ -125,7 +125,8 @@ class FusedVariants:
                 replaced = mine.pop(chunk.company, key)
                 old += [replaced] if replaced != key else []  # the same key: its KV had gone, and came again
                 mine[chunk.company] = key
-                old += [mine.pop(other) for other in list(mine)[:-keep]]
+                if library.keeps(key):  # else what is there is all that a later process finds
+                    old += [mine.pop(other) for other in list(mine)[:-keep]]
         library.store.delete(old)
         return made
 

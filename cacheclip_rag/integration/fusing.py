@@ -51,6 +51,9 @@ class Fuser:
 
             with bar:
                 result = engine.fuse(changed, progress)
+            done = set(result.keys)  # what failed, or was interrupted, is tried again the next time
+            library = engine.library_of(engine.method)
+            self._neighbourhood.settled({t: others for t, others in changed.items() if library.key(t) in done})
         for text, reason in result.skipped:
             log.debug("not fused: %r: %s", text, reason)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import StopAt
+from ..spec import at_least
 from .base import Request
 from .budget import top
 
@@ -31,6 +32,9 @@ class KeyDeviation:
     of: Deviation = "keys"
 
     needs_auxiliary: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least(0, check_layer=self.check_layer)
 
     def select(self, request: Request, budget: int) -> Tensor:
         return request.rows[top(key_deviation(request, self.check_layer, self.of).cpu(), budget)]

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..spec import at_least
 from .base import Request
 from .budget import windows
 
@@ -27,6 +28,9 @@ class CacheClip:
     layers: Literal["last", "upper"] = "last"
 
     needs_auxiliary: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least(1, window=self.window, threshold=self.threshold)
 
     def select(self, request: Request, budget: int) -> Tensor:
         scores = auxiliary_scores(request, self.layers)

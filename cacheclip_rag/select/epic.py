@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..spec import at_least
 from .base import Request
 from .budget import top
 
@@ -25,6 +26,9 @@ class ChunkHeads:
     tokens: int | None = None
 
     needs_auxiliary: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least(1, tokens=self.tokens)
 
     def select(self, request: Request, budget: int) -> Tensor:
         place, length = places(request.groups)

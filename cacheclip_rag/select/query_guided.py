@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..attention import AttentionProbe
 from ..backbone import Backbone
+from ..errors import ConfigurationError
+from ..spec import at_least
 from .base import Request
 from .budget import windows
 
@@ -34,6 +36,11 @@ class QueryGuided:
     threshold: int = 1
 
     needs_auxiliary: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least(1, window=self.window, threshold=self.threshold)
+        if isinstance(self.layers, tuple) and not 0.0 <= self.layers[0] <= self.layers[1] <= 1.0:
+            raise ConfigurationError(f"layers is a band of depths from 0 to 1, as (0.69, 0.83), not {self.layers}")
 
     def select(self, request: Request, budget: int) -> Tensor:
         scores = question_scores(request, self._layers(request.backbone), self.normalise)

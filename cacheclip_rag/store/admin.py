@@ -154,9 +154,13 @@ class Administration(Holdings):
                 continue
 
 
-def forget_digests(place: Holdings, documents: Documents, wanted: Collection[str], tenant: str) -> list[Stored]:
-    """Remove the tenant's chunks with texts of these digests, as ``documents`` has them; what was removed."""
-    return place.forget(lambda text: documents.text(text) in wanted, tenant=tenant)
+def forget_digests(
+    place: Holdings, documents: Documents, wanted: Collection[str], tenant: str, namespace: str = ""
+) -> list[Stored]:
+    """Remove the tenant's chunks with texts of these digests, as ``documents`` has them, of all namespaces whose names
+    begin so; what was removed.
+    """
+    return place.forget(lambda text: documents.text(text) in wanted, namespace, tenant)
 
 
 def _about(path: Path) -> dict[str, Any]:

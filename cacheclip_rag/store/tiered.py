@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..chunks import ChunkKV
 from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
+
+
+@dataclass(eq=False)
+class _Read:
+    """A look-up under way, and whether its key was deleted meanwhile."""
+
+    key: str
+    deleted: bool = False
 
 
 class TieredStore:
@@ -20,23 +29,46 @@ class TieredStore:
     def __init__(self, *tiers: ChunkStore, remote: ChunkStore | None = None) -> None:
         self.tiers, self.remote = tiers, remote
         self._all = tiers if remote is None else (*tiers, remote)
+        self._reads: list[_Read] = []
+        self._lock = threading.Lock()
+        self._copying = threading.Lock()
 
     def get(self, key: str) -> ChunkKV | None:
-        for level, tier in enumerate(self._all):
-            if (chunk := tier.get(key)) is not None:
-                for nearer in self._all[:level]:
-                    nearer.put(key, chunk)
-                for farther in self._all[level + 1 :]:
-                    if isinstance(farther, DiskStore):  # what memory serves all the time must not be its oldest
-                        farther.touch(key)
-                return chunk
+        if (chunk := self._all[0].get(key)) is not None:
+            self._touch(key, 0)
+            return chunk
+        read = _Read(key)
+        with self._lock:
+            self._reads.append(read)
+        try:
+            for level, tier in enumerate(self._all[1:], start=1):
+                if (chunk := tier.get(key)) is not None:
+                    with self._copying:
+                        if read.deleted:  # since it began: a copy would bring it back
+                            return None
+                        for nearer in self._all[:level]:
+                            nearer.put(key, chunk)
+                    self._touch(key, level)
+                    return chunk
+        finally:
+            with self._lock:
+                self._reads.remove(read)
         return None
+
+    def _touch(self, key: str, level: int) -> None:
+        """What memory serves all the time must not be the oldest on a disk."""
+        for farther in self._all[level + 1 :]:
+            if isinstance(farther, DiskStore):
+                farther.touch(key)
 
     def put(self, key: str, chunk: ChunkKV) -> bool:
         kept = [tier.put(key, chunk) for tier in self._all]
         return any(kept)
 
     def delete(self, keys: Collection[str]) -> None:
+        with self._copying, self._lock:
+            for read in self._reads:
+                read.deleted |= read.key in keys
         for tier in self._all:
             tier.delete(keys)
 

@@ -221,11 +221,14 @@ class CacheClipVectorStore(VectorStore):
                 if id_ in before and before[id_].strip() != text.strip():
                     engine.documents.discard(id_, [before[id_]])
             encode(engine, texts, self.show_progress)
-            if self._fuser is not None:
-                self._fuser(engine, self.show_progress)
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
-        self._forget(before)
+        self._forget(before)  # before fusing: what was fused with a text that goes would go with it
+        if self._fuser is not None:
+            try:
+                self._fuser(self._handle.engine, self.show_progress)
+            except Exception:
+                log.exception("chunks not fused; they are used as they are")
 
     def _deleted(self, gone: dict[str, str], ids: Iterable[str] = ()) -> None:
         self._held.release(gone)

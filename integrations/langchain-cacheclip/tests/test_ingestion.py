@@ -292,6 +292,24 @@ def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embeddi
     store.delete(ids[:1])
     assert not any(text(1).strip() in company for number in (2, 3) for company in fused.of(text(number)))
 
+    def companies(*numbers: int) -> list[int]:
+        return [len(fused.of(text(number))) - 1 for number in numbers]
+
+    store.add_texts([text(4)], ids=ids[1:])  # what was fused with the old text goes, and is made anew with the new
+    assert companies(3, 4) == [1, 1] and not any(text(2).strip() in company for company in fused.of(text(3)))
+
+    made = engine.fuse
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    engine.fuse = stopped
+    with pytest.raises(KeyboardInterrupt):
+        store.add_texts([text(5)])
+    engine.fuse = made
+    store.add_texts([text(4)], ids=ids[1:])  # the same again: what was interrupted is done now
+    assert companies(5) == [1]
+
     class Bare(InMemoryVectorStore):
         @property
         def embeddings(self) -> None:

@@ -12,45 +12,67 @@ log = logging.getLogger("cacheclip_rag")
 
 
 class Forgetting:
-    """Drops the KV of texts that no id holds, some ``grace`` seconds after they were let go, or when `now` is called.
+    """Drops the KV of texts that no id holds, and of documents that are gone, some ``grace`` seconds after they were
+    let go, or when `now` is called.
 
     A document is changed by deleting it and adding it again: what was dropped at once would be encoded once more.
     """
 
     def __init__(self, handle: EngineHandle, held: Holdings, grace: float) -> None:
         self._handle, self._held, self._grace = handle, held, grace
-        self._waiting: dict[str, None] = {}
+        self._texts: dict[tuple[str | None, str], None] = {}
+        self._documents: dict[str, None] = {}
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
-    def later(self, texts: Iterable[str]) -> None:
+    def later(self, texts: Iterable[tuple[str | None, str]], document: str | None = None) -> None:
+        """``texts``: with the document each was of, where that is known. ``document``: all of it is gone."""
         with self._lock:
-            self._waiting.update(dict.fromkeys(texts))
-            if self._waiting and self._timer is None and self._grace:
+            self._texts.update(dict.fromkeys(texts))
+            if document is not None:
+                self._documents[document] = None
+            if (self._texts or self._documents) and self._timer is None and self._grace:
                 self._timer = threading.Timer(self._grace, self.now)
                 self._timer.daemon = True
                 self._timer.start()
         if not self._grace:
             self.now()
 
+    def back(self, documents: Iterable[str | None]) -> None:
+        """These documents are there again, changed or not."""
+        with self._lock:
+            for document in documents:
+                self._documents.pop(document or "", None)
+
     def now(self) -> None:
         """Never raises."""
-        unused = self._take()
-        if unused:
-            try:
-                self._handle.engine.forget(unused)
-            except Exception:
-                log.exception("the KV of deleted chunks was not dropped")
+        texts, documents = self._take()
+        unused = set(self._held.unused(text for _, text in texts))
+        texts = [(document, text) for document, text in texts if text.strip() in unused]
+        if not (texts or documents):
+            return
+        try:
+            engine = self._handle.engine
+            for document, text in texts:
+                if document is not None:
+                    engine.documents.discard(document, [text])
+            # What another document has, ingested by whatever process, stays.
+            engine.forget(engine.documents.unheld(text for _, text in texts))
+            if documents:
+                engine.forget_document(*documents)
+        except Exception:
+            log.exception("the KV of deleted chunks was not dropped")
 
     def at_the_end(self) -> None:
         """As `now`, for the end of a process: a model that is not open is not opened for it."""
         if self._handle.peek() is not None:
             self.now()
 
-    def _take(self) -> list[str]:
+    def _take(self) -> tuple[list[tuple[str | None, str]], list[str]]:
         with self._lock:
-            waiting, self._waiting = self._waiting, {}
+            texts, self._texts = self._texts, {}
+            documents, self._documents = self._documents, {}
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-        return self._held.unused(waiting)
+        return list(texts), list(documents)

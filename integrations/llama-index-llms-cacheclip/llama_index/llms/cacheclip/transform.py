@@ -109,7 +109,8 @@ class CacheClipTransform(TransformComponent):
                 known[self._name, document] = frozenset(keys)
             if gone:
                 gone.difference_update(*known.values())
-        engine.forget([old for key in gone if (old := engine.index.text(key)) is not None])
+        # Another process may have ingested a document that has such a text, too.
+        engine.forget(engine.documents.unheld(old for key in gone if (old := engine.index.text(key)) is not None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore(self, state)

@@ -84,7 +84,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         gone = self._ask(None, _of(ref_doc_id))
         self.store.delete(ref_doc_id, **delete_kwargs)
-        self._gone(gone, self._nodes_of(ref_doc_id))
+        self._gone(gone, self._nodes_of(ref_doc_id), ref_doc_id)
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -106,7 +106,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         gone = await self._aask(None, _of(ref_doc_id))
         await self.store.adelete(ref_doc_id, **delete_kwargs)
-        await asyncio.to_thread(self._gone, gone, self._nodes_of(ref_doc_id))
+        await asyncio.to_thread(self._gone, gone, self._nodes_of(ref_doc_id), ref_doc_id)
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -158,46 +158,48 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     def _added(self, nodes: Sequence[BaseNode]) -> None:
         texts = _texts(nodes)
         before = self._held.texts(texts)
+        replaced = [(self._documents.get(id_), text) for id_, text in before.items()]
         self._held.hold(texts)
         self._documents.update((node.node_id, node.ref_doc_id) for node in nodes)
+        self._forgetting.back({node.ref_doc_id for node in nodes})
         try:
             encode(self._handle.engine, texts.values(), self.show_progress)
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
-        self._forgetting.later(before.values())
+        self._forgetting.later(replaced)
         self._forgetting.now()
 
-    def _gone(self, asked: dict[str, str], ids: Iterable[str] | None) -> None:
-        """Nodes left the store: those it told of before, and those that are known here."""
-        gone = {**asked, **self._held.texts(ids or ())}
+    def _gone(self, asked: Sequence[BaseNode], ids: Iterable[str] | None, document: str | None = None) -> None:
+        """Nodes left the store: those it told of before, and those that are known here; all of a ``document``."""
+        gone = {**_texts(asked), **self._held.texts(ids or ())}
+        of = {node.node_id: node.ref_doc_id for node in asked}
         self._held.release(gone)
-        for id_ in gone:
-            self._documents.pop(id_, None)
-        self._forgetting.later(gone.values())
+        texts = [(self._documents.pop(id_, None) or of.get(id_) or document, text) for id_, text in gone.items()]
+        self._forgetting.later(texts, document)
 
     def _nodes_of(self, ref_doc_id: str) -> list[str]:
         return [id_ for id_, document in list(self._documents.items()) if document == ref_doc_id]
 
-    def _ask(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> dict[str, str]:
-        """The texts of nodes that are about to be deleted, as far as the store can tell."""
+    def _ask(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Sequence[BaseNode]:
+        """The nodes that are about to be deleted, as far as the store can tell."""
         if node_ids == []:  # to some stores that means all
-            return {}
+            return []
         try:
-            return _texts(self.store.get_nodes(node_ids, filters))
+            return self.store.get_nodes(node_ids, filters)
         except Exception as error:
             return self._not_told(error)
 
-    async def _aask(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> dict[str, str]:
+    async def _aask(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Sequence[BaseNode]:
         if node_ids == []:
-            return {}
+            return []
         try:
-            return _texts(await self.store.aget_nodes(node_ids, filters))
+            return await self.store.aget_nodes(node_ids, filters)
         except Exception as error:
             return self._not_told(error)
 
-    def _not_told(self, error: Exception) -> dict[str, str]:
+    def _not_told(self, error: Exception) -> Sequence[BaseNode]:
         log.debug("%s cannot be asked for its nodes: %s", type(self.store).__name__, error)
-        return {}
+        return []
 
 
 def _texts(nodes: Iterable[BaseNode]) -> dict[str, str]:
