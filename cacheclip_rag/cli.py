@@ -274,9 +274,7 @@ def fuse(
 def bench(
     model: Annotated[str, typer.Option(help="The model that answers.")] = "smollm2-135m-instruct",
     auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else query_guided.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else auto.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Recompute ratio; default: the method's.")] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks in a prompt.")] = 8,
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of a chunk, about.")] = 200,
