@@ -41,6 +41,20 @@ def test_ratio_one_is_full_prefill(engine, name):
     assert distance(whole.logits, engine.prefill(prompt(engine), method="full").logits) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["random", "epic", "cacheblend", "cacheclip", "query_guided", "fusionrag_selection", "prophetkv", "infoflow",
+     "psr", "fusionrag", "auto"],
+)  # fmt: skip
+def test_recomputing_everything_token_by_token_is_full_prefill(engine, name):
+    """A ratio of exactly 1 is answered by full prefill; this one goes the method's own way and leaves nothing out."""
+    engine.ensure(PASSAGES, method=name)
+    whole = engine.prefill(prompt(engine), method=name, recompute_ratio=1 - 1e-13)
+    report = whole.report
+    assert report.recomputed > 1000 and report.reused == 0
+    assert distance(whole.logits, engine.prefill(prompt(engine), method="full").logits) < 1e-4
+
+
 @names
 def test_every_token_is_counted_once_and_nothing_falls_back(engine, name):
     engine.ensure(PASSAGES, method=name)

@@ -337,3 +337,38 @@ async def test_the_event_loop_stays_free_while_chunks_are_encoded(engine: Engine
     await asyncio.sleep(0.01)
     went_round.set()
     assert await task == ["a1"] and known(engine, 1) == [1]
+
+
+def test_a_document_is_dropped_by_its_name_where_the_store_keeps_no_text(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    inner = SimpleVectorStore()
+    with Engine(tiny_backbone, method="naive", store=tmp_path) as first:
+        CacheClipTransform(first, show_progress=False)([node(1), node(2), node(2, "b")])
+        CacheClipVectorStore(inner, first, show_progress=False).add([node(1), node(2), node(2, "b")])
+    with Engine(tiny_backbone, method="naive", store=tmp_path) as later:  # that has seen no node
+        again = CacheClipVectorStore(inner, later, show_progress=False)
+        again.delete("a")
+        assert known(later, 1, 2) == [1, 2]  # it may be about to come back
+        again.flush()
+        assert known(later, 1, 2) == [2]  # another document has it
+        again.delete("b")
+        again.add([node(2, "b")])
+        again.flush()
+        assert known(later, 2) == [2]  # it came back
+
+
+def test_what_another_process_ingested_stays_with_its_document(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    with Engine(tiny_backbone, method="naive", store=tmp_path) as other:
+        CacheClipTransform(other, show_progress=False)([node(1, "b")])
+    with Engine(tiny_backbone, method="naive", store=tmp_path) as engine:
+        transform = CacheClipTransform(engine, show_progress=False)
+        store = CacheClipVectorStore(SimpleVectorStore(), engine, show_progress=False, grace=0)
+        transform([node(1), node(2)])
+        store.add([node(1), node(2)])
+        transform([node(2)])  # the document has changed
+        assert known(engine, 1, 2) == [1, 2]
+        store.delete("a")
+        assert known(engine, 1, 2) == [1]
+        engine.forget_document("b")
+        assert known(engine, 1) == []
