@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check docs bench bench-store quality results recipe clean
+.PHONY: setup demo test behaviours torture check docs bench bench-store quality results recipe neighbours clean
 
 setup: $(VENV)/.ready
 
@@ -62,6 +62,7 @@ COMPARED = naive promptcache link0 random epic legolink cacheblend droidspeak ca
 	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr \
 	naive:company=prompts auto:company=prompts auto@0.15:fused=False
 MET = company=prompts
+COMMA = ,
 PARTS = naive:$(MET) random@0.1:$(MET) epic@0.1:$(MET),prefix=system cacheblend@0.1:$(MET),prefix=system \
 	cacheclip@0.1:$(MET),layers=upper fusionrag@0.1:$(MET) infoflow@0.1:$(MET) \
 	"query_guided@0.1:$(MET),layers=(0.69,0.83)" "query_guided@0.1:$(MET),layers=(0.69,1.0),normalise=chunk" \
@@ -77,11 +78,18 @@ SETS = $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion 
 results: setup  ## DATA=folder: every method on every set, 20 items each (hours; resumable)
 	@$(RUN)/cacheclip eval $(SETS) --methods $(COMPARED) --ratio 0.15 --items 20 \
 		--out $(RESULTS)/methods-1.5b.jsonl --no-table
-	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl --recipe $(RESULTS)/recipe-1.5b.jsonl
+	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl --recipe $(RESULTS)/recipe-1.5b.jsonl \
+		--neighbours $(RESULTS)/neighbours-1.5b.jsonl
 
 recipe: setup  ## DATA=folder: the parts of `auto`, over the same fused chunks (hours; resumable)
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa --methods $(PARTS) --items 20 \
 		--out $(RESULTS)/recipe-1.5b.jsonl --no-table
+
+neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 others (hours; resumable)
+	@$(RUN)/cacheclip eval $(DATA)/xquad_fusion --items 8 --out $(RESULTS)/neighbours-1.5b.jsonl --no-table --methods \
+		$(foreach r,0.0 0.05 0.15,auto@$(r):fused=False \
+		$(foreach n,2 5 10 15,auto@$(r):company=similar$(COMMA)neighbours=$(n)) \
+		$(foreach n,5 10,auto@$(r):company=use$(COMMA)neighbours=$(n)))
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis

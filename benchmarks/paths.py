@@ -19,12 +19,12 @@ WORKLOADS = [
 ]
 
 
-def main() -> None:
-    print(
+def table() -> str:
+    lines = [
         "| chunks a query | Zipf | knowledge base | shared pool | storage | computed twice by a prefix cache "
-        "| of these removed | hits |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+        "| of these removed | hits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for workload in WORKLOADS:
         prefix, ours = simulate(workload)
         cells = [
@@ -37,8 +37,9 @@ def main() -> None:
             f"{1 - ours.again / max(1, prefix.again):.0%}",
             f"{prefix.hit / prefix.asked:.0%} -> {ours.hit / ours.asked:.0%}",
         ]
-        print(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    print(table(), end="")

@@ -1,6 +1,7 @@
 """Writes docs/results.md from committed rows.
 
-    python benchmarks/results.py benchmarks/results/methods-1.5b.jsonl --recipe benchmarks/results/recipe-1.5b.jsonl
+    python benchmarks/results.py benchmarks/results/methods-1.5b.jsonl --recipe benchmarks/results/recipe-1.5b.jsonl \\
+        --neighbours benchmarks/results/neighbours-1.5b.jsonl
 
 The rows come from `make results DATA=folder`, which can be stopped and goes on where it was: a set that not all systems
 have answered to its end is left out, and said to be.
@@ -15,12 +16,15 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean
 
+import paths
 from cacheclip_rag.evaluation import plots
 from cacheclip_rag.evaluation.figures import summary
 from cacheclip_rag.evaluation.tables import compare, summarise
 
 HEAD = Path(__file__).parent / "results-head.md"
 RECIPE = Path(__file__).parent / "results-recipe.md"
+NEIGHBOURS = Path(__file__).parent / "results-neighbours.md"
+PATHS = Path(__file__).parent / "results-paths.md"
 
 
 def finished(rows: Path, items: int, folder: Path) -> tuple[Path, dict[str, int]]:
@@ -75,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--recipe", type=Path, help="rows about the parts of `auto`")
+    parser.add_argument("--neighbours", type=Path, help="rows about whom chunks are fused with")
     parser.add_argument("--items", type=int, default=20, help="of a set that is finished")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--baselines", nargs="+", default=["cacheclip@0.15", "auto:company=prompts"])
@@ -95,6 +100,9 @@ def main() -> None:
         ]
         if args.recipe:
             parts += [RECIPE.read_text(encoding="utf-8"), summarise(common(args.recipe, 8, Path(folder)))]
+        if args.neighbours and args.neighbours.exists():
+            parts += [NEIGHBOURS.read_text(encoding="utf-8"), summarise(common(args.neighbours, 8, Path(folder)))]
+        parts += [PATHS.read_text(encoding="utf-8"), paths.table()]
     args.out.write_text("\n".join(parts), encoding="utf-8")
 
 
