@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 import paths
+
 from cacheclip_rag.evaluation import plots
 from cacheclip_rag.evaluation.figures import summary
 from cacheclip_rag.evaluation.tables import compare, summarise
