@@ -20,7 +20,7 @@ class PrefixCache:
     What vLLM and SGLang call prefix caching, for the one prefix that RAG prompts share. Thread-safe.
     """
 
-    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 28) -> None:
+    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 30) -> None:
         self._size, self._capacity = size, capacity_bytes
         self._heads: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
         self._lock = threading.Lock()
@@ -53,6 +53,8 @@ class PrefixCache:
             if any(known[:length] == head for known in self._heads):
                 return
         keys, values = canvas.read(slice(0, length))
+        if keys.nbytes + values.nbytes > self._capacity:
+            return
         with self._lock:
             for known in [known for known in self._heads if head[: len(known)] == known]:
                 del self._heads[known]  # as every turn of a conversation would leave one
