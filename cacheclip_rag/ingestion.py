@@ -321,8 +321,9 @@ class Ingestion:
                 wanted = set(map(self.documents.text, gone))
                 for path in namespaces(Path(self._store_folder).expanduser()):
                     if path.name not in done:
-                        place = Administration(self._store_folder)
-                        forget_digests(place, self.documents, wanted, self._tenant, path.name)
+                        forget_digests(
+                            Administration(path.parent), self.documents, wanted, self._tenant, namespace=path.name
+                        )
             if self._remote_texts is not None:
                 opened = [store.namespace.digest[:32] for store in self._uploading]
                 self._remote_texts.forget_in(opened, set(map(self.documents.text, gone)))

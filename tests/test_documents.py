@@ -168,9 +168,7 @@ def test_background_work_does_not_bring_it_back(engine: Engine, ahead: int) -> N
     assert known(engine) == [3, 4][:ahead]
 
 
-def test_a_look_up_under_way_does_not_bring_it_back(
-    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_look_up_under_way_does_not_bring_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hint reads a file on a thread of its own while the text is forgotten."""
     with open_engine(tmp_path / "kv") as writer:
         writer.ensure(PASSAGES[:2])
