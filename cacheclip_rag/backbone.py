@@ -1,21 +1,14 @@
-"""Everything that touches transformers: load, tokenise, forward, generate, and whether a model can be composed."""
+"""A model of transformers: load, forward, generate, and whether its KV can be composed."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,31 +22,20 @@ from transformers import (
 from .attention import AUTO, Enough, Shape, Sparse, choose
 from .attention.mask import Probe
 from .canvas import Canvas
-from .errors import NotComposable, PromptError, WeightsError
+from .errors import NotComposable, WeightsError
+from .fingerprint import fingerprint
 from .rotary import Rotary
-
-_SENTINEL = "\u2063cacheclip\u2063"  # stands for the user's text when a chat template is cut open
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """``ids [n]`` int64 and ``offsets [n, 2]`` int64: the character span of each token in the text they came from."""
-
-    ids: Tensor
-    offsets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
+from .texts import Texts
 
 
-class Backbone:
-    """A causal language model of transformers, its tokenizer, and the few operations the engine needs of them.
+class Backbone(Texts):
+    """A causal language model of transformers with its tokenizer, and the few operations the engine needs of them.
 
     Thread-safe in use: a forward keeps its state in its own `Canvas`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.model = model.eval()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -65,9 +47,6 @@ class Backbone:
         )
         self.attention = choose(attention, self.device, self.dtype, self.head_dim)
         self.window: int = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
-        self._encoder, self._plain = _untruncated(tokenizer), _untruncated(tokenizer)
-        self._plain.encode_special_tokens = True  # "<|im_end|>" inside a document is eleven characters, not a command
-        self._opening = self._begin_of_sequence()
         self._views: dict[tuple[int, int, bool], nn.Module] = {}
         self._head_views: dict[int, nn.Module] = {}
         self.obstacle: str | None = self._find_obstacle()
@@ -103,80 +82,6 @@ class Backbone:
         if not tokenizer.is_fast:
             raise WeightsError(f"{path} has no fast tokenizer; character offsets need one (tokenizer.json)")
         return cls(model.to(device), tokenizer, attention=attention)
-
-    # ---- text and tokens ------------------------------------------------------------------------------------------
-
-    def tokenise(self, text: str, plain: bool = False) -> Tokens:
-        """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
-        encoder = self._plain if plain else self._encoder
-        try:
-            encoding = encoder.encode(text, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise PromptError(f"the text is not valid Unicode and cannot be tokenised: {error}") from error
-        offsets = torch.from_numpy(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
-        return Tokens(torch.tensor(encoding.ids, dtype=torch.long), offsets)
-
-    def tokenise_prompt(self, prompt: str, documents: Sequence[tuple[int, int]] = ()) -> Tokens:
-        """A whole prompt's tokens: those transformers would see, begin-of-sequence included where the model wants one.
-
-        ``documents`` are character spans of untrusted text. A control token written inside one stays text; so that the
-        tokenizer does not act on it, the prompt is then cut at the genuine ones, as the tokenizer itself does.
-        """
-        if any(token in prompt[start:end] for start, end in documents for token in self.control_tokens):
-            tokens = self._tokenise_around(prompt, documents)
-        else:
-            tokens = self.tokenise(prompt)
-        if self._opening is not None and not (len(tokens) and tokens.ids[0] == self._opening):
-            opening = Tokens(torch.tensor([self._opening]), torch.zeros(1, 2, dtype=torch.long))
-            tokens = Tokens(torch.cat([opening.ids, tokens.ids]), torch.cat([opening.offsets, tokens.offsets]))
-        return tokens
-
-    def _tokenise_around(self, prompt: str, documents: Sequence[tuple[int, int]]) -> Tokens:
-        ids, offsets, last = [], [], 0
-        pattern = re.compile("|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True)))
-        cuts = [m.span() for m in pattern.finditer(prompt)]
-        cuts = [(a, b) for a, b in cuts if not any(a < end and b > start for start, end in documents)]
-        for start, end in [*cuts, (len(prompt), len(prompt))]:
-            piece = self.tokenise(prompt[last:start], plain=True)
-            control = self.tokenise(prompt[start:end])
-            ids += [piece.ids, control.ids]
-            offsets += [piece.offsets + last, control.offsets + start]
-            last = end
-        return Tokens(torch.cat(ids), torch.cat(offsets))
-
-    @cached_property
-    def control_tokens(self) -> list[str]:
-        """The texts that the tokenizer reads as control tokens."""
-        return [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content]
-
-    def _begin_of_sequence(self) -> int | None:
-        ids = self._encoder.encode("", add_special_tokens=True).ids
-        return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
-
-    def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """The prompt for chat ``messages``, ready for the assistant's turn; plain texts where there is no template."""
-        if not self.tokenizer.chat_template:
-            return "\n\n".join(str(m["content"]) for m in messages) + "\n\n"
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
-
-    def shared_prefix(self) -> str:
-        """What stands before a user's text in this model's chat template: the prefix chunks are encoded behind.
-
-        One prefix shared by all chunks absorbs the attention sink once (CacheClip, APE); without a template it is the
-        beginning-of-sequence token, or a newline.
-        """
-        if self.tokenizer.chat_template:
-            prompt = self.chat([{"role": "user", "content": _SENTINEL}])
-            if prompt.count(_SENTINEL) == 1:
-                return prompt.split(_SENTINEL)[0]
-        return self.tokenizer.bos_token or "\n"
-
-    @cached_property
-    def closing(self) -> str:
-        """What stands behind the user's text in this model's chat template, up to where the answer begins."""
-        if not self.tokenizer.chat_template:
-            return ""
-        return self.chat([{"role": "user", "content": _SENTINEL}]).split(_SENTINEL)[-1]
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
@@ -483,27 +388,9 @@ class Backbone:
             return f"{self.config.model_type}: its values depend on the absolute position (off by {error:.0%})"
         return None
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies this model for stored KV: every weight's bytes, configuration, tokenizer, dtype.
-
-        A model's name or path is not its identity: weights are hashed as they are in memory (xxh3, some 5 GB/s).
-        """
-        digest = xxhash.xxh3_128()
-        for name, parameter in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_") and k not in _COSMETIC}
-        return {
-            "architecture": self.config.model_type,
-            "weights": digest.hexdigest(),
-            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-            "tokenizer": hashlib.sha256(self._encoder.to_str().encode()).hexdigest(),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-
-_COSMETIC = {"transformers_version", "architectures", "torch_dtype", "dtype", "use_cache", "output_attentions"}
-"""Configuration fields that do not change a model's KV."""
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies this model for stored KV (see `fingerprint.fingerprint`)."""
+        return fingerprint(self.model, self.config, self._encoder.to_str(), self.dtype)
 
 
 def _relative(a: Tensor | None, b: Tensor) -> float:
@@ -514,16 +401,6 @@ def _relative(a: Tensor | None, b: Tensor) -> float:
 def _worst(a: Tensor, b: Tensor) -> float:
     """`_relative` of the layer that is furthest off: a layer of large numbers must not hide one of small ones."""
     return max(_relative(one, other) for one, other in zip(a, b, strict=True))
-
-
-def _untruncated(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's inside that neither truncates nor pads. In the original both are anyone's to switch on,
-    by a file or by a call with ``truncation=True``, and a prompt would lose its end without a word.
-    """
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,21 +21,22 @@ from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
 from .decoding import TextStream
-from .encode import Encoder, Isolated
+from .encode import Isolated
+from .encodings import Encodings
 from .errors import ConfigurationError, NotComposable, PromptError
 from .exact import ExactCache, ExactReuse
 from .fusion import Usage
+from .hints import Hints
 from .ingestion import FUSED_AT, Ingestion, Task
 from .library import KVDtype
 from .methods import Method
-from .prefill import Prefill, Reuse
+from .prefill import Prefill
 from .prompt import ChunkIndex
 from .pull import resolve as resolve_weights
 from .report import Report
 from .select import Everything
 from .stats import Stats, Tally, total
-from .store import Documents, Remote, RemoteStore
-from .store.remote_admin import RemoteTexts
+from .store import Place, Remote
 from .turns import Seats, Turns
 
 log = logging.getLogger("cacheclip_rag")
@@ -116,41 +116,33 @@ class Engine(Ingestion):
         self._check_auxiliary(self.method, auxiliary is not None)
         if kv_dtype not in get_args(KVDtype):
             raise ConfigurationError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
-        self._kv_dtype: KVDtype = kv_dtype
         if max_requests < 1:
             raise ConfigurationError(f"max_requests must be at least 1, not {max_requests}")
-        self._store_folder, self._memory_bytes, self._disk_bytes = store, memory_bytes, disk_bytes
         self.backbone = _backbone(model, dtype, device)
         if self.backbone.obstacle is not None and on_uncomposable == "error":
             raise NotComposable(f'{self.backbone.obstacle}; on_uncomposable="prefill" serves it without reuse')
         self.composable = self.backbone.obstacle is None
         self.index = ChunkIndex()
-        self._tenant = tenant
-        self._secret = secret.encode() if isinstance(secret, str) else secret
-        self._remote = Remote(remote) if isinstance(remote, str) else remote
-        self.documents = Documents(store, tenant, self._secret)
+        secret = secret.encode() if isinstance(secret, str) else secret
+        remote = Remote(remote) if isinstance(remote, str) else remote
+        self._place = Place(store, memory_bytes, disk_bytes, tenant, secret, remote)
+        self.documents = self._place.documents
         """Which chunks are of which document."""
-        self._uploading: list[RemoteStore] = []
-        self._remote_texts: RemoteTexts | None = None
-        if self._remote is not None:
-            self._remote_texts = RemoteTexts(self._remote, tenant, self.documents.text)
-        self.auxiliary: Auxiliary | None = None
-        self._rooms: dict[Encoder, Reuse] = {}
+        self._encodings = Encodings(self.backbone, self.method.encode, self.index, self._place, kv_dtype)
         self._exact: dict[ExactReuse, ExactCache] = {}
-        self._rooms_lock = threading.Lock()
+        self.auxiliary: Auxiliary | None = None
         if self.composable:
-            self.library = self._library(self.backbone, self.method.encode)
+            self.library = self._encodings.main
             if require_verified:
                 name = str(self.backbone.model.name_or_path if isinstance(model, Backbone) else model)
                 verified.require(verified.identity(self.library.namespace.fields, self.backbone), name)
-            self._room(self.method)
+            self._encodings.reuse(self.method.encode)
             if auxiliary is not None:
                 self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
-        self.usage = Usage(self._usage_file())
+        self.usage = Usage(self._place.usage_file(self.library.namespace) if self.composable else None)
         self._fuse_when_idle = fuse_when_idle
         self._turns, self._seats = Turns(), Seats(max_requests)
-        self._hints: OrderedDict[tuple[str, frozenset[str]], None] = OrderedDict()
-        self._hints_lock = threading.Lock()
+        self._hints = Hints()
         self._background = Background(self._do_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self._tally = Tally()
@@ -169,7 +161,7 @@ class Engine(Ingestion):
 
         It only looks, so its chunks stand behind the shared prefix whatever becomes of the primary's.
         """
-        return Auxiliary(self._library(_backbone(model, dtype, device), Isolated(prefix)))
+        return Auxiliary(self._encodings.library(_backbone(model, dtype, device), Isolated(prefix)))
 
     # ---- answering ------------------------------------------------------------------------------------------------
 
@@ -276,7 +268,7 @@ class Engine(Ingestion):
 
     def stats(self) -> Stats:
         """What was done since the engine was opened, and what it holds now. Cheap: no file is looked at."""
-        stores = [room.library.store.stats() for room in self._opened()]
+        stores = [reuse.library.store.stats() for reuse in self._encodings]
         aside = [self.auxiliary.library.store.stats()] if self.auxiliary is not None else []
         return self._tally.snapshot(self._seats.taken, self._seats.waiting, total(stores, aside))
 
@@ -286,7 +278,7 @@ class Engine(Ingestion):
         """
         self._background.close()
         self.usage.save()
-        self._settle_remote()
+        self._place.settle()
 
     def __enter__(self) -> Engine:
         return self
@@ -331,17 +323,17 @@ class Engine(Ingestion):
             if not self.composable:
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
                 return prefill.native(self.backbone, self.index, prompt, report)
-            self._follow_store()
+            self._encodings.follow()
             if method.exact is None and (isinstance(method.select, Everything) or ratio >= 1.0):
                 return prefill.full(self.backbone, self.index, prompt, room, report)
-            hints, announced = self._hinted(prompt)
+            hints, announced = self._hints.of(prompt)
             try:
                 if method.exact is not None:
                     if method.exact not in self._exact:
                         self._exact[method.exact] = method.exact.open()
                     cache = self._exact[method.exact]
                     return prefill.exact(self.backbone, self.index, cache, prompt, room, report)
-                result = self._room(method)(
+                result = self._encodings.reuse(method.encode)(
                     prompt,
                     method,
                     ratio,
@@ -367,13 +359,6 @@ class Engine(Ingestion):
         if gone:
             self._background.add(Task(text, method) for text in gone)
         return result
-
-    def _hinted(self, prompt: str) -> tuple[frozenset[str], str | None]:
-        """Keys of recently announced chunks, and the newest announced question that stands in this prompt."""
-        with self._hints_lock:
-            hints = list(reversed(self._hints))
-        keys = frozenset().union(*(keys for _, keys in hints[:8])) if hints else frozenset()
-        return keys, next((question for question, _ in hints if question and question in prompt), None)
 
     def _tell(self, report: Report) -> None:
         self._tally.add(report)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import methods
@@ -17,21 +14,18 @@ from .auxiliary import Auxiliary
 from .backbone import Backbone
 from .background import Background
 from .batches import batches, reported, together
-from .chunks import Namespace, canonical
-from .encode import Encoder, Harvested
+from .chunks import canonical
+from .encodings import Encodings
 from .errors import CacheClipError, StoreError
 from .exact import ExactCache, ExactReuse
 from .fusion import Usage
-from .harvesting import Harvesting
-from .library import KVDtype, Library
+from .hints import Hints
+from .library import Library
 from .methods import Method
 from .prefill import Reuse
 from .prompt import ChunkIndex
 from .spec import at_least
-from .store import ChunkStore, DiskStore, Documents, MemoryStore, Remote, RemoteStore, TieredStore
-from .store.admin import Administration, forget_digests
-from .store.cap import namespaces
-from .store.remote_admin import RemoteTexts
+from .store import Documents, Place
 from .turns import Seats, Turns
 
 log = logging.getLogger("cacheclip_rag")
@@ -62,7 +56,7 @@ class Ensured:
 
 
 class Ingestion:
-    """The half of an `Engine` that looks after chunks. One index serves all; every way of encoding has its own room."""
+    """The half of an `Engine` that looks after chunks."""
 
     backbone: Backbone
     composable: bool
@@ -72,28 +66,18 @@ class Ingestion:
     index: ChunkIndex
     documents: Documents
     usage: Usage
-    _store_folder: str | Path | None
-    _memory_bytes: int
-    _disk_bytes: int
-    _tenant: str
-    _secret: bytes
-    _remote: Remote | None
-    _uploading: list[RemoteStore]
-    _remote_texts: RemoteTexts | None
-    _kv_dtype: KVDtype
-    _rooms: dict[Encoder, Reuse]
-    _rooms_lock: threading.Lock
+    _place: Place
+    _encodings: Encodings
     _exact: dict[ExactReuse, ExactCache]
     _turns: Turns
     _seats: Seats
-    _hints: OrderedDict[tuple[str, frozenset[str]], None]
-    _hints_lock: threading.Lock
+    _hints: Hints
     _background: Background[Task]
     _threads: ThreadPoolExecutor
 
     def library_of(self, method: str | Method) -> Library:
         """Where the chunks are kept that are encoded as ``method`` wants them."""
-        return self._room(methods.resolve(method)).library
+        return self._encodings.reuse(methods.resolve(method).encode).library
 
     # ---- ingestion ------------------------------------------------------------------------------------------------
 
@@ -134,7 +118,7 @@ class Ingestion:
                     self.index.add(canonical(text), canonical(text))
                 result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in texts]
             elif method.ahead:
-                self._ensure(texts, self._room(method).library, result, wanted)
+                self._ensure(texts, self._encodings.reuse(method.encode).library, result, wanted)
             else:  # nothing to compute before the first prompt, but to be recognised there
                 for text in texts:
                     self.index.add(self.library.key(text), text)
@@ -209,7 +193,12 @@ class Ingestion:
                 if reason is not None:
                     result.skipped += [(text[:40], reason) for text in batch]
                 else:
-                    self._fuse({text: neighbours[text] for text in batch}, self._room(chosen), variants, result)
+                    self._fuse(
+                        {text: neighbours[text] for text in batch},
+                        self._encodings.reuse(chosen.encode),
+                        variants,
+                        result,
+                    )
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
                 log.warning("%d chunks not fused: %s", len(batch), error)
                 result.skipped += [(text[:40], str(error)) for text in batch]
@@ -236,7 +225,7 @@ class Ingestion:
                 if reason is not None:
                     result.skipped += [(text[:40], reason) for text in texts]
                 else:
-                    self._fuse_in_order(texts, self._room(chosen), variants, result)
+                    self._fuse_in_order(texts, self._encodings.reuse(chosen.encode), variants, result)
             except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
                 log.warning("sequence not fused: %s", error)
                 result.skipped += [(text[:40], str(error)) for text in texts]
@@ -261,30 +250,30 @@ class Ingestion:
                 neighbours[texts[0]] = company
         return neighbours
 
-    def _fuse(self, neighbours: Mapping[str, Sequence[str]], room: Reuse, keep: int, result: Ensured) -> None:
+    def _fuse(self, neighbours: Mapping[str, Sequence[str]], reuse: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:  # nothing of the companies can be forgotten meanwhile
-            self._follow_store()
-            known = {t: self._known(company, room) for t, company in neighbours.items() if self._known([t], room)}
+            self._encodings.follow()
+            known = {t: self._known(company, reuse) for t, company in neighbours.items() if self._known([t], reuse)}
             result.skipped += [(text[:40], _UNKNOWN) for text in neighbours if text not in known]
-            for text, done in zip(known, room.fused.fuse(known, keep), strict=True):
+            for text, done in zip(known, reuse.fused.fuse(known, keep), strict=True):
                 if isinstance(done, Exception):
                     log.warning("chunk not fused: %s", done)
                     result.skipped.append((text[:40], str(done)))
                 else:
                     result.encoded += done
-                    result.keys.append(room.library.key(text))
+                    result.keys.append(reuse.library.key(text))
 
-    def _fuse_in_order(self, texts: Sequence[str], room: Reuse, keep: int, result: Ensured) -> None:
+    def _fuse_in_order(self, texts: Sequence[str], reuse: Reuse, keep: int, result: Ensured) -> None:
         with self._turns:
-            self._follow_store()
-            known = self._known(texts, room)
+            self._encodings.follow()
+            known = self._known(texts, reuse)
             result.skipped += [(text[:40], _UNKNOWN) for text in texts if text not in known]
-            result.encoded += room.fused.fuse_in_order(known, keep)
-            result.keys += [room.library.key(text) for text in known]
+            result.encoded += reuse.fused.fuse_in_order(known, keep)
+            result.keys += [reuse.library.key(text) for text in known]
 
-    def _known(self, texts: Iterable[str], room: Reuse) -> list[str]:
+    def _known(self, texts: Iterable[str], reuse: Reuse) -> list[str]:
         """Those that are recognised and have KV: another process may have forgotten what this one knows."""
-        libraries = (self.library, room.library)
+        libraries = (self.library, reuse.library)
         return [
             text
             for text in texts
@@ -305,7 +294,7 @@ class Ingestion:
         """Wait until everything asked of `ensure_later` is done, and is at the remote store if there is one."""
         self._background.flush()
         self.usage.save()
-        self._settle_remote()
+        self._place.settle()
 
     def forget(self, texts: Iterable[str]) -> None:
         """Drop the KV of these chunks, whatever was computed in their company, the auxiliary model's included, and all
@@ -316,17 +305,8 @@ class Ingestion:
         """
         if gone := list(texts):
             self._forget(gone)
-            if self._store_folder is not None:
-                done = {library.namespace.digest[:32] for library in self._libraries()}
-                wanted = set(map(self.documents.text, gone))
-                for path in namespaces(Path(self._store_folder).expanduser()):
-                    if path.name not in done:
-                        forget_digests(
-                            Administration(path.parent), self.documents, wanted, self._tenant, namespace=path.name
-                        )
-            if self._remote_texts is not None:
-                opened = [store.namespace.digest[:32] for store in self._uploading]
-                self._remote_texts.forget_in(opened, set(map(self.documents.text, gone)))
+            opened = [library.namespace for library in self._libraries()]
+            self._place.forget_elsewhere(set(map(self.documents.text, gone)), opened)
             self.documents.drop(gone)
 
     def forget_document(self, *documents: str) -> None:
@@ -339,10 +319,7 @@ class Ingestion:
         if wanted := self.documents.only(documents):
             known = map(self.index.text, self.index.keys())
             self._forget([text for text in known if text is not None and self.documents.text(text) in wanted])
-            if self._store_folder is not None:
-                forget_digests(Administration(self._store_folder), self.documents, wanted, self._tenant)
-            if self._remote_texts is not None:
-                self._remote_texts.forget(wanted)
+            self._place.forget_everywhere(wanted)
         self.documents.remove(documents)
 
     def _forget(self, gone: Sequence[str]) -> None:
@@ -355,16 +332,10 @@ class Ingestion:
         with self._turns:  # a prompt on its way would leave behind what it harvests
             self._exact.clear()
             self.usage.forget([self.library.key(text) for text in gone])
-            for text in gone:
-                name = self.library.key(text)
-                self.index.remove(name)
-                for room in self._opened():
-                    room.forget(text, name)
-                if self.auxiliary is not None:
-                    self.auxiliary.library.store.delete([self.auxiliary.library.key(text)])
-            for room in self._opened():
-                room.library.forget(unwanted)
-                room.fused.refresh()
+            self._encodings.forget(gone, unwanted)
+            if self.auxiliary is not None:
+                other = self.auxiliary.library
+                other.store.delete([other.key(text) for text in gone])
 
     def knows(self, text: str) -> bool:
         """Whether the KV of this chunk is kept."""
@@ -381,75 +352,15 @@ class Ingestion:
         if not self.composable:
             return
         keys = frozenset(self.library.key(text) for text in texts)
-        with self._hints_lock:
-            self._hints[(question or "", keys)] = None
-            self._hints.move_to_end((question or "", keys))
-            while len(self._hints) > 256:
-                self._hints.popitem(last=False)
+        self._hints.note(question, keys)
         self._threads.submit(lambda: [self.library.get(key) for key in keys])
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    def _settle_remote(self) -> None:
-        """Upload and remove there what is still to be uploaded and removed. Bounded, and never raises."""
-        for store in self._uploading:
-            store.flush()
-        if self._remote_texts is not None:
-            self._remote_texts.go_on()
-
-    def _follow_store(self) -> None:
-        for room in self._opened():
-            if room.library.store.refresh():
-                room.fused.refresh()
-                self._know(room.library)
-
-    def _know(self, library: Library) -> None:
-        """Recognise in prompts what this library has. One index serves all: a chunk's name is its text's."""
-        for entry in library.store.entries():
-            self.index.add(self.library.key(entry.text), entry.text)
-
-    def _room(self, method: Method) -> Reuse:
-        """Reuse of chunks encoded as this method wants them; other encodings are other chunks."""
-        with self._rooms_lock:
-            if method.encode not in self._rooms:
-                own = method.encode == self.library.encoder
-                library = self.library if own else self._library(self.backbone, method.encode)
-                self._rooms[method.encode] = (
-                    Harvesting(library, self.index, method.encode)
-                    if isinstance(method.encode, Harvested)
-                    else Reuse(library, self.index)
-                )
-                self._know(library)
-            return self._rooms[method.encode]
-
-    def _opened(self) -> list[Reuse]:
-        with self._rooms_lock:
-            return list(self._rooms.values())
-
     def _libraries(self) -> list[Library]:
         """All that this engine has opened."""
         aside = [] if self.auxiliary is None else [self.auxiliary.library]
-        return [room.library for room in self._opened()] + aside
-
-    def _usage_file(self) -> Path | None:
-        if self._store_folder is None or not self.composable:
-            return None
-        return Path(self._store_folder).expanduser() / f"usage-{self.library.namespace.digest[:32]}.json"
-
-    def _library(self, backbone: Backbone, encoder: Encoder) -> Library:
-        return Library(backbone, encoder, self._open_store, self._tenant, self._secret, self._kv_dtype)
-
-    def _open_store(self, namespace: Namespace) -> ChunkStore:
-        memory = MemoryStore(self._memory_bytes)
-        if self._store_folder is None and self._remote is None:
-            return memory
-        tiers: list[ChunkStore] = [memory]
-        if self._store_folder is not None:
-            tiers.append(DiskStore(self._store_folder, namespace, self._disk_bytes))
-        if self._remote is None:
-            return TieredStore(*tiers)
-        self._uploading.append(RemoteStore(self._remote, namespace))
-        return TieredStore(*tiers, remote=self._uploading[-1])
+        return [reuse.library for reuse in self._encodings] + aside
 
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .auxiliary import Auxiliary, CharacterScores
-from .backbone import Backbone, Tokens
+from .backbone import Backbone
 from .canvas import Canvas
 from .chunks import ChunkKV, canonical
 from .errors import ConfigurationError, PromptError
@@ -25,6 +25,7 @@ from .prompt import ChunkIndex, Layout, Span, align, find_question
 from .report import ChunkUse, Fate, Fates, Report
 from .select import Request
 from .select.query_guided import question_scores
+from .texts import Tokens
 
 _COPY = 64
 """Slots behind a prompt for a copy of its question, where it must be asked behind the last chunk (tokens)."""

@@ -47,7 +47,7 @@ def engine(backbone: Backbone | None = None, **options: Any) -> Engine:
 
 
 def variants(engine: Engine) -> Any:
-    return engine._room(engine.method).fused
+    return engine._encodings.reuse(engine.method.encode).fused
 
 
 def ids(*texts: str) -> torch.Tensor:
@@ -117,7 +117,8 @@ def test_every_way_of_encoding_can_be_fused_and_ratio_one_is_full_prefill(method
     result = ready.prefill(prompt, recompute_ratio=0.5 if ready.method.recompute_ratio else None)
     assert result.report.fallbacks == []
     assert [
-        chunk and chunk.company for chunk in ready._room(ready.method)._load(keys(ready, A, B, C), ready.method)[0]
+        chunk and chunk.company
+        for chunk in ready._encodings.reuse(ready.method.encode)._load(keys(ready, A, B, C), ready.method)[0]
     ] == [
         (),
         (A,),
@@ -163,7 +164,7 @@ def test_what_stands_in_front_is_what_the_prompt_says() -> None:
     ready.ensure([A, B, C])
     ready.fuse({C: [A], B: [C]})
     ready.fuse({C: [B]})
-    room = ready._room(ready.method)
+    room = ready._encodings.reuse(ready.method.encode)
 
     def taken(*texts: str) -> list[tuple[str, ...]]:
         return [chunk.company for chunk in room._load(keys(ready, *texts), ready.method)[0]]

@@ -102,7 +102,7 @@ def test_a_model_that_scales_its_embeddings_is_not_run_in_stages():
 def test_link0_chunks_are_transformers_own_behind_dummies(kind):
     method = resolve("link0", count=3, token="_")
     engine = known(method, PASSAGES[:1], kind)
-    library = engine._room(method).library
+    library = engine._encodings.reuse(method.encode).library
     chunk = library.get(library.key(PASSAGES[0]))
     ids = engine.backbone.tokenise("___" + PASSAGES[0]).ids
     assert chunk.position == 3 and torch.equal(chunk.ids, ids[3:])
@@ -158,7 +158,7 @@ def test_droidspeak_keeps_the_residual_stream_that_enters_the_transition_layer(k
     for layer, entered in ((1, 1), (2, 2), (4, 2)):  # of four layers, the last but one is the deepest
         method = resolve("droidspeak", transition_layer=layer)
         engine = known(method, PASSAGES[:1], kind)
-        chunk = engine._room(method).library.ensure(PASSAGES[0])
+        chunk = engine._encodings.reuse(method.encode).library.ensure(PASSAGES[0])
         assert distance(chunk.extra["activations"], own(kind, chunk.ids).hidden_states[entered][0]) < 1e-5
 
 
@@ -340,7 +340,7 @@ def test_harvested_masses_are_transformers_attentions(kind):
     parts = [slice(s, s + len(p)) for s, p in zip(starts, PASSAGES, strict=False)]
     names = [engine.library.key(p) for p in PASSAGES[:3]]
     for i, name in enumerate(names):
-        ((v,),) = [engine._room(METHODS["cachecraft"]).variants._kept[name]]
+        ((v,),) = [engine._encodings.reuse(METHODS["cachecraft"].encode).variants._kept[name]]
         paid = [attention[parts[i], parts[j]] for j in range(i)]
         size = [len(p) for p in PASSAGES]
         assert v.before == tuple(names[:i]) and v.inter == pytest.approx(
@@ -358,7 +358,7 @@ def test_cachecraft_recomputes_the_tokens_that_leaned_most():
     engine = known("cachecraft")
     engine.prefill(prompt(PASSAGES), method="cachecraft")
     _, request, seen = watch(engine, "cachecraft", prompt([PASSAGES[i] for i in (2, 0, 1)]))
-    variants, expected = engine._room(METHODS["cachecraft"]).variants, []
+    variants, expected = engine._encodings.reuse(METHODS["cachecraft"].encode).variants, []
     for number, i in enumerate((2, 0, 1)):
         (v,) = variants._kept[engine.library.key(PASSAGES[i])]
         before = [engine.library.key(PASSAGES[j]) for j in (2, 0, 1)[:number]]

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone, Tokens
+from ..backbone import Backbone
 from ..chunks import ChunkKV
+from ..texts import Tokens
 
 Front = tuple[Tensor, Tensor] | None
 """Keys and values ``[L, Hk, P, D]`` at positions 0.. of what a chunk is encoded behind; None for nothing."""

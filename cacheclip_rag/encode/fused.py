@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..backbone import Backbone, Tokens
+from ..backbone import Backbone
 from ..chunks import ChunkKV
+from ..texts import Tokens
 from .base import Encoder, Front
 
 

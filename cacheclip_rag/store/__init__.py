@@ -5,6 +5,7 @@ from .disk import DiskStore
 from .documents import Documents
 from .int8 import Int8Store
 from .memory import MemoryStore
+from .place import Place
 from .remote import Remote, RemoteStore
 from .tiered import TieredStore
 
@@ -15,6 +16,7 @@ __all__ = [
     "Entry",
     "Int8Store",
     "MemoryStore",
+    "Place",
     "Remote",
     "RemoteStore",
     "StoreStats",

@@ -284,7 +284,7 @@ def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embeddi
     store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine, fuse=2, show_progress=False)
     ids = store.add_texts([text(1), text(2)])
     store.add_texts([text(3)])
-    fused = engine._room(engine.method).fused
+    fused = engine._encodings.reuse(engine.method.encode).fused
     assert {frozenset(company) for company in fused.of(text(3))} == {
         frozenset(),
         frozenset({text(1).strip(), text(2).strip()}),

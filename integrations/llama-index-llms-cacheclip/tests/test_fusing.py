@@ -44,7 +44,7 @@ class Places(BaseEmbedding):
 
 def company(engine: Engine, name: str) -> list[list[str]]:
     """With whom a chunk was fused, by name."""
-    found = engine._room(engine.method).fused.of(text(name))
+    found = engine._encodings.reuse(engine.method.encode).fused.of(text(name))
     return [[next(n for n in PLACES if n in other) for other in variant] for variant in found if variant]
 
 

@@ -1,0 +1,122 @@
+"""What a model's tokenizer and chat template make of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .errors import PromptError
+
+_SENTINEL = "\u2063cacheclip\u2063"  # stands for the user's text when a chat template is cut open
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """``ids [n]`` int64 and ``offsets [n, 2]`` int64: the character span of each token in the text they came from."""
+
+    ids: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Texts:
+    """Texts to tokens, and messages to prompts, with a fast tokenizer of transformers. Thread-safe."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._encoder, self._plain = _untruncated(tokenizer), _untruncated(tokenizer)
+        self._plain.encode_special_tokens = True  # "<|im_end|>" inside a document is eleven characters, not a command
+        self._opening = self._begin_of_sequence()
+
+    def tokenise(self, text: str, plain: bool = False) -> Tokens:
+        """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
+        encoder = self._plain if plain else self._encoder
+        try:
+            encoding = encoder.encode(text, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise PromptError(f"the text is not valid Unicode and cannot be tokenised: {error}") from error
+        offsets = torch.from_numpy(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
+        return Tokens(torch.tensor(encoding.ids, dtype=torch.long), offsets)
+
+    def tokenise_prompt(self, prompt: str, documents: Sequence[tuple[int, int]] = ()) -> Tokens:
+        """A whole prompt's tokens: those transformers would see, begin-of-sequence included where the model wants one.
+
+        ``documents`` are character spans of untrusted text. A control token written inside one stays text; so that the
+        tokenizer does not act on it, the prompt is then cut at the genuine ones, as the tokenizer itself does.
+        """
+        if any(token in prompt[start:end] for start, end in documents for token in self.control_tokens):
+            tokens = self._tokenise_around(prompt, documents)
+        else:
+            tokens = self.tokenise(prompt)
+        if self._opening is not None and not (len(tokens) and tokens.ids[0] == self._opening):
+            opening = Tokens(torch.tensor([self._opening]), torch.zeros(1, 2, dtype=torch.long))
+            tokens = Tokens(torch.cat([opening.ids, tokens.ids]), torch.cat([opening.offsets, tokens.offsets]))
+        return tokens
+
+    def _tokenise_around(self, prompt: str, documents: Sequence[tuple[int, int]]) -> Tokens:
+        ids, offsets, last = [], [], 0
+        pattern = re.compile("|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True)))
+        cuts = [m.span() for m in pattern.finditer(prompt)]
+        cuts = [(a, b) for a, b in cuts if not any(a < end and b > start for start, end in documents)]
+        for start, end in [*cuts, (len(prompt), len(prompt))]:
+            piece = self.tokenise(prompt[last:start], plain=True)
+            control = self.tokenise(prompt[start:end])
+            ids += [piece.ids, control.ids]
+            offsets += [piece.offsets + last, control.offsets + start]
+            last = end
+        return Tokens(torch.cat(ids), torch.cat(offsets))
+
+    @cached_property
+    def control_tokens(self) -> list[str]:
+        """The texts that the tokenizer reads as control tokens."""
+        return [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content]
+
+    def _begin_of_sequence(self) -> int | None:
+        ids = self._encoder.encode("", add_special_tokens=True).ids
+        return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
+
+    def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The prompt for chat ``messages``, ready for the assistant's turn; plain texts where there is no template."""
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(str(m["content"]) for m in messages) + "\n\n"
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+
+    def shared_prefix(self) -> str:
+        """What stands before a user's text in this model's chat template: the prefix chunks are encoded behind.
+
+        One prefix shared by all chunks absorbs the attention sink once (CacheClip, APE); without a template it is the
+        beginning-of-sequence token, or a newline.
+        """
+        if self.tokenizer.chat_template:
+            prompt = self.chat([{"role": "user", "content": _SENTINEL}])
+            if prompt.count(_SENTINEL) == 1:
+                return prompt.split(_SENTINEL)[0]
+        return self.tokenizer.bos_token or "\n"
+
+    @cached_property
+    def closing(self) -> str:
+        """What stands behind the user's text in this model's chat template, up to where the answer begins."""
+        if not self.tokenizer.chat_template:
+            return ""
+        return self.chat([{"role": "user", "content": _SENTINEL}]).split(_SENTINEL)[-1]
+
+
+def _untruncated(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer's inside that neither truncates nor pads. In the original both are anyone's to switch on,
+    by a file or by a call with ``truncation=True``, and a prompt would lose its end without a word.
+    """
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
