@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean
 
+import claims
 import paths
 
 from cacheclip_rag.evaluation import plots
@@ -25,6 +26,7 @@ from cacheclip_rag.evaluation.tables import compare, summarise
 HEAD = Path(__file__).parent / "results-head.md"
 RECIPE = Path(__file__).parent / "results-recipe.md"
 NEIGHBOURS = Path(__file__).parent / "results-neighbours.md"
+CLAIMS = Path(__file__).parent / "results-claims.md"
 PATHS = Path(__file__).parent / "results-paths.md"
 
 
@@ -90,11 +92,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, others = finished(args.rows, args.items, Path(folder))
         plots.pareto(summary(rows), figure)
+        scores = claims.by_system(rows)
         waiting = ", ".join(f"{data} ({count} of {args.items})" for data, count in others.items())
         parts = [
             HEAD.read_text(encoding="utf-8"),
             f"Not finished, so not here: {waiting}.\n" if waiting else "",
-            f"\n## All sets\n\n{overall(rows)}\n## Each set\n",
+            f"\n## All sets\n\n{overall(rows)}",
+            f"## The aims of `auto`\n\n{claims.aims(scores)}",
+            CLAIMS.read_text(encoding="utf-8"),
+            claims.published(scores),
+            "## Each set\n",
             summarise(rows),
             f"\n![Quality against time to first token](figures/{figure.name})\n",
             *(f"\n## Differences from `{name}`\n\n{compare(rows, name)}" for name in args.baselines),

@@ -134,12 +134,16 @@ def test_the_normalised_score_is_over_the_items_of_all_three(tmp_path: Path) -> 
         row(dataset="e", score=0.5),
         row(dataset="e", system="naive", score=0.5),
         row(dataset="e", system="clip", score=0.7),
+        row(dataset="f", score=0.4),
+        row(dataset="f", system="naive", score=0.5),
+        row(dataset="f", system="clip", score=0.2),
     )
     found = records(path)
     # Over items 1 and 2: clip 0.65, naive 0.375, full 0.75.
     assert found["d", "clip"]["normalised"] == pytest.approx((0.65 - 0.375) / (0.75 - 0.375) * 100)
     assert (found["d", "naive"]["normalised"], found["d", "full"]["normalised"]) == (0.0, 100.0)
-    assert found["d", "apart"]["normalised"] is None and found["e", "clip"]["normalised"] is None
+    # No full prefill on its items; plain reuse loses nothing, or is better.
+    assert [found[key]["normalised"] for key in (("d", "apart"), ("e", "clip"), ("f", "clip"))] == [None] * 3
 
 
 def test_times_are_relative_to_full_prefill_item_by_item(tmp_path: Path) -> None:

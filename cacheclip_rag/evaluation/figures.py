@@ -108,8 +108,8 @@ def _normalised(mine: dict[str, Row], naive: dict[str, Row], full: dict[str, Row
     ids = [id for id in mine if id in naive]
     if not ids:
         return None
-    means = (mean(group[id]["score"] for id in ids) for group in (mine, naive, full))
-    return normalised_f1(*means)
+    score, low, high = (mean(group[id]["score"] for id in ids) for group in (mine, naive, full))
+    return normalised_f1(score, low, high) if high > low else None  # without a gap, nothing comes back
 
 
 def _ttft(mine: dict[str, Row], full: dict[str, Row]) -> float | None:
