@@ -92,18 +92,18 @@ class Engine(Ingestion):
 
         ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"auto"``) and
         ``recompute_ratio`` (0..1) can be overridden by each request. ``store``: the folder that keeps chunk KV; None
-        keeps it in memory only. ``memory_bytes`` (of each encoding in use) and ``disk_bytes`` cap the two tiers.
-        ``prefix``: the text chunks are encoded behind, by default what precedes the user's text in the model's chat
-        template. ``tenant`` separates chunk KV of different owners; set it from what you know of the caller, not from
-        what the caller says. ``secret`` keys the names of files and authenticates them, for a folder that others can
-        write to. ``remote``: an fsspec url (``"s3://bucket/folder"``) or a `Remote`, asked for what is not here and
-        given a copy of what is new. ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's bytes (docs/store.md says
-        what that costs in quality). ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise
-        `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks
-        that come often with those they come with, for a method that takes fused variants. ``require_verified``: refuse
-        a model that ``cacheclip verify`` has not found good on this machine with these libraries. ``max_requests``: how
-        many may be in flight, each with the KV of its prompt in memory; others wait. A stream is in flight until it is
-        read to its end or closed.
+        keeps it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers, the auxiliary model's chunks and
+        other encodings' included. ``prefix``: the text chunks are encoded behind, by default what precedes the user's
+        text in the model's chat template. ``tenant`` separates chunk KV of different owners; set it from what you know
+        of the caller, not from what the caller says. ``secret`` keys the names of files and authenticates them, for a
+        folder that others can write to. ``remote``: an fsspec url (``"s3://bucket/folder"``) or a `Remote`, asked for
+        what is not here and given a copy of what is new. ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's
+        bytes (docs/store.md says what that costs in quality). ``on_uncomposable``: what to do with a model whose KV
+        cannot be moved: raise `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``: while no request is
+        being served, fuse chunks that come often with those they come with, for a method that takes fused variants.
+        ``require_verified``: refuse a model that ``cacheclip verify`` has not found good on this machine with these
+        libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in memory; others wait. A
+        stream is in flight until it is read to its end or closed.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """

@@ -123,6 +123,18 @@ def test_other_encodings_and_the_auxiliary_model_count_too(backbone: Backbone) -
         assert engine.stats().store.entries == 3 and engine.stats().store.nbytes > own.nbytes
 
 
+def test_memory_bytes_caps_what_all_encodings_keep_together(backbone: Backbone) -> None:
+    with Engine(backbone, auxiliary=tiny_backbone("qwen2"), method="query_guided") as roomy:
+        roomy.ensure(PASSAGES)
+        enough = roomy.stats().store.memory_bytes
+    with Engine(backbone, auxiliary=tiny_backbone("qwen2"), method="query_guided", memory_bytes=enough) as engine:
+        engine.ensure(PASSAGES)
+        assert engine.stats().store.memory_bytes == enough and engine.stats().store.evicted == 0
+        engine.ensure(PASSAGES, method="promptcache")
+        assert 0 < engine.stats().store.memory_bytes <= enough and engine.stats().store.evicted > 0
+        assert engine.generate(prompt(engine), max_new_tokens=1).report.fallbacks  # what is gone is told, and prefilled
+
+
 def test_times_fall_into_classes() -> None:
     tally = Tally()
     for seconds in (SECONDS[0], 0.2, 0.21, 1e9):

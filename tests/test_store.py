@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from cacheclip_rag.chunks import ChunkKV, Namespace
 from cacheclip_rag.errors import StoreError
 from cacheclip_rag.store import ChunkStore, DiskStore, MemoryStore, TieredStore, disk, files, format
+from cacheclip_rag.store.memory import Memory
 
 MODEL = Namespace({"model": "m", "dtype": "bfloat16", "tenant": ""})
 OTHER = Namespace({"model": "m", "dtype": "bfloat16", "tenant": "b"})
@@ -986,6 +987,23 @@ def test_memory_stays_within_its_cap_and_drops_what_was_used_longest_ago() -> No
     memory.delete(keys)
     assert memory.stats().entries == 1 and memory.stats().nbytes == size
     assert memory.refresh() is False
+
+
+def test_stores_in_one_memory_share_its_bytes_and_the_oldest_chunk_goes_whoever_s_it_is() -> None:
+    size = make("chunk number 0").nbytes
+    memory = Memory(3 * size)
+    one, other = MemoryStore(memory), MemoryStore(memory)
+    keys = [key for key, _ in fill(one, 2)]
+    assert other.get(keys[0]) is None and keys[0] not in other and not list(other.entries())
+    fill(other, 1)  # the same key is another chunk there
+    assert one.get(keys[0]) is not None
+    fill(other, 2)
+    assert keys[0] in one and keys[1] not in one and len(list(other.entries())) == 2
+    assert (one.stats().evicted, one.stats().nbytes, one.stats().entries) == (1, size, 1)
+    assert (other.stats().evicted, other.stats().nbytes, other.stats().entries) == (0, 2 * size, 2)
+    assert memory.nbytes == 3 * size
+    other.delete(keys)
+    assert memory.nbytes == size == one.stats().memory_bytes and keys[0] in one
 
 
 def test_memory_counts_hits_and_misses() -> None:

@@ -11,7 +11,7 @@ from .base import ChunkStore
 from .cap import namespaces
 from .disk import DiskStore
 from .documents import Documents
-from .memory import MemoryStore
+from .memory import Memory, MemoryStore
 from .remote import Remote, RemoteStore
 from .remote_admin import RemoteTexts
 from .tiered import TieredStore
@@ -20,8 +20,8 @@ from .tiered import TieredStore
 class Place:
     """Opens a store for each namespace, and forgets what others hold of a text.
 
-    ``folder`` None keeps everything in memory. ``memory_bytes`` caps each store's memory tier, ``disk_bytes`` the
-    folder as a whole. Thread-safe.
+    ``folder`` None keeps everything in memory. ``memory_bytes`` and ``disk_bytes`` cap what all of them keep together,
+    the latter in all processes. Thread-safe.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Place:
     ) -> None:
         self.tenant, self.secret = tenant, secret
         self._folder = None if folder is None else Path(folder).expanduser()
-        self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes
+        self._memory, self._disk_bytes = Memory(memory_bytes), disk_bytes
         self.documents = Documents(self._folder, tenant, secret)
         self._remote, self._uploading = remote, list[RemoteStore]()
         self._remote_texts = None if remote is None else RemoteTexts(remote, tenant, self.documents.text)
 
     def store(self, namespace: Namespace) -> ChunkStore:
         """A new one, of the tiers that there are. Raises `StoreError` when the folder cannot be made."""
-        memory = MemoryStore(self._memory_bytes)
+        memory = MemoryStore(self._memory)
         if self._folder is None and self._remote is None:
             return memory
         tiers: list[ChunkStore] = [memory]
