@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +13,11 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough, run_in_executor
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, PrivateAttr, field_validator
 
@@ -33,10 +31,11 @@ from cacheclip_rag.integration import (
     read_options,
 )
 
-from .grammar import Node, any_object, json_grammar
+from .grammar import Node
 from .guide import Guide, call_grammar
 from .messages import render, with_instruction
-from .tools import CallReader, Dialect, Parsed, dialect_of, parse
+from .request import Request, choice_of, format_of, json_schema, metadata_of, title_of, usage_of
+from .tools import Parsed, dialect_of
 
 if TYPE_CHECKING:
     import builtins
@@ -202,7 +201,7 @@ class ChatCacheClip(BaseChatModel):
         if dialect_of(self.engine.backbone) is None:
             raise NotImplementedError(f"the chat template of {self.model} has no tool calls that can be read")
         offered = [convert_to_openai_tool(tool) for tool in tools]
-        choice = _choice(tool_choice, offered)
+        choice = choice_of(tool_choice, offered)
         if choice is not None:
             kwargs["tool_choice"] = choice
         return self.bind(tools=offered, **kwargs)
@@ -232,7 +231,7 @@ class ChatCacheClip(BaseChatModel):
         if method == "json_mode":
             wanted: dict[str, Any] = {"type": "json_object"}
         else:
-            wanted = {"type": "json_schema", "json_schema": {"name": _title(schema), "schema": _json_schema(schema)}}
+            wanted = {"type": "json_schema", "json_schema": {"name": title_of(schema), "schema": json_schema(schema)}}
         about = {"kwargs": {"method": method}, "schema": schema}
         model = self.bind(response_format=wanted, ls_structured_output_format=about)
         parser: BaseOutputParser[Any] = JsonOutputParser()
@@ -306,8 +305,8 @@ class ChatCacheClip(BaseChatModel):
             content=parsed.text,
             tool_calls=parsed.calls,
             invalid_tool_calls=parsed.invalid,
-            usage_metadata=_usage(answer.report),
-            response_metadata=_metadata(request.model, answer.report, parsed),
+            usage_metadata=usage_of(answer.report),
+            response_metadata=metadata_of(request.model, answer.report, parsed),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -331,15 +330,13 @@ class ChatCacheClip(BaseChatModel):
             last = AIMessageChunk(
                 content=parsed.text,
                 tool_call_chunks=parsed.chunks,
-                usage_metadata=_usage(stream.report),
-                response_metadata=_metadata(request.model, stream.report, parsed),
+                usage_metadata=usage_of(stream.report),
+                response_metadata=metadata_of(request.model, stream.report, parsed),
                 chunk_position="last",
             )
             yield ChatGenerationChunk(message=last)
 
-    def _request(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]
-    ) -> _Request:
+    def _request(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]) -> Request:
         """Raises `ConfigurationError`, `PromptError`, NotImplementedError, and what opening an engine raises."""
         kwargs = dict(kwargs)
         model, tools = kwargs.pop("model", None) or self.model, kwargs.pop("tools", None) or []
@@ -347,7 +344,7 @@ class ChatCacheClip(BaseChatModel):
         options = self._options({**kwargs, "stop": stop if stop is not None else kwargs.get("stop")})
         engine = (self.handle if model == self.model else EngineHandle(replace(self._settings(), model=model))).engine
         tools = [convert_to_openai_tool(tool) for tool in tools]
-        choice = _choice(choice, tools)
+        choice = choice_of(choice, tools)
         dialect = None
         if tools and choice != "none":
             dialect = dialect_of(engine.backbone)
@@ -355,7 +352,7 @@ class ChatCacheClip(BaseChatModel):
                 raise NotImplementedError(f"the chat template of {model} has no tool calls that can be read")
         grammar: Node | None = None
         if wanted is not None:
-            grammar, instruction = _format(wanted)
+            grammar, instruction = format_of(wanted)
             messages = with_instruction(messages, instruction) if instruction else messages
         if dialect is not None and choice is not None:
             grammar = call_grammar(dialect, tools, None if choice == "any" else choice)
@@ -364,7 +361,7 @@ class ChatCacheClip(BaseChatModel):
             options.update(Guide(engine.backbone, grammar, options["max_new_tokens"], sample).options())
         prompt = render(engine.backbone, messages, tools if dialect is not None else ())
         names = frozenset(tool["function"]["name"] for tool in tools)
-        return _Request(engine, model, prompt, options, dialect, names)
+        return Request(engine, model, prompt, options, dialect, names)
 
     def _options(self, kwargs: builtins.dict[str, Any]) -> builtins.dict[str, Any]:
         """The engine's options for one call: what the call says, then what the fields say."""
@@ -394,83 +391,3 @@ class ChatCacheClip(BaseChatModel):
 
 _PER_CALL = ("method", "recompute_ratio", "max_tokens", "temperature", "top_p", "top_k", "stop")
 """Fields that a call can override."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One call, ready for the engine."""
-
-    engine: Engine
-    model: str
-    prompt: str
-    options: dict[str, Any]
-    dialect: Dialect | None
-    tools: frozenset[str] = field(default_factory=frozenset)
-
-    def parse(self, text: str) -> Parsed:
-        return Parsed(text) if self.dialect is None else parse(self.dialect, text, self.tools)
-
-    def reader(self) -> CallReader | None:
-        return None if self.dialect is None else CallReader(self.dialect, self.tools)
-
-
-def _choice(choice: Any, tools: Sequence[dict[str, Any]]) -> str | None:
-    """``"any"``, ``"none"``, a tool's name, or None. Raises `ConfigurationError` for anything else."""
-    if isinstance(choice, dict):
-        choice = choice.get("function", choice).get("name")
-    if choice in (None, False, "auto"):
-        return None
-    if choice in (True, "any", "required"):
-        return "any"
-    names = [tool["function"]["name"] for tool in tools]
-    if choice != "none" and choice not in names:
-        raise ConfigurationError(f"tool_choice must be auto, any, none or one of {', '.join(names)}, not {choice!r}")
-    return str(choice)
-
-
-def _format(wanted: Any) -> tuple[Node, str]:
-    """The grammar of a ``response_format`` and what the model is told about it. Raises `ConfigurationError`."""
-    kind = wanted.get("type") if isinstance(wanted, dict) else None
-    if kind == "json_object":
-        return any_object(), ""
-    if kind == "json_schema" and isinstance(described := wanted.get("json_schema"), dict):
-        schema = described.get("schema", {})
-        return json_grammar(
-            schema
-        ), f"Answer with JSON that follows this schema:\n{json.dumps(schema, ensure_ascii=False)}"
-    raise ConfigurationError(
-        'response_format must be {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}}, '
-        f"not {wanted!r}"
-    )
-
-
-def _json_schema(schema: Any) -> dict[str, Any]:
-    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
-        described: dict[str, Any] = schema.model_json_schema()
-        return described
-    if isinstance(schema, dict) and "function" not in schema and "parameters" not in schema:
-        return schema
-    return convert_to_json_schema(schema)
-
-
-def _title(schema: Any) -> str:
-    return str(schema.get("title", "answer")) if isinstance(schema, dict) else getattr(schema, "__name__", "answer")
-
-
-def _usage(report: Report) -> UsageMetadata:
-    """``input_tokens`` includes those from cache; of these, only what was not recomputed counts as read."""
-    return UsageMetadata(
-        input_tokens=report.prompt_tokens,
-        output_tokens=report.completion_tokens,
-        total_tokens=report.prompt_tokens + report.completion_tokens,
-        input_token_details=InputTokenDetails(cache_read=report.cached_tokens),
-    )
-
-
-def _metadata(model: str, report: Report, parsed: Parsed) -> dict[str, Any]:
-    return {
-        "model_name": model,
-        "model_provider": "cacheclip",
-        "finish_reason": "tool_calls" if parsed.calls else report.finish_reason,
-        "cacheclip": report.as_dict(),
-    }
