@@ -6,7 +6,8 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check docs bench bench-store quality results recipe neighbours clean
+.PHONY: setup demo test behaviours torture check docs bench bench-store quality results recipe neighbours analyses \
+	clean
 
 setup: $(VENV)/.ready
 
@@ -90,6 +91,14 @@ neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 
 		$(foreach r,0.0 0.05 0.15,auto@$(r):fused=False \
 		$(foreach n,2 5 10 15,auto@$(r):company=similar$(COMMA)neighbours=$(n)) \
 		$(foreach n,5 10,auto@$(r):company=use$(COMMA)neighbours=$(n)))
+
+analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn (some twenty minutes)
+	@$(RUN)/cacheclip analyse agreement $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/agreement.svg \
+		--auxiliary smollm2-135m-instruct --auxiliary qwen2.5-coder-0.5b-instruct
+	@$(RUN)/cacheclip analyse deviation $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/deviation.svg
+	@mv docs/figures/agreement.jsonl $(RESULTS)/agreement-1.5b.jsonl
+	@mv docs/figures/deviation.jsonl $(RESULTS)/deviation-1.5b.jsonl
+	@$(RUN)/python benchmarks/analyses.py $(RESULTS)/agreement-1.5b.jsonl $(RESULTS)/deviation-1.5b.jsonl
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis

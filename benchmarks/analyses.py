@@ -1,0 +1,88 @@
+"""Writes docs/analyses.md from what `cacheclip analyse` measured.
+
+    python benchmarks/analyses.py benchmarks/results/agreement-1.5b.jsonl benchmarks/results/deviation-1.5b.jsonl
+
+`make analyses DATA=folder` measures, draws the figures and calls this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+HERE = Path(__file__).parent
+DEPTHS = ((0.0, 0.0), (0.01, 0.25), (0.25, 0.5), (0.5, 0.69), (0.69, 0.83), (0.83, 0.99), (1.0, 1.0))
+"""The first layer, stretches between, the last layer; `auto` looks at 0.69 to 0.83."""
+SELECTING = (0, 1, 4, 9, 14, 19, 23, 27)
+PLACES = ((0, 1), (1, 2), (2, 5), (5, 10), (10, 20))
+"""Twentieths of a chunk."""
+
+Rows = Sequence[dict[str, Any]]
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)) + "\n"
+
+
+def agreement(rows: Rows) -> str:
+    """A model a line, stretches of its depth in columns: Jaccard, and the KL in nats."""
+
+    def cell(model: str, low: float, high: float) -> str:
+        found = [row for row in rows if row["model"] == model and low <= row["depth"] <= high]
+        if not found:
+            return "–"
+        return f"{mean(row['jaccard'] for row in found):.2f} ({mean(row['kl'] for row in found):.2f})"
+
+    columns = [f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}" for low, high in DEPTHS]
+    models = dict.fromkeys(row["model"] for row in rows)
+    return table(["model", *columns], ([model, *(cell(model, *depth) for depth in DEPTHS)] for model in models))
+
+
+def foretold(rows: Rows) -> str:
+    """The share of a layer's (line) most deviating tokens that another layer's (column) finds."""
+    layers = [layer for layer in SELECTING if layer < len(rows[0]["overlap"])]
+
+    def cell(selecting: int, wanted: int) -> str:
+        return f"{mean(row['overlap'][selecting] for row in rows if row['layer'] == wanted):.2f}"
+
+    return table(["layer", *map(str, layers)], ([str(w), *(cell(s, w) for s in layers)] for w in layers))
+
+
+def where(rows: Rows) -> str:
+    """Mean key deviation by place in the chunk, a layer a line, as a multiple of the layer's mean."""
+
+    def cell(layer: int, first: int, last: int) -> str:
+        mine = [row for row in rows if row["layer"] == layer]
+        values = [mean(v for v in row["by_place"][first:last] if v is not None) / row["mean"] for row in mine]
+        return f"{mean(values):.2f}"
+
+    layers = [layer for layer in SELECTING if layer < len(rows[0]["overlap"]) and layer]
+    columns = [f"{first * 5} to {last * 5} %" for first, last in PLACES]
+    means = {layer: mean(row["mean"] for row in rows if row["layer"] == layer) for layer in layers}
+    lines = ([str(n), f"{means[n]:.2f}", *(cell(n, *place) for place in PLACES)] for n in layers)
+    return table(["layer", "mean", *columns], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("agreement", type=Path)
+    parser.add_argument("deviation", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/analyses.md"))
+    args = parser.parse_args()
+    one, other = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (args.agreement, args.deviation)
+    )
+    text = (HERE / "analyses.md").read_text(encoding="utf-8")
+    for name, part in (("agreement", agreement(one)), ("where", where(other)), ("foretold", foretold(other))):
+        text = text.replace(f"<!-- {name} -->\n", part)
+    args.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
