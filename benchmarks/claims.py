@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from analyses import table
+
 from cacheclip_rag.evaluation import paired, rows
 
 Scores = Mapping[str, Mapping[tuple[str, str], rows.Row]]
@@ -86,7 +88,7 @@ def published(scores: Scores) -> str:
     """A Markdown table. A claim holds, or not, where the interval of ``score - share * other's`` excludes 0; of two
     methods the one that stays closer to full prefill is named as well.
     """
-    lines = ["| source | says | here | so | KL |", "|---|---|---|---|---|"]
+    lines = []
     for claim in CLAIMS:
         mine, others = pairs(scores, claim.system, claim.other, claim.sets)
         if not mine:
@@ -97,8 +99,8 @@ def published(scores: Scores) -> str:
         if claim.other == "full":
             seen += f" ({mean(mine) / mean(others):.0%})"
         away = "" if claim.other == "full" else _closer(*pairs(scores, claim.system, claim.other, claim.sets, "kl"))
-        lines.append(f"| {claim.source} | {claim.words} | {seen} | {so} [{gap.low:+.3f}, {gap.high:+.3f}] | {away} |")
-    return "\n".join(lines) + "\n"
+        lines.append([claim.source, claim.words, seen, f"{so} [{gap.low:+.3f}, {gap.high:+.3f}]", away])
+    return table(["source", "says", "here", "so", "KL"], lines)
 
 
 def _closer(mine: list[float], others: list[float]) -> str:
@@ -129,6 +131,5 @@ def aims(scores: Scores) -> str:
         ),
         ("on no set behind a published method by more than the interval", ", ".join(ahead) or "behind none", not ahead),
     ]
-    lines = [f"| `{AUTO}`, {len(sets)} sets | here | |", "|---|---|---|"]
-    lines += [f"| {aim} | {seen} | {'met' if met else '**missed**'} |" for aim, seen, met in aims]
-    return "\n".join(lines) + "\n"
+    lines = ([aim, seen, "met" if met else "**missed**"] for aim, seen, met in aims)
+    return table([f"`{AUTO}`, {len(sets)} sets", "here", ""], lines)

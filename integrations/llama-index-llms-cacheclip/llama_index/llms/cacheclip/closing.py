@@ -46,6 +46,7 @@ def closes_its_stream(method: Method) -> Method:
         finally:
             _opened.reset(token)
 
+    # Which of the two has the method's type is known when it runs, not when types are checked.
     return acall if inspect.iscoroutinefunction(method) else call  # type: ignore[return-value]
 
 

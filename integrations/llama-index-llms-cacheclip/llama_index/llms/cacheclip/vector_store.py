@@ -148,7 +148,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)  # type: ignore[misc]
+            return super().__getattr__(name)  # type: ignore[misc]  # pydantic defines it, out of sight of type checkers
         except AttributeError:
             if name.startswith("_") or "store" not in self.__dict__:
                 raise
