@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -231,12 +231,24 @@ def fuse(
     count: Annotated[int, typer.Option(min=1, help="With how many others.")] = 10,
     method: Annotated[str, typer.Option(help="The method that will use it: how chunks are encoded.")] = "auto",
     tenant: Annotated[str, typer.Option(help="Whose chunks.")] = "",
+    secret_file: store_cli.Secret = None,
+    remote: Annotated[str, typer.Option(metavar="URL", help="The remote that the engine has beside the folder.")] = "",
+    kv_dtype: Annotated[str, typer.Option(help="What the engine keeps chunk KV in: auto or int8.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What the engine runs the model in: auto, float32, bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    cap: Annotated[
+        str | None,
+        typer.Option(
+            help="The engine's disk_bytes, as in 64GiB; default: 32GiB, or twice what is there if that is more."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compute stored chunks once more, each behind the chunks it is likely to meet in a prompt.
 
     What is there is left alone, so it may be stopped and repeated. Methods that take fused chunks (auto, fusionrag, and
-    any with fused=True) then need less recomputed.
+    any with fused=True) then need less recomputed. The engine that will use them must be told the same: method, tenant,
+    secret, dtype and the like are part of what KV goes by.
     """
     from .app_cli import bar, quietly
     from .engine import Engine  # torch is slow to import
@@ -244,7 +256,18 @@ def fuse(
 
     with quietly(), bar() as progress:
         progress("opening the model", 0, 0)
-        with Engine(model, method=method, store=store, tenant=tenant) as engine:
+        with Engine(
+            model,
+            method=method,
+            store=store,
+            disk_bytes=store_cli.room(store, cap),
+            tenant=tenant,
+            secret=store_cli.secret(secret_file),
+            remote=remote or None,
+            kv_dtype=cast(Any, kv_dtype),  # Engine checks it
+            dtype=dtype,
+            device=device,
+        ) as engine:
             texts = [text for text in map(engine.index.text, engine.index.keys()) if text is not None]
             if not texts:
                 raise ConfigurationError(

@@ -28,6 +28,7 @@ OfNamespace = Annotated[str, typer.Option("--namespace", "-n", help="Only namesp
 Tenant = Annotated[str, typer.Option(help="Whose document that is.")]
 Secret = Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")]
 DEFAULT = Path(".cacheclip")
+_DISK_BYTES = 32 << 30  # an engine's default; importing it would import torch
 
 
 @app.command()
@@ -45,7 +46,7 @@ def stats(
     if document and remote:
         raise typer.BadParameter("which chunks a document has is known in a folder: --document goes without --remote")
     if document:
-        found = _folder(store).usage_of_documents(document, tenant, _secret(secret_file))
+        found = _folder(store).usage_of_documents(document, tenant, secret(secret_file))
     else:
         found = _open(store, remote).usage()
     if as_json:
@@ -99,7 +100,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every file and check it as a request would; exits with 1 when one is damaged. Changes nothing."""
-    result = _open(store, remote).verify(_secret(secret_file))
+    result = _open(store, remote).verify(secret(secret_file))
     if as_json:
         _print(asdict(result))
     else:
@@ -166,7 +167,7 @@ def forget(
 
     if document:
         elsewhere = [_remote(remote)] if remote else []
-        gone, left = _folder(store).forget_documents(document, tenant, _secret(secret_file), elsewhere)
+        gone, left = _folder(store).forget_documents(document, tenant, secret(secret_file), elsewhere)
     else:
         place = _open(store, remote)
         gone = place.forget(unwanted, namespace)
@@ -218,7 +219,19 @@ def _print(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
-def _secret(path: Path | None) -> bytes:
+def room(folder: Path, cap: str | None) -> int:
+    """The cap in bytes of an engine that works on the folder of another one, whose cap it does not know.
+
+    Twice what is there, if that is more than an engine's default: it may add as much, and evicts nothing.
+    """
+    if cap is not None:
+        return _bytes(cap)
+    there = sum(found.nbytes for found in _folder(folder).usage()) if folder.is_dir() else 0
+    return max(_DISK_BYTES, 2 * there)
+
+
+def secret(path: Path | None) -> bytes:
+    """What the file holds, without blanks around it; none without a file. Raises `ConfigurationError`."""
     try:
         return b"" if path is None else path.read_bytes().strip()
     except OSError as error:
