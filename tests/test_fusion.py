@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -704,6 +705,20 @@ def test_a_neighbourhood_says_what_changed_until_it_is_settled() -> None:
     assert "a" in known.changed()  # what it was fused with is no more
     with pytest.raises(ConfigurationError, match="tolerance"):
         Neighbourhood(tolerance=1.0)
+
+
+def test_of_too_many_variants_the_one_unused_for_longest_goes_after_a_restart(tmp_path: Path) -> None:
+    texts = PASSAGES[:5]
+    with engine(store=tmp_path) as first:
+        first.ensure(texts)
+        for number, other in enumerate(texts[1:4]):
+            first.fuse({texts[0]: [other]})
+            [new] = [e for e in first.library.store.entries() if e.company == (other,)]
+            [path] = tmp_path.rglob(f"{new.key}.safetensors")
+            os.utime(path, (1_000 - number, 1_000 - number))  # what came last was used least recently
+    with engine(store=tmp_path) as again:
+        again.fuse({texts[0]: [texts[4]]}, variants=3)
+        assert set(variants(again).of(texts[0])) == {(), (texts[1],), (texts[2],), (texts[4],)}
 
 
 # ---- at the command line -------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ class FusedVariants:
         self._lock = threading.RLock()
 
     def of(self, text: str) -> list[Company]:
-        """What there is of this chunk, () for the chunk by itself first; then the oldest this process saw."""
+        """What there is of this chunk: () for the chunk by itself, then what the store had when this process looked,
+        the least recently used first, then what was added, as it came.
+        """
         with self._lock:
             return [(), *self._all().get(canonical(text), ())]
 

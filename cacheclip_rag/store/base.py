@@ -62,7 +62,7 @@ class ChunkStore(Protocol):
         """Remove entries; absent keys are ignored."""
 
     def entries(self) -> Iterator[Entry]:
-        """What is stored now."""
+        """What is stored now, in each tier the least recently used first."""
 
     def refresh(self) -> bool:
         """Take note of what other processes stored or removed; True when something changed."""

@@ -238,7 +238,7 @@ class DiskStore:
     def entries(self) -> Iterator[Entry]:
         self.refresh()
         with self._lock:
-            snapshot = list(self._index.items())
+            snapshot = sorted(self._index.items(), key=lambda item: item[1].used)
         return (Entry(key, known.text, known.nbytes, known.company, known.joint) for key, known in snapshot)
 
     def stats(self) -> StoreStats:
