@@ -505,15 +505,27 @@ def test_systems_that_cannot_be_fused_are_refused(spec: str) -> None:
 # ---- from use ------------------------------------------------------------------------------------------------------
 
 
-def test_usage_counts_who_stood_in_front() -> None:
+def test_usage_counts_who_is_met_and_where() -> None:
     usage = Usage()
     for names in (["a", "b", "c"], ["b", "a"], ["c", "a", "b"], ["b", "b"]):
         usage.note(names)
     assert [usage.uses(name) for name in "abcd"] == [3, 4, 2, 0]
+    # Met a: b three times, once in front (3 * 2/5), c twice, once in front (2 * 1/2).
     assert usage.company("a", 5) == ["b", "c"] and usage.company("b", 1) == ["a"] and usage.company("d", 3) == []
     assert usage.hot(3) == ["b", "a"] and usage.hot(9) == []
     usage.forget(["b"])
     assert usage.company("a", 5) == ["c"] and usage.hot(1) == ["a", "c"]
+
+
+def test_who_stood_behind_may_come_in_front_unless_the_order_is_fixed() -> None:
+    usage = Usage()
+    usage.note(["a", "b", "c"])
+    # All were met once: those in front are expected there with 2/3, those behind with 1/3.
+    assert usage.company("a", 5) == ["b", "c"] and usage.company("b", 5) == ["a", "c"]
+    usage.note(["a", "b"])
+    assert usage.company("a", 5) == ["c"] and usage.company("b", 5) == ["a", "c"]  # b came behind a both times
+    usage.note(["b", "a"])
+    assert usage.company("a", 5) == ["b", "c"]  # 3 * 2/5 and 1 * 1/3
 
 
 def test_usage_is_bounded_and_keeps_what_counts() -> None:
@@ -548,13 +560,13 @@ def test_chunks_are_fused_with_those_they_come_with(tmp_path: Path) -> None:
     ready.ensure([A, B, C, D])
     for texts in ([A, B, C], [A, C], [D]):
         ready.prefill(PREFIX + "\n".join(texts) + TAIL)
-    assert ready.fuse_used().encoded == 1  # A has nothing in front, B and D came once
-    assert fused_of(ready)(C) == [(), (A, B)]
+    assert ready.fuse_used().encoded == 2  # B and D came once; C was behind A twice, and B once
+    assert fused_of(ready)(C) == [(), (A, B)] and fused_of(ready)(A) == [(), (B,)]
     ready.close()
     again = engine(store=tmp_path)
-    assert again.fuse_used(least=1).encoded == 1 and fused_of(again)(B) == [(), (A,)]
+    assert again.fuse_used(least=1).encoded == 1 and fused_of(again)(B) == [(), (A, C)]
     again.forget([A])
-    assert again.usage.company(again.library.key(B), 9) == []
+    assert again.usage.company(again.library.key(B), 9) == [again.library.key(C)]
 
 
 def test_idle_time_is_used_to_fuse_when_allowed() -> None:

@@ -16,6 +16,8 @@ log = logging.getLogger("cacheclip_rag")
 _FORMAT = "cacheclip-rag usage/1"
 _MAX_BYTES = 64 << 20
 _SAVE_EVERY = 64  # prompts
+_FIXED = 1 / 4
+"""The chance to stand in front that is left to a chunk that stood behind both times."""
 
 
 class Usage:
@@ -48,10 +50,22 @@ class Usage:
             return self._seen[name][name] if name in self._seen else 0
 
     def company(self, name: str, count: int) -> list[str]:
-        """The ``count`` chunks that stood in front of this one most often, the most frequent first."""
+        """The ``count`` chunks that will stand in front of this one most often, the most frequent first.
+
+        A chunk met ``n`` times, ``f`` times in front, is taken to stand there the next time with probability
+        ``(f + 1) / (n + 2)`` (Laplace's rule of succession): retrieved chunks come in any order, so one that stood
+        behind may well come in front. Where it stood behind each of two times or more, the order is taken to be fixed.
+        """
         with self._lock:
-            met = self._seen.get(name, Counter())
-            return [other for other, _ in met.most_common() if other != name][:count]
+            front = self._seen.get(name, Counter())
+            behind = {other: met[name] for other, met in self._seen.items() if name in met}
+        expected: dict[str, float] = {}
+        for other in dict.fromkeys((*front, *behind)):
+            times = front[other] + behind.get(other, 0)
+            chance = (front[other] + 1) / (times + 2)
+            if other != name and chance > _FIXED:
+                expected[other] = times * chance
+        return sorted(expected, key=lambda other: -expected[other])[:count]
 
     def hot(self, least: int) -> list[str]:
         """The chunks that came ``least`` times or more, the most frequent first."""
