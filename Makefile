@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test behaviours torture check docs bench bench-store quality results recipe neighbours analyses \
-	clean
+	sensitivity clean
 
 setup: $(VENV)/.ready
 
@@ -98,7 +98,21 @@ analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn 
 	@$(RUN)/cacheclip analyse deviation $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/deviation.svg
 	@mv docs/figures/agreement.jsonl $(RESULTS)/agreement-1.5b.jsonl
 	@mv docs/figures/deviation.jsonl $(RESULTS)/deviation-1.5b.jsonl
-	@$(RUN)/python benchmarks/analyses.py $(RESULTS)/agreement-1.5b.jsonl $(RESULTS)/deviation-1.5b.jsonl
+	@$(RUN)/python benchmarks/analyses.py
+
+SMALL = --model qwen2.5-coder-0.5b-instruct --items 12 --no-table
+sensitivity: setup  ## DATA=folder: what hangs on the ratio, the prefix and the number of chunks (an hour; resumable)
+	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(SMALL) --out $(RESULTS)/ratio-0.5b.jsonl \
+		--methods cacheblend cacheclip auto:fused=False --sweep ratio=0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5
+	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(SMALL) --out $(RESULTS)/prefix-0.5b.jsonl \
+		--methods naive cacheblend@0.15 cacheclip@0.15 auto@0.15:fused=False \
+		--sweep prefix=none,token,newline,generic,system
+	@$(RUN)/cacheclip eval $(foreach n,2 4 6 8 10,"hotpotqa_$(n)=$(DATA)/hotpotqa_distractor?passages=$(n)") $(SMALL) \
+		--out $(RESULTS)/chunks-0.5b.jsonl --methods naive cacheblend@0.15 cacheclip@0.15 auto:company=prompts
+	@$(RUN)/cacheclip analyse sweep --by ratio --rows $(RESULTS)/ratio-0.5b.jsonl --out docs/figures/ratio.svg
+	@$(RUN)/cacheclip analyse sweep --by prefix --rows $(RESULTS)/prefix-0.5b.jsonl --out docs/figures/prefix.svg
+	@$(RUN)/cacheclip analyse length --by chunks --rows $(RESULTS)/chunks-0.5b.jsonl --out docs/figures/chunks.svg
+	@$(RUN)/python benchmarks/analyses.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis

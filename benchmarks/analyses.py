@@ -1,8 +1,8 @@
-"""Writes docs/analyses.md from what `cacheclip analyse` measured.
+"""Writes docs/analyses.md from what `cacheclip analyse` and `cacheclip eval` measured.
 
-    python benchmarks/analyses.py benchmarks/results/agreement-1.5b.jsonl benchmarks/results/deviation-1.5b.jsonl
+    python benchmarks/analyses.py
 
-`make analyses DATA=folder` measures, draws the figures and calls this.
+`make analyses DATA=folder` and `make sensitivity DATA=folder` measure, draw the figures and call this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cacheclip_rag.evaluation import summary
+from cacheclip_rag.evaluation.plots import parameter_of
+
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 DEPTHS = ((0.0, 0.0), (0.01, 0.25), (0.25, 0.5), (0.5, 0.69), (0.69, 0.83), (0.83, 0.99), (1.0, 1.0))
 """The first layer, stretches between, the last layer; `auto` looks at 0.69 to 0.83."""
 SELECTING = (0, 1, 4, 9, 14, 19, 23, 27)
@@ -68,18 +72,50 @@ def where(rows: Rows) -> str:
     return table(["layer", "mean", *columns], lines)
 
 
+def swept(path: Path, parameter: str) -> str:
+    """A method a line, the values of a swept parameter in columns: KL, and in brackets the agreement."""
+    found: dict[str, dict[str, str]] = {}
+    for record in summary(path):
+        method, value = parameter_of(record["system"], parameter)
+        if value is not None:
+            found.setdefault(method, {})[f"{value}"] = f"{record['kl']:.3f} ({record['agree']:.2f})"
+    return _columns(found)
+
+
+def by_set(path: Path) -> str:
+    """A system a line, data sets in columns, named by what stands behind the last ``_``: KL and agreement."""
+    found: dict[str, dict[str, str]] = {}
+    for record in summary(path):
+        if record["system"] != "full":
+            column = record["dataset"].rpartition("_")[2]
+            found.setdefault(record["system"], {})[column] = f"{record['kl']:.3f} ({record['agree']:.2f})"
+    return _columns(found)
+
+
+def _columns(found: dict[str, dict[str, str]]) -> str:
+    columns = list(dict.fromkeys(value for cells in found.values() for value in cells))
+    lines = ([f"`{name}`", *(cells.get(value, "–") for value in columns)] for name, cells in found.items())
+    return table(["", *columns], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("agreement", type=Path)
-    parser.add_argument("deviation", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/analyses.md"))
     args = parser.parse_args()
     one, other = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in (args.agreement, args.deviation)
+        [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("agreement-1.5b.jsonl", "deviation-1.5b.jsonl")
     )
     text = (HERE / "analyses.md").read_text(encoding="utf-8")
-    for name, part in (("agreement", agreement(one)), ("where", where(other)), ("foretold", foretold(other))):
+    parts = {
+        "agreement": agreement(one),
+        "where": where(other),
+        "foretold": foretold(other),
+    }
+    for name, rows in ((name, RESULTS / f"{name}-0.5b.jsonl") for name in ("ratio", "prefix", "chunks")):
+        if rows.exists():
+            parts[name] = by_set(rows) if name == "chunks" else swept(rows, name)
+    for name, part in parts.items():
         text = text.replace(f"<!-- {name} -->\n", part)
     args.out.write_text(text, encoding="utf-8")
 

@@ -95,7 +95,7 @@ def test_figures_are_drawn(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_a_sweep_has_a_line_for_each_system() -> None:
-    swept = plots._swept
+    swept = plots.parameter_of
     assert swept("cacheclip@0.1:layers=upper,window=4", "window") == ("cacheclip@0.1:layers=upper", 4.0)
     assert swept("cacheclip@0.1:layers=last,window=4", "window") == ("cacheclip@0.1:layers=last", 4.0)
     assert swept("query_guided@0.1:layers=(0.69, 0.83),window=1", "window") == (

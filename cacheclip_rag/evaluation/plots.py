@@ -96,7 +96,7 @@ def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, m
     figure, axes = _axes(1)
     lines: dict[str, list[tuple[Any, float]]] = defaultdict(list)
     for record in records:
-        name, value = _swept(record["system"], parameter)
+        name, value = parameter_of(record["system"], parameter)
         if value is not None and record.get(measure) is not None:
             lines[f"{name}, {record['dataset']}"].append((value, record[measure]))
     if not lines:
@@ -109,7 +109,8 @@ def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, m
     _save(figure, path)
 
 
-def _swept(label: str, parameter: str) -> tuple[str, Any]:
+def parameter_of(label: str, parameter: str) -> tuple[str, Any]:
+    """A system's label without a parameter (``"ratio"`` is one), and the parameter's value; None where it has none."""
     head, _, rest = label.partition(":")
     head, _, dtype = head.partition("+")  # "+int8" ends the label of what is kept in 8 bits
     if not dtype:
