@@ -236,16 +236,16 @@ class Ingestion:
     def fuse_used(
         self, least: int = 2, count: int = 10, progress: Callable[[int], None] | None = None, **options: Any
     ) -> Ensured:
-        """Fuse the chunks that came in ``least`` prompts or more, each with the ``count`` others that stood in front of
-        it most often, the most frequent first. ``options`` are those of `fuse`, and so is the rest.
+        """Fuse the chunks that came in ``least`` prompts or more, each with the ``count`` others that will stand in
+        front of it most often (`Usage.company`). ``options`` are those of `fuse`, and so is the rest.
         """
         return self.fuse(self.company(least, count), progress, **options)
 
     def company(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
         """What `fuse_used` fuses: chunks that came in ``least`` prompts or more, and whom each met, for `fuse`."""
         neighbours = {}
-        for name in self.usage.hot(least):
-            texts = [self.index.text(other) for other in (name, *self.usage.company(name, count))]
+        for name, others in self.usage.companies(self.usage.hot(least), count).items():
+            texts = [self.index.text(other) for other in (name, *others)]
             if texts[0] is not None and (company := [text for text in texts[1:] if text is not None]):
                 neighbours[texts[0]] = company
         return neighbours

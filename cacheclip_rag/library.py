@@ -13,7 +13,7 @@ from .backbone import Backbone
 from .chunks import MIN_CHARS, ChunkKV, Namespace, canonical
 from .encode import Encoder, Text
 from .errors import CacheClipError, PromptError
-from .store import ChunkStore, Int8Store, TieredStore
+from .store import ChunkStore, Int8Store, MemoryStore, TieredStore
 from .store.format import FORMAT
 
 KVDtype = Literal["auto", "int8"]
@@ -63,6 +63,11 @@ class Library:
     def keeps(self, key: str) -> bool:
         """Whether the chunk is where a later process finds it; what a full disk refuses is in memory only."""
         return key in self._lasting
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may change what is kept."""
+        return not isinstance(self._lasting, MemoryStore)
 
     def __contains__(self, text: str) -> bool:
         return self.key(text) in self.store

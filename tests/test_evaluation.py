@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import math
@@ -101,6 +102,12 @@ def test_a_line_ends_at_a_newline_only(tmp_path: Path, character: str) -> None:
     odd = record(passages=[{"title": "", "text": f"one{character}two"}])
     path.write_text(lines(odd, ascii=False), encoding="utf-8", newline="")
     assert [item.passages[0].text for item in read(path)] == [f"one{character}two"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_item(tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + lines(record(), record(id=8)).encode())
+    assert [item.id for item in read(path)] == ["7", "8"]
 
 
 def test_windows_line_ends_will_do(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError, cli, store_cli
 from cacheclip_rag.batches import TOGETHER
 from cacheclip_rag.encode import disorder
-from cacheclip_rag.evaluation import Item, Passage, run
+from cacheclip_rag.evaluation import Item, Passage, access, run
 from cacheclip_rag.evaluation.company import meeting
 from cacheclip_rag.evaluation.systems import parse
 from cacheclip_rag.fusion import (
@@ -35,6 +35,7 @@ from cacheclip_rag.fusion import (
     suits,
 )
 from cacheclip_rag.fusion import variants as fusion_variants
+from cacheclip_rag.integration.fusing import Fuser
 from cacheclip_rag.methods import resolve
 
 A, B, C, D, E = PASSAGES
@@ -386,6 +387,8 @@ def test_a_corpus_of_one_and_of_copies() -> None:
         ([1.0, 2.0], "need embeddings"),
         ([[1.0, 2.0, 3.0]] * 2, "width 3 among"),
         ([[1.0, float("nan")]] * 2, "finite"),
+        ([[1.0], [1.0, 2.0]], "rows of numbers"),
+        ("ab", "rows of numbers"),
     ],
 )
 def test_what_is_no_embedding_is_refused_and_changes_nothing(vectors: Any, message: str) -> None:
@@ -396,6 +399,23 @@ def test_what_is_no_embedding_is_refused_and_changes_nothing(vectors: Any, messa
     assert len(known) == 2
     with pytest.raises(ConfigurationError, match="at least 1"):
         Neighbourhood(0)
+
+
+def test_embeddings_stay_the_caller_s() -> None:
+    vectors = np.array([[3.0, 0.0], [0.0, 2.0]], dtype=np.float32)
+    vectors.flags.writeable = False
+    known = Neighbourhood(1)
+    known.add(["a", "b"], vectors)
+    again = np.array([[0.1, 5.0]], dtype=np.float32)
+    known.add(["c"], again)
+    again[:] = [9.0, 0.0]  # an embedding function may use its room again
+    assert again.tolist() == [[9.0, 0.0]] and known.nearest(["c"]) == {"c": ["b"]}
+
+
+def test_a_model_that_cannot_be_composed_is_not_fused_for() -> None:
+    ready = Engine(tiny_backbone(), method=FUSED, on_uncomposable="prefill")
+    ready.composable = False
+    Fuser(1, lambda texts: 1 / 0)(ready)
 
 
 def test_an_embedding_function_that_fails_says_so_itself() -> None:
@@ -502,6 +522,18 @@ def test_systems_that_cannot_be_fused_are_refused(spec: str) -> None:
         parse([spec])
 
 
+def test_a_company_that_does_not_fit_is_no_row_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be reused by itself, or behind fewer, and the row would say otherwise."""
+    ready = Engine(tiny_backbone(), method="naive")
+    monkeypatch.setattr(ready.backbone, "window", 2 * len(A) + len(ready.library.prefix_ids))
+    [system] = parse(["naive:company=use"])
+    meet = meeting("use", 9, [item("1", A, B, C)], [], None)
+    with pytest.raises(ConfigurationError, match="fewer neighbours"):
+        access.fuse(ready, system.recipe, meet(item("1", A, B, C)))
+    with pytest.raises(ConfigurationError, match="meet"):
+        run(ready, [item("1", A, B)], [system], tmp_path / "x.jsonl", dataset="set", max_new_tokens=2)
+
+
 # ---- from use ------------------------------------------------------------------------------------------------------
 
 
@@ -553,6 +585,26 @@ def test_usage_of_two_processes_adds_up_and_survives(tmp_path: Path) -> None:
     one.save()
     assert Usage(path).uses("a") == 1
     Usage(tmp_path / "absent" / "usage.json").forget(["a"])  # what cannot be kept is not missed
+
+
+@pytest.mark.parametrize("count", ["1e999", "Infinity", "-2", "1" * 400, "1.5", "true", '"3"'])
+def test_a_usage_file_that_cannot_be_true_is_not_read(tmp_path: Path, count: str) -> None:
+    path = tmp_path / "usage.json"
+    kept = Usage(path)
+    kept.note(["a", "b"])
+    kept.save()
+    path.write_text(path.read_text().replace('"a": 1', f'"a": {count}', 1))
+    again = Usage(path)
+    assert again.hot(1) == [] and again.company("b", 3) == []
+
+
+def test_counts_that_cannot_be_kept_are_not_tried_at_every_prompt(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    usage = Usage(tmp_path / "file" / "usage.json")
+    asked = [usage.note(["a", str(number)]) for number in range(64)]
+    assert asked == [False] * 63 + [True]
+    usage.save()
+    assert [usage.note(["a"]) for _ in range(64)].count(True) == 1
 
 
 def test_chunks_are_fused_with_those_they_come_with(tmp_path: Path) -> None:
@@ -717,6 +769,39 @@ def test_a_neighbourhood_says_what_changed_until_it_is_settled() -> None:
     assert "a" in known.changed()  # what it was fused with is no more
     with pytest.raises(ConfigurationError, match="tolerance"):
         Neighbourhood(tolerance=1.0)
+
+
+@pytest.mark.parametrize("victim", [A, B], ids=["neighbour", "the chunk itself"])
+def test_what_another_process_forgets_while_it_is_fused_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    ready, other = engine(store=tmp_path), engine(store=tmp_path)
+    ready.ensure([A, B])
+
+    compute = fusion_variants.fused
+
+    def meanwhile(*arguments: Any) -> Any:
+        made = compute(*arguments)
+        other.forget([victim])
+        return made
+
+    monkeypatch.setattr(fusion_variants, "fused", meanwhile)
+    result = ready.fuse({B: [A]})
+    assert result.encoded == 0 and "forgotten meanwhile" in result.skipped[0][1]
+    ready.ensure([A, B])
+    result = ready.fuse_in_order([[A, B]])
+    assert result.encoded == 0 and "forgotten meanwhile" in result.skipped[0][1]
+    monkeypatch.undo()
+    assert not any(entry.company for entry in engine(store=tmp_path).library.store.entries())
+
+
+def test_a_variant_that_is_gone_is_made_again() -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    ready.fuse({B: [A]})
+    ready.library.store.delete([ready.library.key(B, (A,))])
+    assert ready.fuse({B: [A]}).encoded == 1 and ready.fuse({B: [A]}).encoded == 0
+    assert variants(ready).get(B, (A,)).company == (A,)
 
 
 def test_of_too_many_variants_the_one_unused_for_longest_goes_after_a_restart(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 
-from ..chunks import ChunkKV, Namespace
+from ..chunks import ChunkKV, Namespace, canonical
 from ..engine import Engine
 from ..errors import ConfigurationError
 from ..fusion import Fit, Nearest
@@ -67,8 +67,23 @@ def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
     done.skipped += engine.fuse_in_order(sequences, method=method, variants=_VARIANTS).skipped
     if done.skipped:
         raise ConfigurationError(f"not fused: {done.skipped[0]}")
-    companies = {*neighbours.values(), *(texts[:n] for texts in sequences for n in range(1, len(texts)))}
+    kept = engine.library_of(method)
+    pairs = [(canonical(text), _others(text, company)) for text, company in neighbours.items()]
+    for texts in map(_others, [""] * len(sequences), sequences):
+        pairs += [(text, texts[:number]) for number, text in enumerate(texts)]
+    for text, company in pairs:
+        if company and not any(kept.key(text, company, joint) in kept.store for joint in (True, False)):
+            raise ConfigurationError(
+                f"not fused with all of its company: {text[:40]!r}; if that is too long for the model's window, ask "
+                "for fewer neighbours"
+            )
+    companies = {company for _, company in pairs if company}
     return replace(method, fit=Only(frozenset(companies), method.fit or Nearest()))
+
+
+def _others(text: str, texts: Iterable[str]) -> tuple[str, ...]:
+    """The canonical texts beside ``text``, each once: what a variant's company is known by."""
+    return tuple(other for other in dict.fromkeys(map(canonical, texts)) if other != canonical(text))
 
 
 def library(engine: Engine, method: Method) -> Library | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Item:
 def read(path: str | Path) -> list[Item]:
     """The items of a JSONL file. A malformed line is reported with its number and left out."""
     items: dict[str, Item] = {}
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -68,13 +69,17 @@ def read(path: str | Path) -> list[Item]:
 def passages(path: str | Path) -> list[str]:
     """The passages of a JSONL file of ``{"title", "text"}``, as they stand in prompts. Malformed lines are left out."""
     found = []
-    for line in Path(path).read_bytes().split(b"\n"):
+    for line in _lines(path):
         try:
             record = json.loads(line.decode("utf-8"))
             found.append(Passage(_text(record.get("title") or ""), _text(record["text"])).chunk)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return found
+
+
+def _lines(path: str | Path) -> list[bytes]:
+    return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
 
 
 def _item(record: dict[str, Any]) -> Item:

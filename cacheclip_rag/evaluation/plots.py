@@ -102,6 +102,8 @@ def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, m
     if not lines:
         raise ConfigurationError(f"no system of these rows has a {parameter}; run with --sweep {parameter}=...")
     for label, points in lines.items():
+        if all(isinstance(value, float) for value, _ in points):
+            points.sort()  # rows stand in the order in which they were asked for
         axes[0].plot(*zip(*points, strict=True), marker="o", label=label)
     axes[0].set_xlabel(parameter)
     axes[0].set_ylabel(measure)
@@ -131,9 +133,13 @@ def parameter_of(label: str, parameter: str) -> tuple[str, Any]:
 
 def length(rows: Iterable[dict[str, Any]], path: str | Path, by: str = "prompt_tokens", measure: str = "kl") -> None:
     """A measure against the length of the prompt (or ``by="chunks"``), a line a system (`quarters`)."""
-    usable = [row for row in rows if row.get(by) and row.get(measure) is not None and row["system"] != "full"]
+    usable = [
+        row
+        for row in rows
+        if isinstance(row.get(by), int | float) and row[by] and row.get(measure) is not None and row["system"] != "full"
+    ]
     if not usable:
-        raise ConfigurationError(f"no rows say {by} and {measure}")
+        raise ConfigurationError(f"no rows say {by} and {measure} in numbers: by is prompt_tokens or chunks")
     figure, axes = _axes(1)
     for system, points in quarters(usable, by, measure).items():
         axes[0].plot(*zip(*points, strict=True), marker="o", label=system)

@@ -49,7 +49,10 @@ class Neighbourhood:
         """Take in chunks with their embeddings ``[n, d]``. Raises ConfigurationError, and takes in none, for embeddings
         of another number or width than is wanted, and for such as are not finite.
         """
-        given = np.asarray(vectors, dtype=np.float32)
+        try:
+            given = np.array(vectors, dtype=np.float32)  # a copy: it is scaled below, and callers may use theirs again
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"embeddings must be rows of numbers, all as long: {error}") from error
         if given.ndim != 2 or len(given) != len(texts):
             raise ConfigurationError(f"{len(texts)} texts need embeddings [{len(texts)}, d], not {list(given.shape)}")
         if self._width not in (0, given.shape[1]):

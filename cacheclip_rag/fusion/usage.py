@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ..store import files
@@ -43,7 +43,7 @@ class Usage:
             self._count(self._seen, names)
             if self._path is not None and names:
                 self._new.append(names)
-            return len(self._new) >= _SAVE_EVERY
+            return bool(self._new) and len(self._new) % _SAVE_EVERY == 0  # after a failure not at every prompt
 
     def uses(self, name: str) -> int:
         with self._lock:
@@ -56,16 +56,18 @@ class Usage:
         ``(f + 1) / (n + 2)`` (Laplace's rule of succession): retrieved chunks come in any order, so one that stood
         behind may well come in front. Where it stood behind each of two times or more, the order is taken to be fixed.
         """
+        return self.companies([name], count)[name]
+
+    def companies(self, names: Collection[str], count: int) -> dict[str, list[str]]:
+        """The `company` of each of these chunks; for many it is sooner than one by one."""
+        wanted = set(names)
+        behind: dict[str, dict[str, int]] = {name: {} for name in names}
         with self._lock:
-            front = self._seen.get(name, Counter())
-            behind = {other: met[name] for other, met in self._seen.items() if name in met}
-        expected: dict[str, float] = {}
-        for other in dict.fromkeys((*front, *behind)):
-            times = front[other] + behind.get(other, 0)
-            chance = (front[other] + 1) / (times + 2)
-            if other != name and chance > _FIXED:
-                expected[other] = times * chance
-        return sorted(expected, key=lambda other: -expected[other])[:count]
+            front = {name: dict(self._seen.get(name, {})) for name in names}
+            for other, met in self._seen.items():
+                for name in wanted & met.keys():
+                    behind[name][other] = met[name]
+        return {name: _expected(name, front[name], behind[name])[:count] for name in names}
 
     def hot(self, least: int) -> list[str]:
         """The chunks that came ``least`` times or more, the most frequent first."""
@@ -133,11 +135,29 @@ class Usage:
             data = json.loads(bytes(files.read(self._path, _MAX_BYTES)))
             if data["format"] != _FORMAT:
                 raise ValueError("another format")
-            return OrderedDict(
-                (str(name), Counter({str(k): int(v) for k, v in met.items()})) for name, met in data["seen"].items()
-            )
+            return OrderedDict((str(name), Counter(_counts(met))) for name, met in data["seen"].items())
         except FileNotFoundError:
             return OrderedDict()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s is not read: %s", self._path.name, error)
             return OrderedDict()
+
+
+def _expected(name: str, front: Mapping[str, int], behind: Mapping[str, int]) -> list[str]:
+    """Whom ``name`` is expected behind, by how often: it was met so many times in front of it, and behind it."""
+    expected: dict[str, float] = {}
+    for other in dict.fromkeys((*front, *behind)):
+        before = front.get(other, 0)
+        times = before + behind.get(other, 0)
+        chance = (before + 1) / (times + 2)
+        if other != name and chance > _FIXED:
+            expected[other] = times * chance
+    return sorted(expected, key=lambda other: -expected[other])
+
+
+def _counts(met: Mapping[str, object]) -> dict[str, int]:
+    """What a file says, if it may be true. Raises ValueError."""
+    for count in met.values():
+        if type(count) is not int or not 0 <= count < 1 << 53:
+            raise ValueError(f"{str(count)[:20]!r} is no count")
+    return {str(other): count for other, count in met.items() if isinstance(count, int)}

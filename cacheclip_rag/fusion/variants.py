@@ -8,12 +8,14 @@ from dataclasses import replace
 
 from ..chunks import ChunkKV, canonical
 from ..encode import fused
-from ..errors import CacheClipError
+from ..errors import CacheClipError, StoreError
 from ..library import Library
 from .fit import Company
 
 _ERRORS = (CacheClipError, RuntimeError, MemoryError)
 """What may be wrong with one chunk and not with the next."""
+
+_FORGOTTEN = "a chunk that it was fused with, or it itself, was forgotten meanwhile"
 
 
 class FusedVariants:
@@ -66,17 +68,17 @@ class FusedVariants:
                 done.append(error)
                 continue
             variant = chunk.text, tuple(other.text for other in others)
-            done.append(bool(others) and variant not in todo and variant[1] not in self.of(chunk.text))
+            done.append(bool(others) and variant not in todo and not self._has(*variant))
             if done[-1]:
                 todo[variant] = chunk, others
         try:
-            if todo:
-                self._make(list(todo.values()), keep)
+            made = self._make(list(todo.values()), keep) if todo else []
         except _ERRORS as error:
             if len(companies) == 1:
                 return [error]
             return [self.fuse({text: company}, keep)[0] for text, company in companies.items()]
-        return done
+        kept = iter(made)
+        return [StoreError(_FORGOTTEN) if now is True and next(kept) is None else now for now in done]
 
     def fuse_in_order(self, texts: Sequence[str], keep: int) -> int:
         """Compute these chunks as one text behind the prefix and keep each one's KV, its company all those before it.
@@ -94,6 +96,8 @@ class FusedVariants:
             known = library.get(library.key(chunk.text, company, joint=True))
             if known is None:
                 [known] = self._make([(chunk, seen)], keep, joint=True) if company else [chunk]
+                if known is None:
+                    raise StoreError(_FORGOTTEN)
                 new += bool(company)
             seen.append(known)
         return new
@@ -111,9 +115,17 @@ class FusedVariants:
             fitting.append(found)
         return fitting
 
+    def _has(self, text: str, company: Company) -> bool:
+        with self._lock:
+            key = self._all().get(text, {}).get(company)
+        return key is not None and key in self._library.store
+
     def _make(
         self, chunks: Sequence[tuple[ChunkKV, Sequence[ChunkKV]]], keep: int, joint: bool = False
-    ) -> list[ChunkKV]:
+    ) -> list[ChunkKV | None]:
+        """The fused chunks; None for one of which, or of whose company, another process has forgotten something
+        meanwhile: forgetting removes chunks by themselves before it looks for what was computed with them.
+        """
         library = self._library
         texts, companies = zip(*chunks, strict=True)
         made = fused(library.encoder, library.backbone, texts, companies, library.prefix_kv)
@@ -130,7 +142,16 @@ class FusedVariants:
                 if library.keeps(key):  # else what is there is all that a later process finds
                     old += [mine.pop(other) for other in list(mine)[:-keep]]
         library.store.delete(old)
-        return made
+        if not library.shared:
+            return list(made)
+        library.store.refresh()
+        kept = [all(text in library for text in (chunk.text, *chunk.company)) for chunk in made]
+        for chunk, is_kept in zip(made, kept, strict=True):
+            if not is_kept:
+                library.store.delete([library.key(chunk.text, chunk.company, joint)])
+                with self._lock:
+                    self._all().get(chunk.text, {}).pop(chunk.company, None)
+        return [chunk if is_kept else None for chunk, is_kept in zip(made, kept, strict=True)]
 
     def refresh(self) -> None:
         """Look again what the store has."""

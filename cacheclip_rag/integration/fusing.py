@@ -37,6 +37,8 @@ class Fuser:
 
         Never raises: a chunk that is not fused is used as it is.
         """
+        if not engine.composable:
+            return
         with self._lock:
             try:
                 self._follow(engine)
