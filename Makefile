@@ -61,7 +61,7 @@ quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; res
 COMPARED = naive promptcache link0 random epic legolink cacheblend droidspeak cachecraft \
 	cacheclip cacheclip:layers=upper cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct query_guided \
 	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr \
-	naive:company=prompts auto:company=prompts auto@0.15:fused=False
+	naive:company=prompts auto:company=prompts auto:company=use auto@0.15:fused=False
 MET = company=prompts
 COMMA = ,
 PARTS = naive:$(MET) random@0.1:$(MET) epic@0.1:$(MET),prefix=system cacheblend@0.1:$(MET),prefix=system \
