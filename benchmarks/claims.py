@@ -122,7 +122,7 @@ def aims(scores: Scores, auto: str) -> str:
     ahead = [f"`{name}` on {one}" for (name, one), gap in gaps.items() if gap.found and gap.low > 0]
     aims = [
         ("at least 98 % of full prefill's score", f"{score / full:.1%}", score >= 0.98 * full),
-        ("a mean ratio of at most 0.1", f"{ratio:.3f}", ratio <= 0.1),
+        ("a mean ratio of at most 0.1", f"{ratio:.4f}", ratio <= 0.1),
         ("KL at most half of CacheClip's", f"{kl:.3f} of {over(CACHECLIP, 'kl'):.3f}", kl <= over(CACHECLIP, "kl") / 2),
         (
             "KL at most half of CacheBlend's",

@@ -69,7 +69,7 @@ def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
         raise ConfigurationError(f"not fused: {done.skipped[0]}")
     kept = engine.library_of(method)
     pairs = [(canonical(text), _others(text, company)) for text, company in neighbours.items()]
-    for texts in map(_others, [""] * len(sequences), sequences):
+    for texts in (_others("", texts) for texts in sequences):
         pairs += [(text, texts[:number]) for number, text in enumerate(texts)]
     for text, company in pairs:
         if company and not any(kept.key(text, company, joint) in kept.store for joint in (True, False)):

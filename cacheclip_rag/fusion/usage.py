@@ -157,7 +157,9 @@ def _expected(name: str, front: Mapping[str, int], behind: Mapping[str, int]) ->
 
 def _counts(met: Mapping[str, object]) -> dict[str, int]:
     """What a file says, if it may be true. Raises ValueError."""
-    for count in met.values():
-        if type(count) is not int or not 0 <= count < 1 << 53:
+    counts: dict[str, int] = {}
+    for other, count in met.items():
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 1 << 53:
             raise ValueError(f"{str(count)[:20]!r} is no count")
-    return {str(other): count for other, count in met.items() if isinstance(count, int)}
+        counts[str(other)] = count
+    return counts
