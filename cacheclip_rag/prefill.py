@@ -17,7 +17,7 @@ from .canvas import Canvas
 from .chunks import ChunkKV, canonical
 from .errors import ConfigurationError, PromptError
 from .exact import ExactCache
-from .fusion import Company, FusedVariants, suits
+from .fusion import FusedVariants, suits
 from .library import Library
 from .methods import Method
 from .prefixes import PrefixCache
@@ -242,15 +242,10 @@ class Reuse:
     def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:
         """Each span's chunk, if it is there, and by key the reason why others are not."""
         texts = [canonical(self._index.text(key) or "") for key in keys]
-        loaded: dict[tuple[str, Company], ChunkKV | None] = {}
-        chunks: list[ChunkKV | None] = []
-        for number, text in enumerate(texts):
-            company: Company = ()
-            if method.fit is not None:
-                company = method.fit.choose(self.fused.of(text), texts[:number])
-            if (text, company) not in loaded:
-                loaded[text, company] = self.fused.get(text, company)
-            chunks.append(loaded[text, company])
+        chunks = [
+            self.fused.get(text, ()) if method.fit is None else self.fused.fitting(text, texts[:number], method.fit)
+            for number, text in enumerate(texts)
+        ]
         missing = {k: "its stored KV is gone or damaged" for k, c in zip(keys, chunks, strict=True) if c is None}
         return chunks, missing
 

@@ -328,6 +328,38 @@ def test_a_variant_that_is_gone_costs_quality_and_not_the_answer() -> None:
     assert torch.equal(result.logits, ready.prefill(PREFIX + A + B + TAIL, method=NAIVE).logits)
 
 
+def test_of_variants_that_are_gone_the_next_best_is_taken() -> None:
+    ready = engine()
+    ready.ensure([A, B, C])
+    ready.fuse({C: [A, B]})
+    ready.fuse({C: [A]})
+    prompt = PREFIX + A + B + C + TAIL
+    gone = [ready.library.key(C, company) for company in ((A, B), ())]  # what fits best, and the chunk by itself
+    ready.library.store.delete(gone)
+    result = ready.prefill(prompt)
+    assert result.report.fallbacks == [] and result.report.chunks[2].reused == len(C)
+    other = engine()
+    other.ensure([A, B, C])
+    other.fuse({C: [A]})
+    assert torch.equal(result.logits, other.prefill(prompt).logits)
+    ready.library.store.delete([ready.library.key(C, (A,))])
+    [reason] = ready.prefill(prompt).report.fallbacks
+    assert "gone" in reason
+
+
+def test_a_fit_that_chooses_what_there_is_not_ends_in_prefill() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Stubborn:
+        def choose(self, companies: list[tuple[str, ...]], before: list[str]) -> tuple[str, ...]:
+            return ("nobody",)
+
+    ready = engine()
+    ready.ensure([A, B])
+    prompt = PREFIX + A + B + TAIL
+    result = ready.prefill(prompt, method=dataclasses.replace(FUSED, fit=Stubborn()))
+    assert result.report.fallbacks and torch.equal(result.logits, ready.prefill(prompt, method="full").logits)
+
+
 def test_forgetting_a_chunk_forgets_all_that_was_fused_with_it(tmp_path: Path) -> None:
     ready, other = engine(store=tmp_path), engine(store=tmp_path)
     ready.ensure([A, B, C, D])
@@ -418,6 +450,20 @@ def test_a_model_that_cannot_be_composed_is_not_fused_for() -> None:
     ready = Engine(tiny_backbone(), method=FUSED, on_uncomposable="prefill")
     ready.composable = False
     Fuser(1, lambda texts: 1 / 0)(ready)
+
+
+def test_an_embedding_that_is_no_number_leaves_out_its_own_chunk_only(caplog: pytest.LogCaptureFixture) -> None:
+    ready = engine()
+    ready.ensure([A, B, C])
+    numbers = {A: [1.0, 0.0], B: [1.0, 0.1], C: [float("nan"), 1.0]}
+    fuser = Fuser(1, lambda texts: [numbers[text] for text in texts])
+    with caplog.at_level("WARNING", "cacheclip_rag"):
+        fuser(ready, show_progress=False)
+    assert {text: fused_of(ready)(text) for text in (A, B, C)} == {A: [(), (B,)], B: [(), (A,)], C: [()]}
+    assert "not made of finite numbers" in caplog.text and C[:20] in caplog.text
+    numbers[C] = [0.9, 0.1]
+    fuser(ready, show_progress=False)
+    assert fused_of(ready)(C) == [(), (B,)]
 
 
 def test_an_embedding_function_that_fails_says_so_itself() -> None:

@@ -85,7 +85,7 @@ class Neighbourhood:
             mine = [place[text] for text in wanted[start : start + _BATCH]]
             scores = matrix[mine] @ matrix.T
             scores[np.arange(len(mine)), mine] = -np.inf
-            kept = np.argsort(-scores, axis=1, kind="stable")[:, : min(self.count, len(known) - 1)]
+            kept = _largest(scores, min(self.count, len(known) - 1))
             found |= {known[n]: [known[other] for other in row] for n, row in zip(mine, kept, strict=True)}
         return found
 
@@ -102,6 +102,13 @@ class Neighbourhood:
     def settled(self, neighbours: Mapping[str, list[str]]) -> None:
         """These chunks were fused with these neighbours: they have not `changed` until theirs are others."""
         self._given |= {canonical(text): given for text, given in neighbours.items() if text in self}
+
+
+def _largest(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
+    """``[n, count]``: where each row of ``[n, m]`` is largest, the largest first; ``count`` is less than m."""
+    places = np.sort(np.argpartition(-scores, count, axis=1)[:, :count], axis=1)
+    order = np.argsort(-np.take_along_axis(scores, places, axis=1), axis=1, kind="stable")  # of equal ones the first
+    return np.take_along_axis(places, order, axis=1)
 
 
 def similar(texts: Sequence[str], embed: Embed, count: int = 10) -> dict[str, list[str]]:

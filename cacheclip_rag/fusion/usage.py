@@ -102,14 +102,14 @@ class Usage:
             seen.popitem(last=False)
 
     @staticmethod
-    def _drop(seen: OrderedDict[str, Counter[str]], gone: Collection[str]) -> None:
+    def _drop(seen: OrderedDict[str, Counter[str]], gone: set[str]) -> None:
         for name in gone:
             seen.pop(name, None)
         for met in seen.values():
-            for name in gone:
-                met.pop(name, None)
+            for name in gone & met.keys():  # the smaller of the two is gone through
+                del met[name]
 
-    def _write(self, gone: Collection[str]) -> None:
+    def _write(self, gone: set[str]) -> None:
         """Bring the file up to date: another process may have written since it was read."""
         if self._path is None:
             return

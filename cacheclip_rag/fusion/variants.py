@@ -10,7 +10,7 @@ from ..chunks import ChunkKV, canonical
 from ..encode import fused
 from ..errors import CacheClipError, StoreError
 from ..library import Library
-from .fit import Company
+from .fit import Company, Fit
 
 _ERRORS = (CacheClipError, RuntimeError, MemoryError)
 """What may be wrong with one chunk and not with the next."""
@@ -37,17 +37,28 @@ class FusedVariants:
         with self._lock:
             return [(), *self._all().get(canonical(text), ())]
 
+    def fitting(self, text: str, before: Sequence[str], fit: Fit) -> ChunkKV | None:
+        """The chunk as it fits best behind the chunks ``before``, of what is still there; None where nothing is."""
+        companies = self.of(text)
+        while company := fit.choose(companies, before):
+            if (chunk := self.get(text, company)) is not None:
+                return chunk
+            companies.remove(company)
+        return self.get(text, ())
+
     def get(self, text: str, company: Company) -> ChunkKV | None:
-        """This variant, or where it is gone the chunk by itself, or None."""
+        """This variant, or None where it is gone, which is remembered; () is the chunk by itself."""
+        if not company:
+            return self._library.get(self._library.key(text))
         with self._lock:
             key = self._all().get(canonical(text), {}).get(company)
-        if key is not None:
-            chunk = self._library.get(key)
-            if chunk is not None:
-                return chunk
+        if key is None:
+            return None
+        chunk = self._library.get(key)
+        if chunk is None:
             with self._lock:
                 self._all().get(canonical(text), {}).pop(company, None)
-        return self._library.get(self._library.key(text))
+        return chunk
 
     def fuse(self, companies: Mapping[str, Sequence[str]], keep: int) -> list[bool | Exception]:
         """Compute and keep each chunk's KV behind its company, in this order, all in one forward.

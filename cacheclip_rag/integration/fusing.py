@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
@@ -64,5 +65,14 @@ class Fuser:
         self._neighbourhood.remove(set(self._neighbourhood) - set(texts))
         new: Sequence[str] = [text for text in texts if text not in self._neighbourhood]
         for start in range(0, len(new), _BATCH):
-            batch = list(new[start : start + _BATCH])
-            self._neighbourhood.add(batch, self._embed(batch))
+            self._neighbourhood.add(*self._embedded(new[start : start + _BATCH]))
+
+    def _embedded(self, texts: Sequence[str]) -> tuple[list[str], Any]:
+        """The texts that have an embedding of finite numbers, and these: one that has none does not keep the rest."""
+        vectors = np.asarray(self._embed(list(texts)), dtype=np.float32)
+        if vectors.ndim != 2 or len(vectors) != len(texts):
+            return list(texts), vectors  # the neighbourhood says what is wrong
+        finite = [row for row, vector in enumerate(vectors) if np.isfinite(vector).all()]
+        for row in set(range(len(texts))).difference(finite):
+            log.warning("not fused: %.60r: its embedding is not made of finite numbers", texts[row])
+        return [texts[row] for row in finite], vectors[finite]
