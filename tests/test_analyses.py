@@ -105,6 +105,7 @@ def test_a_sweep_has_a_line_for_each_system() -> None:
     assert swept("cacheclip@0.05+int8", "ratio") == ("cacheclip+int8", 0.05)
     assert swept("cacheclip@0.05:window=4+int8", "ratio") == ("cacheclip:window=4+int8", 0.05)
     assert swept("cacheclip:prefix=none", "prefix") == ("cacheclip", "none")
+    assert swept("naive:prefix='a+b',window=4+int8", "window") == ("naive:prefix='a+b'+int8", 4.0)
 
 
 def test_items_that_nothing_can_be_said_about_are_left_out(engine: Engine) -> None:

@@ -172,6 +172,7 @@ def test_recall() -> None:
     assert recall("It is 12.", ["12", "abc", "13", "it"]) == 0.5
     assert recall("", ["12"]) == 0.0
     assert recall("x", []) == 0.0
+    assert recall("12", ["12", ""]) == 0.5 and recall("12", [" "]) == 0.0  # what is in any text is not found in it
 
 
 def logits(*probabilities: list[float]) -> torch.Tensor:

@@ -436,7 +436,9 @@ def test_a_question_is_answered_by_a_figure_and_its_numbers(model: str, tmp_path
     numbers = [json.loads(line) for line in (tmp_path / "figure.jsonl").read_text().splitlines()]
     assert {row["model"] for row in numbers} == {"primary", model} and {row["id"] for row in numbers} == {"0", "1"}
     assert analyse("deviation", str(file), "--method", "link0").exit_code == 0
+    before = (tmp_path / "figure.svg").read_text()
     shares = analyse("hits", str(file)).stdout
+    assert "share of prompt tokens" in (tmp_path / "figure.svg").read_text() != before
     assert "prefix-cache: " in shares and "% of the prompt tokens of 2 questions" in shares
     for arguments, said in [
         (["agreemnt", str(file)], "agreement, deviation, hits, pareto"),
@@ -457,6 +459,8 @@ def test_a_figure_that_cannot_be_is_refused_before_anything_runs(evaluate: Eval,
         (["deviation", str(file), "--out", str(tmp_path / "figure.xyz")], ".svg, .png, .pdf"),
         (["pareto", "--rows", str(evaluate.out), "--measure", "foo"], "kl, score, adjusted, agree"),
         (["pareto", "--rows", str(empty)], "holds no rows"),
+        (["length", "--rows", str(evaluate.out), "--measure", "adjusted"], "length draws kl, score or agree"),
+        (["pareto", "--rows", str(evaluate.out), "--out", str(empty / "figure.svg")], "cannot be written"),
     ]:
         done = CliRunner().invoke(cli.app, ["analyse", *arguments])
         assert done.exit_code == 2 and said in done.stderr, arguments

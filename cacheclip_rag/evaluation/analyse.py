@@ -36,9 +36,13 @@ def answer(
 ) -> Iterator[str]:
     """Draw ``figure``; yields what there is to say. Numbers go to the same name with ``.jsonl``.
 
-    Raises ConfigurationError for an unknown question, for missing rows or data, and for missing matplotlib.
+    Raises ConfigurationError for an unknown question, for missing rows or data, for a figure that cannot be written
+    where it shall be, and for missing matplotlib.
     """
-    figure.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{figure} cannot be written: {error}") from error
     if figure.suffix not in plots.FORMATS:
         raise ConfigurationError(f"{figure}: a figure ends in {', '.join(plots.FORMATS)}")
     if measure not in MEASURES:
@@ -58,11 +62,10 @@ def answer(
         file = figure.with_suffix(".jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in numbers), encoding="utf-8")
         yield f"{file}"
+        {"agreement": plots.agreement, "deviation": plots.deviation, "hits": plots.hits}[question](numbers, figure)
+        yield f"{figure}"
         if question == "hits":
             yield from _hit_shares(numbers)
-        else:
-            (plots.agreement if question == "agreement" else plots.deviation)(numbers, figure)
-            yield f"{figure}"
     else:
         raise ConfigurationError(f'unknown question "{question}"; there are: {", ".join(FROM_MODEL + FROM_ROWS)}')
 
@@ -84,6 +87,8 @@ def _each(items: Sequence[Item], measure: Callable[[Item], Iterable[dict[str, An
 
 
 def _draw(question: str, kept: Path, figure: Path, by: str, measure: str) -> None:
+    if question == "length" and measure == "adjusted":
+        raise ConfigurationError("adjusted is of all items together: length draws kl, score or agree")
     records = figures.summary(kept)
     if not records:
         raise ConfigurationError(f"{kept} holds no rows")

@@ -36,8 +36,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def recall(prediction: str, answers: Sequence[str]) -> float:
-    """The share of ``answers`` that occur in the prediction, lower-cased (RULER's string_match_all): 0..1."""
-    return sum(answer.lower() in prediction.lower() for answer in answers) / max(1, len(answers))
+    """The share of ``answers`` that occur in the prediction, lower-cased (RULER's string_match_all): 0..1.
+
+    An empty answer, which occurs in any text, is never found.
+    """
+    found = [bool(answer.strip()) and answer.lower() in prediction.lower() for answer in answers]
+    return sum(found) / max(1, len(found))
 
 
 def kl(reference: Tensor, other: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,6 +14,9 @@ from .. import spec
 from ..errors import ConfigurationError
 
 FORMATS = (".svg", ".png", ".pdf")
+
+_INT8 = "+int8"
+"""What the label of a system ends in whose KV is kept in 8 bits."""
 
 
 def _axes(columns: int, width: float = 5.0, height: float = 3.6) -> Any:
@@ -67,6 +71,21 @@ def deviation(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
     _save(figure, path)
 
 
+def hits(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
+    """The share of all prompt tokens so far that were there already, over the questions asked, a line a cache."""
+    rows = list(rows)
+    figure, axes = _axes(1)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        there, asked = (list(accumulate(row[name] for row in mine)) for name in ("prefix", "prompt_tokens"))
+        shares = [found / tokens for found, tokens in zip(there, asked, strict=True)]
+        axes[0].plot(range(1, len(mine) + 1), shares, marker=".", label=method)
+    axes[0].set_xlabel("questions")
+    axes[0].set_ylabel("share of prompt tokens that were there")
+    axes[0].legend()
+    _save(figure, path)
+
+
 def pareto(records: Sequence[dict[str, Any]], path: str | Path, measure: str = "kl") -> None:
     """Quality against time to first token (as a share of full prefill's), a point a system, a panel a data set."""
     datasets = list(dict.fromkeys(record["dataset"] for record in records))
@@ -113,11 +132,8 @@ def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, m
 
 def parameter_of(label: str, parameter: str) -> tuple[str, Any]:
     """A system's label without a parameter (``"ratio"`` is one), and the parameter's value; None where it has none."""
-    head, _, rest = label.partition(":")
-    head, _, dtype = head.partition("+")  # "+int8" ends the label of what is kept in 8 bits
-    if not dtype:
-        rest, _, dtype = rest.partition("+")
-    dtype = dtype and f"+{dtype}"
+    dtype = _INT8 if label.endswith(_INT8) else ""
+    head, _, rest = label.removesuffix(_INT8).partition(":")
     name, _, ratio = head.partition("@")
     if parameter == "ratio":
         return (f"{name}:{rest}" if rest else name) + dtype, (float(ratio) if ratio else None)
