@@ -96,6 +96,9 @@ analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn 
 	@$(RUN)/cacheclip analyse agreement $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/agreement.svg \
 		--auxiliary smollm2-135m-instruct --auxiliary qwen2.5-coder-0.5b-instruct
 	@$(RUN)/cacheclip analyse deviation $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/deviation.svg
+	@$(RUN)/cacheclip analyse hits $(DATA)/xquad_fusion --items 200 --model qwen2.5-coder-0.5b-instruct \
+		--out docs/figures/hits.svg
+	@mv docs/figures/hits.jsonl $(RESULTS)/hits.jsonl
 	@mv docs/figures/agreement.jsonl $(RESULTS)/agreement-1.5b.jsonl
 	@mv docs/figures/deviation.jsonl $(RESULTS)/deviation-1.5b.jsonl
 	@$(RUN)/python benchmarks/analyses.py

@@ -72,6 +72,19 @@ def where(rows: Rows) -> str:
     return table(["layer", "mean", *columns], lines)
 
 
+def hits(rows: Rows) -> str:
+    """What is reused a line: what it found of all prompt tokens, of which in every prompt, and where more."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [row["found"] for row in rows if row["method"] == method][1:]  # the first finds nothing
+        tokens = sum(row["prompt_tokens"] for row in rows if row["method"] == method)
+        head = min(found)
+        share, of_head = sum(found) / tokens, head * len(found) / tokens
+        more = mean(number > head for number in found)
+        lines.append([method, f"{share:.1%}", f"{of_head:.1%}", f"{more:.0%}"])
+    return table(["cache", "found", "what every question finds", "questions that find more"], lines)
+
+
 def swept(path: Path, parameter: str) -> str:
     """A method a line, the values of a swept parameter in columns: KL, and in brackets the agreement."""
     found: dict[str, dict[str, str]] = {}
@@ -102,15 +115,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/analyses.md"))
     args = parser.parse_args()
-    one, other = (
+    one, other, found = (
         [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("agreement-1.5b.jsonl", "deviation-1.5b.jsonl")
+        for name in ("agreement-1.5b.jsonl", "deviation-1.5b.jsonl", "hits.jsonl")
     )
     text = (HERE / "analyses.md").read_text(encoding="utf-8")
     parts = {
         "agreement": agreement(one),
         "where": where(other),
         "foretold": foretold(other),
+        "hits": hits(found),
     }
     for name, rows in ((name, RESULTS / f"{name}-0.5b.jsonl") for name in ("ratio", "prefix", "chunks")):
         if rows.exists():

@@ -13,7 +13,7 @@ from cacheclip_rag import Engine
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.evaluation import Item, Passage, plots
 from cacheclip_rag.evaluation.analyses import agreement, deviation
-from cacheclip_rag.evaluation.hits import hits
+from cacheclip_rag.evaluation.hits import ANYWHERE, hits
 
 ITEM = Item("1", "Who built the lighthouse?", ("Ada",), tuple(Passage("", text) for text in PASSAGES))
 
@@ -48,8 +48,8 @@ def test_exact_reuse_hits_what_stood_in_the_same_place_before(engine: Engine) ->
     turned = replace(ITEM, id="2", passages=ITEM.passages[::-1])
     rows = list(hits(engine.backbone, [ITEM, ITEM, turned]))
     found = {(row["id"], row["method"], n): row for n, row in enumerate(rows)}
-    prefix = [row["prefix"] for row in found.values() if row["method"] == "prefix-cache"]
-    tree = [row["prefix"] for row in found.values() if row["method"] == "ragcache"]
+    prefix = [row["found"] for row in found.values() if row["method"] == "prefix-cache"]
+    tree = [row["found"] for row in found.values() if row["method"] == "ragcache"]
     tokens = rows[0]["prompt_tokens"]
     assert prefix[0] == tree[0] == 0
     assert prefix[1] == (tokens - 1) // 16 * 16, "every whole block but the last token's"
@@ -57,6 +57,9 @@ def test_exact_reuse_hits_what_stood_in_the_same_place_before(engine: Engine) ->
     assert context < tree[1] < tokens, "head and documents, not the question"
     head = rows[0]["prompt_tokens"] - context
     assert 0 < prefix[2] <= head and 0 < tree[2] <= head, "another first document ends the common beginning"
+    half = replace(ITEM, id="3", passages=ITEM.passages[:2])
+    anywhere = [row["found"] for row in hits(engine.backbone, [half, turned, ITEM]) if row["method"] == ANYWHERE]
+    assert anywhere == [0, sum(len(text) for text in PASSAGES[:2]), context]  # a token a character
     with pytest.raises(ConfigurationError, match="not exact"):
         list(hits(engine.backbone, [ITEM], ["naive"]))
 

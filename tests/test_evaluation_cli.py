@@ -439,7 +439,11 @@ def test_a_question_is_answered_by_a_figure_and_its_numbers(model: str, tmp_path
     before = (tmp_path / "figure.svg").read_text()
     shares = analyse("hits", str(file)).stdout
     assert "share of prompt tokens" in (tmp_path / "figure.svg").read_text() != before
-    assert "prefix-cache: " in shares and "% of the prompt tokens of 2 questions" in shares
+    assert (
+        "chunks anywhere: " in shares
+        and "prefix-cache: " in shares
+        and "% of the prompt tokens of 2 questions" in shares
+    )
     for arguments, said in [
         (["agreemnt", str(file)], "agreement, deviation, hits, pareto"),
         (["agreement"], "needs a data set"),

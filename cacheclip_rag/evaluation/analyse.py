@@ -104,5 +104,5 @@ def _draw(question: str, kept: Path, figure: Path, by: str, measure: str) -> Non
 def _hit_shares(numbers: Sequence[dict[str, Any]]) -> Iterator[str]:
     for method in dict.fromkeys(row["method"] for row in numbers):
         mine = [row for row in numbers if row["method"] == method]
-        share = sum(row["prefix"] for row in mine) / sum(row["prompt_tokens"] for row in mine)
+        share = sum(row["found"] for row in mine) / sum(row["prompt_tokens"] for row in mine)
         yield f"{method}: {share:.1%} of the prompt tokens of {len(mine)} questions were there already"

@@ -1,4 +1,4 @@
-"""What exact reuse would save over a stream of questions: counted in tokens, without computing any KV."""
+"""What reuse would find over a stream of questions: counted in tokens, without computing any KV."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from ..prefill import document_borders
 from ..prompt import ChunkIndex
 from .data import Item, prompt
 
+ANYWHERE = "chunks anywhere"
+"""The name of what is not exact: a chunk is found wherever it stands."""
+
 BYTES = 2
 """Bytes a token takes on the stand-in canvas: one for its key, one for its value."""
 
@@ -24,10 +27,11 @@ BYTES = 2
 def hits(
     backbone: Backbone, items: Sequence[Item], methods: Sequence[str] = ("prefix-cache", "ragcache")
 ) -> Iterator[dict[str, Any]]:
-    """One row for each item and exact method, in the order asked: prompt tokens, and how many an earlier one left.
+    """One row for each item and exact method, in the order asked: ``prompt_tokens``, and how many of them are ``found``
+    since an earlier prompt left them. A last row an item, `ANYWHERE`: the tokens of chunks that earlier items held.
 
     Exact methods answer as full prefill does, so what they are worth is how often they hit. The first item finds
-    nothing, of course; capacity is the method's own, at this model's bytes a token.
+    nothing, of course; capacity is the method's own, at this model's bytes a token, and none for `ANYWHERE`.
     """
     index = ChunkIndex()
     per_token = 2 * backbone.layers * backbone.kv_heads * backbone.head_dim * backbone.dtype.itemsize
@@ -38,6 +42,7 @@ def hits(
             raise ConfigurationError(f'"{name}" is not exact: its prompts are not counted but answered')
         scaled: ExactReuse = replace(recipe, capacity_bytes=recipe.capacity_bytes * BYTES // per_token)
         caches[name] = scaled.open()
+    seen: set[str] = set()
     for item in items:
         for passage in item.passages:
             index.add(passage.chunk, passage.chunk)
@@ -50,4 +55,10 @@ def hits(
         for name, cache in caches.items():
             found = sum(keys.shape[2] for keys, _ in cache.longest(tokens.ids, borders))
             cache.keep(tokens.ids, borders, canvas, 1.0)
-            yield {"id": item.id, "method": name, "prompt_tokens": len(tokens), "prefix": min(found, len(tokens) - 1)}
+            yield {"id": item.id, "method": name, "prompt_tokens": len(tokens), "found": min(found, len(tokens) - 1)}
+        known = torch.zeros(len(tokens), dtype=torch.bool)
+        for span in spans:
+            if span.key in seen:
+                known |= (tokens.offsets[:, 0] >= span.start) & (tokens.offsets[:, 1] <= span.end)
+        seen |= {span.key for span in spans}
+        yield {"id": item.id, "method": ANYWHERE, "prompt_tokens": len(tokens), "found": int(known.sum())}

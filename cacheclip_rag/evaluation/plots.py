@@ -77,7 +77,7 @@ def hits(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
     figure, axes = _axes(1)
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
-        there, asked = (list(accumulate(row[name] for row in mine)) for name in ("prefix", "prompt_tokens"))
+        there, asked = (list(accumulate(row[name] for row in mine)) for name in ("found", "prompt_tokens"))
         shares = [found / tokens for found, tokens in zip(there, asked, strict=True)]
         axes[0].plot(range(1, len(mine) + 1), shares, marker=".", label=method)
     axes[0].set_xlabel("questions")
