@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .attention import AUTO, Enough, Shape, Sparse, choose
+from .attention import AUTO, NOTING, Enough, Shape, Sparse, choose, windows_given
 from .attention.mask import Probe
 from .canvas import Canvas
 from .errors import NotComposable, WeightsError
@@ -373,20 +373,42 @@ class Backbone(Texts):
         self.model.set_attn_implementation(self.attention)
         try:
             here, there = self.canvas(12), self.canvas(12)
+            for canvas in (here, there):  # what no layer writes must not pass by what memory happens to hold
+                canvas.keys.fill_(float("nan"))
+                canvas.values.fill_(float("nan"))
             ours = self.forward(ids, rows, here, logits=12)
             # Attention is relative: the same tokens elsewhere must give the same keys up to one rotation.
             self.forward(ids, rows, there, positions=rows + shift, logits=0)
             rotated = Rotary(self._inverse_frequencies()).rotate(here.keys[:, 0], shift)
+            self.model.set_attn_implementation(NOTING)
+            last = self.forward(ids, rows, self.canvas(12), logits=1)  # some models narrow their last layers to it
+            given = windows_given(self.model)
         finally:
             self.model.set_attn_implementation(native)
-        # Rounding stays far below a tenth in bfloat16; a wrong layout or an ignored argument is of order one.
-        if (error := _relative(ours, own)) > 0.1:
-            return f"{self.config.model_type}: our attention differs from the model's own by {error:.0%}"
-        if (error := _worst(rotated, there.keys[:, 0])) > 0.1:
-            return f"{self.config.model_type}: its keys do not move by a rotation (off by {error:.0%})"
-        if (error := _worst(here.values, there.values)) > 0.1:
-            return f"{self.config.model_type}: its values depend on the absolute position (off by {error:.0%})"
+        name = self.config.model_type
+        if here.keys.isnan().any() or here.values.isnan().any():
+            return f"{name}: some layers keep no keys and values of their own"
+        # A dozen tokens lie within any window: whether a layer's is heeded shows in what its attention is given.
+        wanted = dict(enumerate(self._windows()))
+        if strange := [layer for layer, window in wanted.items() if window and window != given.get(layer)]:
+            return f"{name}: its attention is not told the sliding window of layer {strange[0]}"
+        # Rounding stays far below a tenth in bfloat16; a wrong layout or an ignored argument is of order one. What is
+        # no number is not below anything.
+        if not (error := _worst([ours, last], [own, own[-1:]])) <= 0.1:
+            return f"{name}: our attention differs from the model's own by {error:.0%}"
+        if not (error := _worst(rotated, there.keys[:, 0])) <= 0.1:
+            return f"{name}: its keys do not move by a rotation (off by {error:.0%})"
+        if not (error := _worst(here.values, there.values)) <= 0.1:
+            return f"{name}: its values depend on the absolute position (off by {error:.0%})"
         return None
+
+    def _windows(self) -> list[int | None]:
+        """The sliding window of each layer as the configuration has it, None for none below the model's own window."""
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and window >= self.window:
+            window = None
+        types = getattr(self.config, "layer_types", None) or ["sliding_attention"] * self.layers
+        return [window if kind == "sliding_attention" else None for kind in types]
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies this model for stored KV (see `fingerprint.fingerprint`)."""
@@ -398,9 +420,12 @@ def _relative(a: Tensor | None, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12))
 
 
-def _worst(a: Tensor, b: Tensor) -> float:
-    """`_relative` of the layer that is furthest off: a layer of large numbers must not hide one of small ones."""
-    return max(_relative(one, other) for one, other in zip(a, b, strict=True))
+def _worst(a: Iterable[Tensor | None], b: Iterable[Tensor]) -> float:
+    """`_relative` of the layer that is furthest off: a layer of large numbers must not hide one of small ones.
+
+    NaN where one of them is.
+    """
+    return float(torch.tensor([_relative(one, other) for one, other in zip(a, b, strict=True)]).max())
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -450,6 +450,63 @@ def test_other_architectures_are_refused_by_trying_them(family, why):
         Engine(Backbone(AutoModelForCausalLM.from_config(config), byte_tokenizer()))
 
 
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "accepted"),
+    [
+        (
+            "qwen2_moe",
+            dict(**EXPERTS, num_experts=4, shared_expert_intermediate_size=32, use_sliding_window=True),
+            False,
+        ),
+        ("phimoe", dict(**EXPERTS, num_local_experts=4), False),
+        ("qwen3_moe", dict(**EXPERTS, num_experts=4, use_sliding_window=True), True),
+        ("mixtral", dict(num_experts_per_tok=2, num_local_experts=4), True),
+    ],
+)
+def test_a_window_that_only_the_mask_knows_is_noticed(family, more, accepted):
+    """Any trial of a few tokens lies within it, and our attention gets no mask."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def model(window):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **SHAPE, **more, sliding_window=window)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    backbone = Backbone(model(16), byte_tokenizer())
+    if not accepted:
+        assert "sliding window" in backbone.obstacle
+        assert Backbone(model(SHAPE["max_position_embeddings"]), byte_tokenizer()).obstacle is None  # never reached
+        return
+    assert backbone.obstacle is None
+    ids = torch.randint(0, 250, (60,))
+    ours = backbone.forward(ids, torch.arange(60), backbone.canvas(60), logits=60)
+    assert distance(ours, backbone.own_logits(ids, 60)) < 1e-4
+
+
+@pytest.mark.parametrize("held", [0.0, float("nan"), 1e9])
+def test_layers_without_kv_of_their_own_are_refused_whatever_memory_held(held, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    types = ["sliding_attention", "full_attention"] * 2
+    small = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=260, laurel_rank=8, altup_num_inputs=2)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gemma3n_text",
+        **{**SHAPE, "intermediate_size": [128] * 4},
+        **small,
+        num_kv_shared_layers=2,
+        activation_sparsity_pattern=None,
+        layer_types=types,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **k: empty(*a, **k).fill_(held))
+    with pytest.raises(NotComposable, match="of their own"):
+        Engine(Backbone(model, byte_tokenizer()))
+
+
 # ---- namespaces ---------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ the attention function; nothing is global, so requests may run side by side.
 
 from __future__ import annotations
 
-from .implementations import AUTO, REFERENCE, SDPA, TRITON, choose
+from .implementations import AUTO, NOTING, REFERENCE, SDPA, TRITON, choose
 from .mask import Enough, Shape, Sparse, visible
 from .probe import AttentionProbe, StopAt
 from .reference import reference_attention
@@ -15,9 +15,11 @@ from .scaled import ScaledContext
 from .sdpa import sdpa_attention
 from .top_chunks import TopChunks
 from .triton_attention import triton_attention
+from .windows import windows_given
 
 __all__ = [
     "AUTO",
+    "NOTING",
     "REFERENCE",
     "SDPA",
     "TRITON",
@@ -33,4 +35,5 @@ __all__ = [
     "sdpa_attention",
     "triton_attention",
     "visible",
+    "windows_given",
 ]

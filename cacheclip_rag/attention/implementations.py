@@ -15,6 +15,7 @@ from .mask import Sparse
 from .reference import reference_attention
 from .sdpa import sdpa_attention
 from .triton_attention import triton_attention
+from .windows import noting_attention
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -22,11 +23,14 @@ AUTO = "auto"
 SDPA = "cacheclip_sdpa"
 REFERENCE = "cacheclip_reference"
 TRITON = "cacheclip_triton"
+NOTING = "cacheclip_noting"
+"""`SDPA`, with a note of each layer's window: to try a model out."""
 
 # Names that are not registered with transformers' mask interface get no mask from it: ours comes from the rows.
 AttentionInterface.register(SDPA, sdpa_attention)
 AttentionInterface.register(REFERENCE, reference_attention)
 AttentionInterface.register(TRITON, triton_attention)
+AttentionInterface.register(NOTING, noting_attention)
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
