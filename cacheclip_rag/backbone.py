@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,11 @@ class Backbone(Texts):
             custom_generate=loop,
             **options,
         )
+
+    def ends(self, given: int | Sequence[int] | None = None) -> frozenset[int]:
+        """The tokens that end an answer: those ``given``, else the model's own."""
+        ids = self.model.generation_config.eos_token_id if given is None else given
+        return frozenset([ids] if isinstance(ids, int) else ids or ())
 
     def on_canvas(
         self, canvas: Canvas, *, shift: int = 0, shape: Shape | None = None

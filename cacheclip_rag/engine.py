@@ -206,6 +206,9 @@ class Engine(Ingestion):
             raise ConfigurationError("do_sample=True needs a temperature above 0; greedy decoding is do_sample=False")
         if not options.setdefault("do_sample", False):
             options.update(temperature=None, top_p=None, top_k=None)
+        for name, instead in _ONE_GREEDY_OR_SAMPLED.items():
+            if options.get(name) not in (None, 1):
+                raise ConfigurationError(f"{name}={options[name]!r} is not possible here: {instead}")
         report = Report(chosen.name, ratio)
 
         def run() -> Iterator[int]:
@@ -224,6 +227,8 @@ class Engine(Ingestion):
                     max_new_tokens=length,
                     **options,
                 )
+                ends = self.backbone.ends(options.get("eos_token_id"))
+                token = -1
                 for token in steps:
                     if not report.completion_tokens:
                         report.ttft = time.perf_counter() - start
@@ -233,7 +238,8 @@ class Engine(Ingestion):
                         report.finish_reason = "cancelled"
                         break
                 else:
-                    report.finish_reason = "length" if report.completion_tokens >= length else "stop"
+                    at_length = report.completion_tokens >= length and token not in ends
+                    report.finish_reason = "length" if at_length else "stop"
             except _Cancelled:
                 return
             except Exception:
@@ -323,7 +329,10 @@ class Engine(Ingestion):
             if not self.composable:
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
                 return prefill.native(self.backbone, self.index, prompt, report)
-            self._encodings.follow()
+            try:
+                self._encodings.follow()
+            except Exception:  # what this process knows already will do
+                log.exception("what other processes stored is not known")
             if method.exact is None and (isinstance(method.select, Everything) or ratio >= 1.0):
                 return prefill.full(self.backbone, self.index, prompt, room, report)
             hints, announced = self._hints.of(prompt)
@@ -348,8 +357,17 @@ class Engine(Ingestion):
             except Exception as error:  # whatever goes wrong in reuse costs time, never the answer
                 log.exception("reuse failed; prefilling the whole prompt")
                 report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
+                report.fit, report.requested_ratio = None, ratio
                 traceback.clear_frames(error.__traceback__)  # it holds on to the canvas, and memory may be what lacked
                 return prefill.full(self.backbone, self.index, prompt, room, report)
+        try:
+            self._afterwards(report, method)
+        except Exception:  # what later requests may gain must not cost this one its answer
+            log.exception("what this prompt showed is not followed up")
+        return result
+
+    def _afterwards(self, report: Report, method: Method) -> None:
+        """Count what was used together; have made again what was missing, and fused what has become hot."""
         if self.usage.note(names := [use.key for use in report.chunks]):
             self._threads.submit(self.usage.save)
         if self._fuse_when_idle and method.fit is not None:
@@ -358,7 +376,6 @@ class Engine(Ingestion):
         gone = [text for use in report.chunks if use.missing and (text := self.index.text(use.key)) is not None]
         if gone:
             self._background.add(Task(text, method) for text in gone)
-        return result
 
     def _tell(self, report: Report) -> None:
         self._tally.add(report)
@@ -375,6 +392,16 @@ class Engine(Ingestion):
                 return step(token, row)
 
         return turn
+
+
+_ONE_GREEDY_OR_SAMPLED = {
+    "num_beams": "one beam is decoded on one canvas",
+    "num_return_sequences": "ask once for each answer",
+    "penalty_alpha": "answers are greedy or sampled",
+    "dola_layers": "answers are greedy or sampled",
+    "stop_strings": "give them as stop=[...]",
+}
+"""Options of ``model.generate`` that ask for another loop than ours, and what to do instead."""
 
 
 def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:

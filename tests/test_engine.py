@@ -180,6 +180,50 @@ def test_a_failure_in_reuse_falls_back_to_full_prefill_and_says_so(engine, answe
     assert answer.report.fresh == answer.report.prompt_tokens and answer.report.reused == 0
 
 
+@pytest.mark.parametrize(
+    "breakage",
+    [
+        lambda e, m: m.setattr(e._encodings, "follow", broken),
+        lambda e, m: m.setattr(e.usage, "note", broken),
+        lambda e, m: (
+            e.library.store.delete([e.library.key(PASSAGES[0])]),
+            m.setattr("threading.Thread.start", broken),
+        ),
+    ],
+    ids=["follow other processes", "count", "encode again"],
+)
+def test_what_fails_beside_an_answer_does_not_cost_it(engine, answers, monkeypatch, breakage):
+    prompt, expected = answers
+    breakage(engine, monkeypatch)
+    assert list(engine.generate(prompt, recompute_ratio=1.0, max_new_tokens=8).ids) == expected
+    assert engine.generate(prompt, method="naive", max_new_tokens=1).report.reused > 0
+
+
+def test_after_a_fallback_the_report_tells_nothing_of_what_failed(engine, monkeypatch):
+    monkeypatch.setattr(QueryGuided, "select", broken)
+    report = engine.generate(prompt_of(engine, PASSAGES), method="auto", max_new_tokens=1).report
+    assert report.fallbacks and report.fit is None and report.requested_ratio == METHODS["auto"].recompute_ratio
+
+
+def test_an_answer_that_ends_with_its_last_allowed_token_has_stopped(engine):
+    prompt = prompt_of(engine, PASSAGES)
+    ids = engine.generate(prompt, max_new_tokens=8, eos_token_id=-1).ids
+    place = next(n for n in range(1, 8) if ids[n] not in ids[:n])
+
+    def reason(most: int) -> str:
+        return engine.generate(prompt, max_new_tokens=most, eos_token_id=[ids[place]]).report.finish_reason
+
+    assert [reason(most) for most in (place, place + 1, place + 2)] == ["length", "stop", "stop"]
+
+
+@pytest.mark.parametrize(
+    "option", [{"num_beams": 2}, {"num_return_sequences": 2}, {"penalty_alpha": 0.6}, {"stop_strings": ["a"]}]
+)
+def test_another_decoding_than_ours_is_refused_before_any_work(engine, option):
+    with pytest.raises(ConfigurationError, match=next(iter(option))):
+        engine.stream("Who?", **option)
+
+
 def broken_once(function):
     """Fails at its first call; then it is ``function`` again (or the genuine `align`)."""
     from cacheclip_rag import prompt
