@@ -209,9 +209,10 @@ class Reuse:
             question=asked.text,
             question_rows=asked.rows(layout),
         )
-        if method.reorder and len(request.groups.unique()) > 1:
+        everywhere = held.nonzero()[:, 0]  # a chunk whose KV is exact where it stands may be asked for as well
+        if method.reorder and len(layout.chunk[everywhere].unique()) > 1:
             with report.timed("reorder"):
-                prompt = _reordered(request)
+                prompt = _reordered(dataclasses.replace(request, rows=everywhere, groups=layout.chunk[everywhere]))
             method = dataclasses.replace(method, reorder=False)
             return self(prompt, method, ratio, room, report, auxiliary=auxiliary, question=asked.text, hints=hints)
         chosen = rows[:0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import permutations
 
 import pytest
 import torch
@@ -173,6 +174,17 @@ def test_reordering_puts_the_chunk_the_question_asks_for_last(engine):
     for passage in PASSAGES:
         assert moved.layout.prompt.count(passage) == 1
     assert len(moved.layout.prompt) == len(plain.layout.prompt)
+
+
+def test_a_chunk_that_is_exact_where_it_stands_moves_as_well(engine):
+    engine.ensure(PASSAGES, method="naive")
+    moved = set()
+    for texts in permutations(PASSAGES[:3]):
+        asked = engine.backbone.chat([{"role": "user", "content": "\n\n".join(texts) + "\n\nWho built it?"}])
+        assert engine.prefill(asked, method="naive").report.chunks[0].exact
+        result = engine.prefill(asked, method="infoflow:reorder=True")
+        moved.add(min(range(3), key=lambda n: result.layout.prompt.index(texts[n])))
+    assert moved > {0}  # before, what stood first stayed first whatever the question pointed at
 
 
 # ---- reductions ------------------------------------------------------------------------------------------------------
