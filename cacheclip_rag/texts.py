@@ -52,8 +52,7 @@ class Texts:
     def tokenise_prompt(self, prompt: str, documents: Sequence[tuple[int, int]] = ()) -> Tokens:
         """A whole prompt's tokens: those transformers would see, begin-of-sequence included where the model wants one.
 
-        ``documents`` are character spans of untrusted text. A control token written inside one stays text; so that the
-        tokenizer does not act on it, the prompt is then cut at the genuine ones, as the tokenizer itself does.
+        ``documents`` are character spans of untrusted text. A control token written inside one stays text.
         """
         if any(token in prompt[start:end] for start, end in documents for token in self.control_tokens):
             tokens = self._tokenise_around(prompt, documents)
@@ -65,17 +64,33 @@ class Texts:
         return tokens
 
     def _tokenise_around(self, prompt: str, documents: Sequence[tuple[int, int]]) -> Tokens:
-        ids, offsets, last = [], [], 0
+        """The tokens of the prompt as if other characters stood in place of the control tokens that documents quote;
+        the documents that do are then tokenised by themselves. So what a document quotes changes nothing outside it,
+        with tokenizers, too, that treat the beginning of a text or what stands beside a control token in their own way.
+        """
         pattern = re.compile("|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True)))
-        cuts = [m.span() for m in pattern.finditer(prompt)]
-        cuts = [(a, b) for a, b in cuts if not any(a < end and b > start for start, end in documents)]
-        for start, end in [*cuts, (len(prompt), len(prompt))]:
-            piece = self.tokenise(prompt[last:start], plain=True)
-            control = self.tokenise(prompt[start:end])
-            ids += [piece.ids, control.ids]
-            offsets += [piece.offsets + last, control.offsets + start]
-            last = end
-        return Tokens(torch.cat(ids), torch.cat(offsets))
+        harmless = list(prompt)
+        quoting = []
+        for start, end in sorted(documents):
+            found = [m.span() for m in pattern.finditer(prompt) if m.start() < end and m.end() > start]
+            for first, last in found:
+                harmless[max(first, start) : min(last, end)] = "x" * (min(last, end) - max(first, start))
+            quoting += [(start, end)] if found else []
+        around = self.tokenise("".join(harmless))
+        ids, offsets, row, place = [], [], 0, 0
+        for start, end in quoting:
+            inside = ((around.offsets[:, 1] > start) & (around.offsets[:, 0] < end)).nonzero()[:, 0]
+            if end <= place or not len(inside):
+                continue
+            # A token across the document's border belongs to neither side, and its text to both pieces' tokens.
+            first, last = int(inside[0]), int(inside[-1]) + 1
+            start = max(place, min(start, int(around.offsets[first, 0])))
+            place = max(end, int(around.offsets[last - 1, 1]))
+            piece = self.tokenise(prompt[start:place], plain=True)
+            ids += [around.ids[row:first], piece.ids]
+            offsets += [around.offsets[row:first], piece.offsets + start]
+            row = last
+        return Tokens(torch.cat([*ids, around.ids[row:]]), torch.cat([*offsets, around.offsets[row:]]))
 
     @cached_property
     def control_tokens(self) -> list[str]:

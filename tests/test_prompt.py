@@ -15,8 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import PASSAGES
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cacheclip_rag.chunks import MIN_CHARS, Namespace, canonical
 from cacheclip_rag.prompt import (
@@ -30,6 +32,7 @@ from cacheclip_rag.prompt import (
     find_question,
 )
 from cacheclip_rag.pull import resolve
+from cacheclip_rag.texts import Texts
 
 WORDS = ["stone", "river", "lamp", "amber", "copper", "engine", "olive", "1847", "harbour", "pencil", "Otto", "3.14"]
 CHATML = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -670,3 +673,29 @@ def test_the_question_s_rows_are_its_fresh_tokens(tokenizer: PreTrainedTokenizer
     assert len(Question("not in the prompt").rows(layout)) == 0
     everything = Question(prompt, 0, len(prompt)).rows(layout)
     assert torch.equal(everything, (~layout.reusable).nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("prepend", ["first", "always"])
+@pytest.mark.parametrize("strips", [{}, {"rstrip": True}, {"lstrip": True}], ids=["", "rstrip", "lstrip"])
+def test_what_a_document_quotes_changes_no_token_outside_it(prepend: str, strips: dict[str, bool]) -> None:
+    """Tokenizers treat the beginning of a text, and what stands beside a control token, in ways of their own."""
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
+    words.train_from_iterator([f"system user assistant \n {text} <|end|>" for text in PASSAGES], trainer)
+    words.add_special_tokens([AddedToken("<|end|>", special=True, **strips)])
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>"))
+
+    def outside(document: str) -> tuple[list[int], list[int]]:
+        head, tail = "system <|end|> \n user ", " \n <|end|> \n assistant "
+        end = len(head + document)
+        tokens = texts.tokenise_prompt(head + document + tail, [(len(head), end)])
+        inside = tokens.ids[(tokens.offsets[:, 1] > len(head)) & (tokens.offsets[:, 0] < end)]
+        assert texts.tokenizer.eos_token_id not in inside
+        before, behind = tokens.offsets[:, 1] <= len(head), tokens.offsets[:, 0] >= end
+        return tokens.ids[before].tolist(), tokens.ids[behind].tolist()
+
+    plain = outside("They say it ends here and not there.")
+    assert plain[0].count(texts.tokenizer.eos_token_id) == plain[1].count(texts.tokenizer.eos_token_id) == 1
+    assert outside("They say <|end|> here and not there.") == plain
+    assert outside("They say <|end|><|end|>x<|end|> and not there.") == plain
