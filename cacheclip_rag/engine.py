@@ -34,6 +34,7 @@ from .prefill import Prefill
 from .prompt import ChunkIndex
 from .pull import resolve as resolve_weights
 from .report import Report
+from .sampling import decoding
 from .select import Everything
 from .stats import Stats, Tally, total
 from .store import Place, Remote
@@ -200,15 +201,7 @@ class Engine(Ingestion):
             stop = [stop]
         if not prompt:
             raise PromptError("the prompt is empty")
-        if options.get("temperature") and "do_sample" not in options:
-            options["do_sample"] = True
-        if options.get("do_sample") and options.get("temperature") == 0:
-            raise ConfigurationError("do_sample=True needs a temperature above 0; greedy decoding is do_sample=False")
-        if not options.setdefault("do_sample", False):
-            options.update(temperature=None, top_p=None, top_k=None)
-        for name, instead in _ONE_GREEDY_OR_SAMPLED.items():
-            if options.get(name) not in (None, 1):
-                raise ConfigurationError(f"{name}={options[name]!r} is not possible here: {instead}")
+        options = decoding(options)
         report = Report(chosen.name, ratio)
 
         def run() -> Iterator[int]:
@@ -392,16 +385,6 @@ class Engine(Ingestion):
                 return step(token, row)
 
         return turn
-
-
-_ONE_GREEDY_OR_SAMPLED = {
-    "num_beams": "one beam is decoded on one canvas",
-    "num_return_sequences": "ask once for each answer",
-    "penalty_alpha": "answers are greedy or sampled",
-    "dola_layers": "answers are greedy or sampled",
-    "stop_strings": "give them as stop=[...]",
-}
-"""Options of ``model.generate`` that ask for another loop than ours, and what to do instead."""
 
 
 def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:

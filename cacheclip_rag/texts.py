@@ -69,13 +69,14 @@ class Texts:
         with tokenizers, too, that treat the beginning of a text or what stands beside a control token in their own way.
         """
         pattern = re.compile("|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True)))
+        written = [match.span() for match in pattern.finditer(prompt)]
         harmless = list(prompt)
         quoting = []
         for start, end in sorted(documents):
-            found = [m.span() for m in pattern.finditer(prompt) if m.start() < end and m.end() > start]
-            for first, last in found:
-                harmless[max(first, start) : min(last, end)] = "x" * (min(last, end) - max(first, start))
-            quoting += [(start, end)] if found else []
+            quotes = [(max(a, start), min(b, end)) for a, b in written if a < end and b > start]
+            for a, b in quotes:
+                harmless[a:b] = "x" * (b - a)
+            quoting += [(start, end)] if quotes else []
         around = self.tokenise("".join(harmless))
         ids, offsets, row, place = [], [], 0, 0
         for start, end in quoting:

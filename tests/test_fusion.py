@@ -282,7 +282,7 @@ def test_one_chunk_that_fails_does_not_stop_the_others(error: Exception, monkeyp
 
 
 def test_a_model_that_cannot_be_composed_is_not_fused_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Backbone, "_find_obstacle", lambda self: "a strange model")
+    monkeypatch.setattr("cacheclip_rag.backbone.obstacle_of", lambda model: "a strange model")
     ready = Engine(tiny_backbone(), method=FUSED, on_uncomposable="prefill")
     seen: list[int] = []
     assert ready.fuse({A: [B]}).skipped == [(A[:40], "a strange model")] and ready.fuse_used().skipped == []

@@ -19,7 +19,7 @@ from .sources import sources
 
 FROM_ROWS = ("pareto", "sweep", "length")
 MEASURES = ("kl", "score", "adjusted", "agree")
-FROM_MODEL = ("agreement", "deviation", "hits")
+FROM_MODEL = {"agreement": plots.agreement, "deviation": plots.deviation, "hits": plots.hits}
 
 
 def answer(
@@ -62,12 +62,12 @@ def answer(
         file = figure.with_suffix(".jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in numbers), encoding="utf-8")
         yield f"{file}"
-        {"agreement": plots.agreement, "deviation": plots.deviation, "hits": plots.hits}[question](numbers, figure)
+        FROM_MODEL[question](numbers, figure)
         yield f"{figure}"
         if question == "hits":
             yield from _hit_shares(numbers)
     else:
-        raise ConfigurationError(f'unknown question "{question}"; there are: {", ".join(FROM_MODEL + FROM_ROWS)}')
+        raise ConfigurationError(f'unknown question "{question}"; there are: {", ".join((*FROM_MODEL, *FROM_ROWS))}')
 
 
 def _measured(

@@ -29,7 +29,11 @@ def _axes(columns: int, width: float = 5.0, height: float = 3.6) -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    """The same rows give the same file."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "cacheclip"}):
+        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
 def agreement(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
