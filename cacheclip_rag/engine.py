@@ -330,10 +330,7 @@ class Engine(Ingestion):
                 return prefill.full(self.backbone, self.index, prompt, room, report)
             hints, announced = self._hints.of(prompt)
             try:
-                if method.exact is not None:
-                    if method.exact not in self._exact:
-                        self._exact[method.exact] = method.exact.open()
-                    cache = self._exact[method.exact]
+                if (cache := self.exact_of(method)) is not None:
                     return prefill.exact(self.backbone, self.index, cache, prompt, room, report)
                 result = self._encodings.reuse(method.encode)(
                     prompt,

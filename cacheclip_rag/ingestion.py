@@ -15,10 +15,12 @@ from .backbone import Backbone
 from .background import Background
 from .batches import batches, reported, together
 from .chunks import canonical
+from .encode import Variant
 from .encodings import Encodings
 from .errors import CacheClipError, StoreError
 from .exact import ExactCache, ExactReuse
 from .fusion import Usage
+from .harvesting import Harvesting
 from .hints import Hints
 from .library import Library
 from .methods import Method
@@ -78,6 +80,18 @@ class Ingestion:
     def library_of(self, method: str | Method) -> Library:
         """Where the chunks are kept that are encoded as ``method`` wants them."""
         return self._encodings.reuse(methods.resolve(method).encode).library
+
+    def variants_of(self, method: str | Method, text: str) -> list[Variant]:
+        """What finished prompts left of a chunk, for a method that harvests them; for another nothing."""
+        reuse = self._encodings.reuse(methods.resolve(method).encode)
+        return reuse.variants.of(self.library.key(text)) if isinstance(reuse, Harvesting) else []
+
+    def exact_of(self, method: str | Method) -> ExactCache | None:
+        """What a method that reuses prompts' beginnings only has kept of them; None for another method."""
+        exact = methods.resolve(method).exact
+        if exact is not None and exact not in self._exact:
+            self._exact[exact] = exact.open()
+        return None if exact is None else self._exact[exact]
 
     # ---- ingestion ------------------------------------------------------------------------------------------------
 

@@ -274,6 +274,22 @@ def test_sweeps_and_options_take_several_words_or_are_repeated(evaluate: Eval, t
     ]
 
 
+def test_passages_are_embedded_once_for_all_numbers_of_neighbours(
+    evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        asked.append(texts)
+        return [[1.0, len(text)] for text in texts]
+
+    monkeypatch.setattr("cacheclip_rag.evaluation.command.mean_pooling", lambda: embed)
+    systems = [f"naive:company=similar,neighbours={count}" for count in (1, 2)]
+    done = evaluate(str(data(tmp_path / "set", "Who?")), "--methods", *systems)
+    assert done.exit_code == 0, done.output
+    assert [row["system"] for row in evaluate.rows()] == ["full", *systems] and asked == [list(PASSAGES[:2])]
+
+
 def test_chunks_in_8_bits_are_systems_of_their_own_in_the_same_file(evaluate: Eval, tmp_path: Path) -> None:
     file = data(tmp_path / "set", "Who?")
     for kind in ("auto", "int8"):

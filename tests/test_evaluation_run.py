@@ -118,11 +118,40 @@ def test_the_auxiliary_model_s_chunks_are_counted_and_its_identity_is_said(backb
 
 def test_what_an_engine_cannot_say_is_null(engine: Counting) -> None:
     assert access.stored(engine.library, PASSAGES[:1]) is None  # nothing is kept yet
-    assert access.stored(None, PASSAGES) is None
-    assert access.library(engine, resolve("ragcache")) is None  # keeps no chunk ahead of its prompts
-    assert access.library(engine, resolve("naive", prefix="x")) is not engine.library  # encoded in another way
+    assert access.left(engine, resolve("cachecraft"), PASSAGES[:1], 0) is None
     engine.ensure(PASSAGES[:1])
     assert access.stored(engine.library, [PASSAGES[0], PASSAGES[0]]) == access.stored(engine.library, PASSAGES[:1])
+
+
+def test_what_methods_keep_of_earlier_prompts_is_counted(backbone: Backbone, tmp_path: Path) -> None:
+    """Two orders of A and B: one variant each, with four bytes a token beside its KV; blocks and documents once where
+    both prompts begin alike. After them an item that shares B: the variant that B has is not made again.
+    """
+    ready, path = Engine(backbone, method="naive"), tmp_path / "rows.jsonl"
+    go(ready, path, [NAIVE, *(System(name, name) for name in ("cachecraft", "prefix-cache", "ragcache"))])
+    by = {(row["id"], row["system"]): row for row in lines(path)}
+    [a, b, c] = [ready.library.get(ready.library.key(p)) for p in PASSAGES[:3]]
+    token = 2 * a.keys[:, :, :1].nbytes
+    for number, pair in {"1": (a, b), "2": (b, c)}.items():
+        naive, harvested = by[number, "naive"], by[number, "cachecraft"]
+        assert naive["stored_bytes"] == sum(chunk.nbytes for chunk in pair)
+        assert harvested["stored_tokens"] == naive["stored_tokens"] == sum(map(len, pair))
+    assert by["1", "cachecraft"]["stored_bytes"] == a.nbytes + b.nbytes + 4 * (len(a) + len(b))
+    variants = [len(ready.variants_of("cachecraft", p)) for p in PASSAGES[:3]]
+    assert variants == [1, 2, 1]
+    assert by["2", "cachecraft"]["stored_bytes"] == 2 * b.nbytes + c.nbytes + 4 * (2 * len(b) + len(c))
+    turned = dataclasses.replace(ITEMS[0], passages=ITEMS[0].passages[::-1], question="What are these passages about?")
+    now, earlier = (backbone.tokenise(prompt(item, backbone)).ids.tolist() for item in (ITEMS[0], turned))
+    alike = next(n for n, (x, y) in enumerate(zip(now, earlier, strict=False)) if x != y)
+    blocks = len(now) // 16 + len(earlier) // 16 - alike // 16
+    assert by["1", "prefix-cache"]["stored_bytes"] == 16 * blocks * token
+    head, tail = (
+        len(backbone.tokenise(part).ids) for part in prompt(ITEMS[0], backbone).split("\n\n".join(PASSAGES[:2]))
+    )
+    documents = len(now) - head - tail
+    assert by["1", "ragcache"]["stored_bytes"] == (head + 2 * documents) * token
+    assert by["1", "ragcache"]["auxiliary_bytes"] == 0 and by["1", "ragcache"]["kl"] < 1e-6
+    assert access.written(ready, resolve("naive")) == 0
 
 
 def test_scores(tmp_path: Path) -> None:

@@ -4,7 +4,18 @@ from .activations import WithActivations
 from .base import Encoder, Text
 from .blanks import Blanks
 from .fused import fused
-from .harvested import Harvested, Variants, disorder
+from .harvested import Harvested, Variant, Variants, disorder
 from .isolated import Isolated
 
-__all__ = ["Blanks", "Encoder", "Harvested", "Isolated", "Text", "Variants", "WithActivations", "disorder", "fused"]
+__all__ = [
+    "Blanks",
+    "Encoder",
+    "Harvested",
+    "Isolated",
+    "Text",
+    "Variant",
+    "Variants",
+    "WithActivations",
+    "disorder",
+    "fused",
+]

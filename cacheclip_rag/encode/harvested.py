@@ -67,6 +67,9 @@ class Variants:
     def __contains__(self, name: object) -> bool:
         return name in self._kept
 
+    def of(self, name: str) -> list[Variant]:
+        return list(self._kept.get(name, ()))
+
     def best(self, name: str, before: Sequence[str]) -> tuple[Variant, float] | None:
         """The variant with the lowest fix-up overhead behind these chunks, and that overhead.
 

@@ -86,17 +86,30 @@ def _others(text: str, texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(other for other in dict.fromkeys(map(canonical, texts)) if other != canonical(text))
 
 
-def library(engine: Engine, method: Method) -> Library | None:
-    """Where the chunks encoded as ``method`` wants them are kept; None for a method that keeps none ahead."""
-    return engine.library_of(method) if method.ahead else None
+def written(engine: Engine, method: Method) -> int:
+    """Bytes that exact reuse has ever kept; 0 for methods of another kind."""
+    cache = engine.exact_of(method)
+    return 0 if cache is None else cache.written
 
 
-def stored(library: Library | None, texts: Sequence[str], fit: Fit | None = None) -> tuple[int, int] | None:
+def left(engine: Engine, method: Method, texts: Sequence[str], since: int) -> tuple[int, int] | None:
+    """Like `stored`, for a method that lives on earlier prompts.
+
+    Of harvested chunks these are the bytes of all their variants. Exact reuse keeps prompts, not chunks: all that it
+    has `written` ``since`` then.
+    """
+    names = {engine.library.key(text): text for text in texts}
+    tokens = sum(len(engine.backbone.tokenise(canonical(text), plain=True)) for text in names.values())
+    if method.exact is not None:
+        return written(engine, method) - since, tokens
+    variants = [engine.variants_of(method, text) for text in names.values()]
+    return (sum(v.kv.nbytes for each in variants for v in each), tokens) if all(variants) else None
+
+
+def stored(library: Library, texts: Sequence[str], fit: Fit | None = None) -> tuple[int, int] | None:
     """Bytes of these chunks' KV, with the variants that ``fit`` may choose from, and the chunks' tokens, each chunk
     once. None where some chunk is not kept.
     """
-    if library is None:
-        return None
     alone = _kept(library, dict.fromkeys(map(library.key, texts)))
     if None in alone:
         return None

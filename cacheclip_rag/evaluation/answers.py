@@ -70,6 +70,7 @@ def _measure(
     engine: Engine, item: Item, text: str, system: System, reference: Reference, max_new_tokens: int
 ) -> dict[str, Any]:
     chunks, method = [passage.chunk for passage in item.passages], system.recipe
+    before = access.written(engine, method)
     access.ensure(engine, item, method)
     if system.meet is not None:
         method = access.fuse(engine, method, system.meet(item))
@@ -79,7 +80,10 @@ def _measure(
     logits = prefill.forced(reference.answer)
     answer = _text(engine, _decode(engine, prefill, reference.answer, logits, max_new_tokens))
     compared = logits[: len(reference.logits)].bfloat16().cpu()
-    size = access.stored(access.library(engine, method), chunks, method.fit)
+    if method.ahead:
+        size = access.stored(engine.library_of(method), chunks, method.fit)
+    else:
+        size = access.left(engine, method, chunks, before)
     helper = engine.auxiliary if method.select.needs_auxiliary else None
     aside = access.stored(helper.library, chunks) if helper is not None else (0, 0)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import cast, get_args
 
 from ..engine import Engine
 from ..errors import ConfigurationError
+from ..fusion import Embed
 from ..library import KVDtype
 from . import rows
 from .company import meeting
@@ -132,9 +134,15 @@ def _met(systems: Sequence[System], source: Source, items: Sequence[Item]) -> li
     if not sought:
         return list(systems)
     corpus, more = source.all() or items, source.corpus()
-    embed = mean_pooling() if any(company == "similar" for company, _ in sought) else _no_embedding
+    embed = _once(mean_pooling()) if any(company == "similar" for company, _ in sought) else _no_embedding
     meets = {(company, count): meeting(company, count, corpus, more, embed) for company, count in sought}
     return [dataclasses.replace(s, meet=meets[s.company, s.neighbours]) if s.company else s for s in systems]
+
+
+def _once(embed: Embed) -> Embed:
+    """Systems that differ in the number of neighbours only have the same passages embedded."""
+    remembered = functools.cache(lambda texts: embed(list(texts)))
+    return lambda texts: remembered(tuple(texts))
 
 
 def _no_embedding(texts: list[str]) -> list[list[float]]:

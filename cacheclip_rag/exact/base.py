@@ -14,6 +14,8 @@ class ExactCache(Protocol):
     """KV of prompts' beginnings, in memory, under a cap in bytes. Not thread-safe: the engine's turns see to that."""
 
     nbytes: int
+    written: int
+    """Bytes that were ever kept, those that have gone since included."""
 
     def longest(self, ids: Tensor, borders: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """KV ``[L, Hk, n_i, D]``, piece by piece from row 0 on, of the longest kept beginning of ``ids [T]``.

@@ -36,7 +36,7 @@ class _Blocks:
     def __init__(self, block: int, capacity: int) -> None:
         self._block, self._capacity = block, capacity
         self._kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-        self.nbytes = 0
+        self.nbytes = self.written = 0
 
     def longest(self, ids: Tensor, borders: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         found = []
@@ -54,7 +54,8 @@ class _Blocks:
             if name not in self._kept:
                 kv = canvas.read(slice(number * self._block, (number + 1) * self._block))
                 self._kept[name] = kv
-                self.nbytes += sum(t.nbytes for t in kv)
+                self.nbytes += (size := sum(t.nbytes for t in kv))
+                self.written += size
             self._kept.move_to_end(name)
         while self.nbytes > self._capacity:
             _, kv = self._kept.popitem(last=False)

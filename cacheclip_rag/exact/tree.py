@@ -51,7 +51,7 @@ class _Tree:
         self._capacity = capacity
         self._root = _Node(b"", None)
         self._clock = 0.0
-        self.nbytes = 0
+        self.nbytes = self.written = 0
 
     def longest(self, ids: Tensor, borders: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         node, pieces = self._root, []
@@ -72,6 +72,7 @@ class _Tree:
                 child = _Node(name, node, canvas.read(slice(start, stop)), cost=seconds_per_token)
                 node.children[name] = child
                 self.nbytes += child.nbytes
+                self.written += child.nbytes
                 self._touch(child)
             node = child
         while self.nbytes > self._capacity:
