@@ -83,11 +83,12 @@ results: setup  ## DATA=folder: every method on every set, 20 items each (hours;
 		--neighbours $(RESULTS)/neighbours-1.5b.jsonl
 
 recipe: setup  ## DATA=folder: the parts of `auto`, over the same fused chunks (hours; resumable)
-	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa --methods $(PARTS) --items 20 \
-		--out $(RESULTS)/recipe-1.5b.jsonl --no-table
+	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --methods $(PARTS) \
+		--items 20 --out $(RESULTS)/recipe-1.5b.jsonl --no-table
 
 neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 others (hours; resumable)
-	@$(RUN)/cacheclip eval $(DATA)/xquad_fusion --items 8 --out $(RESULTS)/neighbours-1.5b.jsonl --no-table --methods \
+	@$(RUN)/cacheclip eval $(DATA)/xquad_fusion $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa --items 8 \
+		--out $(RESULTS)/neighbours-1.5b.jsonl --no-table --methods \
 		$(foreach r,0.0 0.05 0.15,auto@$(r):fused=False \
 		$(foreach n,2 5 10 15,auto@$(r):company=similar$(COMMA)neighbours=$(n)) \
 		$(foreach n,5 10,auto@$(r):company=use$(COMMA)neighbours=$(n)))

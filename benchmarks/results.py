@@ -18,6 +18,7 @@ from statistics import mean
 
 import claims
 import paths
+from pooled import pooled
 
 from cacheclip_rag.evaluation import plots
 from cacheclip_rag.evaluation.figures import summary
@@ -27,6 +28,8 @@ HEAD = Path(__file__).parent / "results-head.md"
 RECIPE = Path(__file__).parent / "results-recipe.md"
 NEIGHBOURS = Path(__file__).parent / "results-neighbours.md"
 CLAIMS = Path(__file__).parent / "results-claims.md"
+AUTO = "query_guided@0.1:company=prompts,layers=(0.69,0.83),normalise=chunk,window=1"
+"""The selection of `auto`, among the rows about its parts."""
 PATHS = Path(__file__).parent / "results-paths.md"
 
 
@@ -79,6 +82,11 @@ def overall(rows: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _alone(system: str) -> str:
+    """The same ratio over chunks by themselves."""
+    return f"{system.partition(':')[0]}:fused=False"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
@@ -109,9 +117,11 @@ def main() -> None:
             *(f"\n## Differences from `{name}`\n\n{compare(rows, name)}" for name in args.baselines),
         ]
         if args.recipe:
-            parts += [RECIPE.read_text(encoding="utf-8"), summarise(common(args.recipe, 8, Path(folder)))]
+            recipe = common(args.recipe, 8, Path(folder))
+            parts += [RECIPE.read_text(encoding="utf-8"), pooled(recipe, lambda _: AUTO), summarise(recipe)]
         if args.neighbours and args.neighbours.exists():
-            parts += [NEIGHBOURS.read_text(encoding="utf-8"), summarise(common(args.neighbours, 8, Path(folder)))]
+            company = common(args.neighbours, 8, Path(folder))
+            parts += [NEIGHBOURS.read_text(encoding="utf-8"), pooled(company, _alone), summarise(company)]
         parts += [PATHS.read_text(encoding="utf-8"), paths.table()]
     args.out.write_text("\n".join(parts), encoding="utf-8")
 

@@ -1,0 +1,35 @@
+"""Systems over the items of all sets together, each against another one: a table for `results.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+
+import claims
+from analyses import table
+
+from cacheclip_rag.evaluation import paired
+
+
+def pooled(rows: Path, against: Callable[[str], str]) -> str:
+    """A Markdown table, a system a line, every item counting the same.
+
+    The last column is the mean difference of the KL, with its interval, to that of the system ``against(label)`` on the
+    same items.
+    """
+    scores = claims.by_system(rows)
+    lines = []
+    for system, mine in scores.items():
+        means = {name: mean(row[name] for row in mine.values()) for name in ("score", "agree", "kl")}
+        line = [system, str(len(mine)), *(f"{value:.3f}" for value in means.values())]
+        line.append(f"{median(row['kl'] for row in mine.values()):.3f}")
+        other = against(system)
+        if system in (other, "full") or other not in scores:
+            line.append("–")
+        else:
+            gap = paired(*claims.pairs(scores, system, other, name="kl"))
+            bounds = f"[{gap.low:+.3f}, {gap.high:+.3f}]"
+            line.append(f"{gap.difference:+.3f} {bounds}" if gap.found else f"none {bounds}")
+        lines.append(line)
+    return table(["system", "items", "score", "agree", "KL", "median", "KL, difference"], lines)
