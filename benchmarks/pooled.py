@@ -13,12 +13,14 @@ from cacheclip_rag.evaluation import paired
 
 
 def pooled(rows: Path, against: Callable[[str], str]) -> str:
-    """A Markdown table, a system a line, every item counting the same.
+    """A Markdown table, a system a line, over the items that all have answered, each counting the same.
 
     The last column is the mean difference of the KL, with its interval, to that of the system ``against(label)`` on the
     same items.
     """
     scores = claims.by_system(rows)
+    items = set.intersection(*map(set, scores.values()))
+    scores = {system: {item: row for item, row in mine.items() if item in items} for system, mine in scores.items()}
     lines = []
     for system, mine in scores.items():
         means = {name: mean(row[name] for row in mine.values()) for name in ("score", "agree", "kl")}
