@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check docs bench bench-store quality results recipe neighbours analyses \
+.PHONY: setup demo test behaviours torture check docs bench bench-store quality results unseen recipe neighbours analyses \
 	sensitivity clean
 
 setup: $(VENV)/.ready
@@ -79,8 +79,23 @@ SETS = $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion 
 results: setup  ## DATA=folder: every method on every set, 20 items each (hours; resumable)
 	@$(RUN)/cacheclip eval $(SETS) --methods $(COMPARED) --ratio 0.15 --items 20 \
 		--out $(RESULTS)/methods-1.5b.jsonl --no-table
-	@$(RUN)/python benchmarks/results.py $(RESULTS)/methods-1.5b.jsonl --recipe $(RESULTS)/recipe-1.5b.jsonl \
-		--neighbours $(RESULTS)/neighbours-1.5b.jsonl
+	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor --methods cachecraft prefix-cache ragcache --ratio 0.15 --items 20 \
+		--out $(RESULTS)/exact-1.5b.jsonl --no-table
+	@$(RUN)/python benchmarks/results.py
+
+# Apart from the sets above: `auto` is tried on one that nothing of it was chosen on, and scales for APE and PSR are found
+# there, which are then tried on sets that they were not found on.
+UNSEEN = $(DATA)/nq_multidoc --no-table
+unseen: setup  ## DATA=folder: `auto` on another set, and scales for APE and PSR (two hours; resumable)
+	@$(RUN)/cacheclip eval $(UNSEEN) --items 12 --out $(RESULTS)/scales-1.5b.jsonl --methods naive ape psr@0.15 \
+		--sweep temperature=0.8,0.9,1.0 --sweep scale=0.8,0.9,1.0
+	@$(RUN)/cacheclip eval $(UNSEEN) --items 12 --out $(RESULTS)/scales-1.5b.jsonl --methods ape psr@0.15 \
+		--sweep temperature=0.5,0.6,0.7 --sweep scale=1.0
+	@$(RUN)/cacheclip eval $(UNSEEN) --items 20 --out $(RESULTS)/unseen-1.5b.jsonl --ratio 0.15 --methods naive \
+		auto:company=prompts auto:company=use auto@0.15:fused=False cacheclip query_guided infoflow cacheblend \
+		prophetkv epic naive:$(MET) auto@0.2:company=prompts auto@0.2:company=use
+	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --items 20 --no-table \
+		--out $(RESULTS)/tuned-1.5b.jsonl --methods ape:scale=1.0,temperature=0.5 psr@0.15:scale=1.0,temperature=0.9
 
 recipe: setup  ## DATA=folder: the parts of `auto`, over the same fused chunks (hours; resumable)
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --methods $(PARTS) \

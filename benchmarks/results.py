@@ -1,10 +1,9 @@
 """Writes docs/results.md from committed rows.
 
-    python benchmarks/results.py benchmarks/results/methods-1.5b.jsonl --recipe benchmarks/results/recipe-1.5b.jsonl \\
-        --neighbours benchmarks/results/neighbours-1.5b.jsonl
+    python benchmarks/results.py
 
 The rows come from `make results DATA=folder`, which can be stopped and goes on where it was: a set that not all systems
-have answered to its end is left out, and said to be.
+have answered to its end is left out, and said to be. What stands between the tables is in `results-*.md` beside this.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import argparse
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -24,13 +24,21 @@ from cacheclip_rag.evaluation import plots
 from cacheclip_rag.evaluation.figures import summary
 from cacheclip_rag.evaluation.tables import compare, summarise
 
-HEAD = Path(__file__).parent / "results-head.md"
-RECIPE = Path(__file__).parent / "results-recipe.md"
-NEIGHBOURS = Path(__file__).parent / "results-neighbours.md"
-CLAIMS = Path(__file__).parent / "results-claims.md"
 AUTO = "query_guided@0.1:company=prompts,layers=(0.69,0.83),normalise=chunk,window=1"
 """The selection of `auto`, among the rows about its parts."""
-PATHS = Path(__file__).parent / "results-paths.md"
+
+SECTIONS: list[tuple[str, list[str], Callable[[str], str] | None]] = [
+    ("exact", ["exact"], None),
+    ("unseen", ["unseen"], None),
+    ("scales", ["scales", "tuned"], None),
+    ("recipe", ["recipe"], lambda _: AUTO),
+    ("neighbours", ["neighbours"], lambda system: f"{system.partition(':')[0]}:fused=False"),
+]
+"""Of the page: its words, its rows, and whom each system is held against where all sets are taken together."""
+
+
+def words(name: str) -> str:
+    return (Path(__file__).parent / f"results-{name}.md").read_text(encoding="utf-8")
 
 
 def finished(rows: Path, items: int, folder: Path) -> tuple[Path, dict[str, int]]:
@@ -82,16 +90,9 @@ def overall(rows: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _alone(system: str) -> str:
-    """The same ratio over chunks by themselves."""
-    return f"{system.partition(':')[0]}:fused=False"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--recipe", type=Path, help="rows about the parts of `auto`")
-    parser.add_argument("--neighbours", type=Path, help="rows about whom chunks are fused with")
+    parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "results", help="a folder")
     parser.add_argument("--items", type=int, default=20, help="of a set that is finished")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--baselines", nargs="+", default=["cacheclip@0.15", "auto:company=prompts"])
@@ -99,30 +100,31 @@ def main() -> None:
     figure = args.out.parent / "figures" / "pareto.svg"
     figure.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        rows, others = finished(args.rows, args.items, Path(folder))
+        rows, others = finished(args.rows / "methods-1.5b.jsonl", args.items, Path(folder))
         plots.pareto(summary(rows), figure)
         scores = claims.by_system(rows)
         waiting = ", ".join(f"{data} ({count} of {args.items})" for data, count in others.items())
         parts = [
-            HEAD.read_text(encoding="utf-8"),
+            words("head"),
             f"Not finished, so not here: {waiting}.\n" if waiting else "",
             f"\n## All sets\n\n{overall(rows)}",
             "## The aims of `auto`\n",
             *(claims.aims(scores, system) for system in claims.AUTOS if system in scores),
-            CLAIMS.read_text(encoding="utf-8"),
+            words("claims"),
             claims.published(scores),
             "## Each set\n",
             summarise(rows),
             f"\n![Quality against time to first token](figures/{figure.name})\n",
             *(f"\n## Differences from `{name}`\n\n{compare(rows, name)}" for name in args.baselines),
         ]
-        if args.recipe:
-            recipe = common(args.recipe, 8, Path(folder))
-            parts += [RECIPE.read_text(encoding="utf-8"), pooled(recipe, lambda _: AUTO), summarise(recipe)]
-        if args.neighbours and args.neighbours.exists():
-            company = common(args.neighbours, 8, Path(folder))
-            parts += [NEIGHBOURS.read_text(encoding="utf-8"), pooled(company, _alone), summarise(company)]
-        parts += [PATHS.read_text(encoding="utf-8"), paths.table()]
+        for section, names, against in SECTIONS:
+            known = [path for name in names if (path := args.rows / f"{name}-1.5b.jsonl").exists()]
+            parts += [words(section)] if known else []
+            for path in known:
+                shared = common(path, 8, Path(folder))
+                parts += [pooled(shared, against)] if against is not None else []
+                parts.append(summarise(shared))
+        parts += [words("paths"), paths.table()]
     args.out.write_text("\n".join(parts), encoding="utf-8")
 
 
