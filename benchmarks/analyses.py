@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cacheclip_rag.evaluation import summary
+from cacheclip_rag.evaluation import plots, rows, summary
 from cacheclip_rag.evaluation.plots import parameter_of
 
 HERE = Path(__file__).parent
@@ -24,6 +24,18 @@ DEPTHS = ((0.0, 0.0), (0.01, 0.25), (0.25, 0.5), (0.5, 0.69), (0.69, 0.83), (0.8
 SELECTING = (0, 1, 4, 9, 14, 19, 23, 27)
 PLACES = ((0, 1), (1, 2), (2, 5), (5, 10), (10, 20))
 """Twentieths of a chunk."""
+
+SHOWN = (
+    "naive",
+    "epic@0.15",
+    "cacheblend@0.15",
+    "cacheclip@0.15",
+    "query_guided@0.15",
+    "infoflow@0.15",
+    "auto:company=prompts",
+    "auto:company=use",
+)
+"""Of the systems in `docs/results.md` those that the figure by length has room for."""
 
 Rows = Sequence[dict[str, Any]]
 
@@ -105,6 +117,26 @@ def by_set(path: Path) -> str:
     return _columns(found)
 
 
+def needles() -> Rows:
+    """Rows of RULER, whose tasks are the same at 2k and 4k tokens."""
+    kept = rows.read(RESULTS / "methods-1.5b.jsonl").values()
+    return [row for row in kept if row["dataset"].startswith("ruler") and row["system"] in ("full", *SHOWN)]
+
+
+def by_length(found: Rows) -> str:
+    """A system a line, the two lengths in columns: KL, and in brackets the share of full prefill's score."""
+    sets = dict.fromkeys(row["dataset"] for row in found)
+
+    def over(system: str, data: str, name: str) -> float:
+        return mean(row[name] for row in found if row["system"] == system and row["dataset"] == data)
+
+    def cell(system: str, data: str) -> str:
+        return f"{over(system, data, 'kl'):.3f} ({over(system, data, 'score') / over('full', data, 'score'):.0%})"
+
+    lines = ([f"`{system}`", *(cell(system, data) for data in sets)] for system in SHOWN)
+    return table(["", *(data.replace("_", " at ") for data in sets)], lines)
+
+
 def _columns(found: dict[str, dict[str, str]]) -> str:
     columns = list(dict.fromkeys(value for cells in found.values() for value in cells))
     lines = ([f"`{name}`", *(cells.get(value, "–") for value in columns)] for name, cells in found.items())
@@ -126,9 +158,11 @@ def main() -> None:
         "foretold": foretold(other),
         "hits": hits(found),
     }
-    for name, rows in ((name, RESULTS / f"{name}-0.5b.jsonl") for name in ("ratio", "prefix", "chunks")):
-        if rows.exists():
-            parts[name] = by_set(rows) if name == "chunks" else swept(rows, name)
+    for name, path in ((name, RESULTS / f"{name}-0.5b.jsonl") for name in ("ratio", "prefix", "chunks")):
+        if path.exists():
+            parts[name] = by_set(path) if name == "chunks" else swept(path, name)
+    parts["length"] = by_length(needles())
+    plots.length(needles(), args.out.parent / "figures" / "length.svg")
     for name, part in parts.items():
         text = text.replace(f"<!-- {name} -->\n", part)
     args.out.write_text(text, encoding="utf-8")
