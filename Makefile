@@ -93,7 +93,7 @@ unseen: setup  ## DATA=folder: `auto` on another set, and scales for APE and PSR
 		--sweep temperature=0.5,0.6,0.7 --sweep scale=1.0
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 20 --out $(RESULTS)/unseen-1.5b.jsonl --ratio 0.15 --methods naive \
 		auto:company=prompts auto:company=use auto@0.15:fused=False cacheclip query_guided infoflow cacheblend \
-		prophetkv epic naive:$(MET)
+		prophetkv epic naive:$(MET) auto@0.2:company=use auto@0.4:company=use
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --items 20 --no-table \
 		--out $(RESULTS)/tuned-1.5b.jsonl --methods ape:scale=1.0,temperature=0.5 psr@0.15:scale=1.0,temperature=0.9
 
