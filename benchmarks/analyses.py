@@ -161,8 +161,8 @@ def main() -> None:
     for name, path in ((name, RESULTS / f"{name}-0.5b.jsonl") for name in ("ratio", "prefix", "chunks")):
         if path.exists():
             parts[name] = by_set(path) if name == "chunks" else swept(path, name)
-    parts["length"] = by_length(needles())
-    plots.length(needles(), args.out.parent / "figures" / "length.svg")
+    parts["length"] = by_length(ruler := needles())
+    plots.length(ruler, args.out.parent / "figures" / "length.svg")
     for name, part in parts.items():
         text = text.replace(f"<!-- {name} -->\n", part)
     args.out.write_text(text, encoding="utf-8")

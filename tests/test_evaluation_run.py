@@ -119,13 +119,14 @@ def test_the_auxiliary_model_s_chunks_are_counted_and_its_identity_is_said(backb
 def test_what_an_engine_cannot_say_is_null(engine: Counting) -> None:
     assert access.stored(engine.library, PASSAGES[:1]) is None  # nothing is kept yet
     assert access.left(engine, resolve("cachecraft"), PASSAGES[:1], 0) is None
+    assert engine.library_of(resolve("naive", prefix="x")) is not engine.library  # encoded in another way
     engine.ensure(PASSAGES[:1])
     assert access.stored(engine.library, [PASSAGES[0], PASSAGES[0]]) == access.stored(engine.library, PASSAGES[:1])
 
 
 def test_what_methods_keep_of_earlier_prompts_is_counted(backbone: Backbone, tmp_path: Path) -> None:
     """Two orders of A and B: one variant each, with four bytes a token beside its KV; blocks and documents once where
-    both prompts begin alike. After them an item that shares B: the variant that B has is not made again.
+    both prompts begin alike. After them B and C, in two orders: B, behind C now, leaves a second variant.
     """
     ready, path = Engine(backbone, method="naive"), tmp_path / "rows.jsonl"
     go(ready, path, [NAIVE, *(System(name, name) for name in ("cachecraft", "prefix-cache", "ragcache"))])
