@@ -46,9 +46,24 @@ class Library:
     """Where the chunks of a folder are, and for which model; kept beside them, so that asking needs no options."""
 
     home: Path
-    model: str
-    auxiliary: str | None = None
+    model: str = "qwen2.5-coder-0.5b-instruct"
+    auxiliary: str | None = "smollm2-135m-instruct"
     chunk_size: int = 320
+
+    @classmethod
+    def given(cls, home: Path, **settings: Any) -> Library:
+        """With these settings; those that are None are what an earlier ingestion had, or else the defaults.
+
+        The auxiliary model called ``"none"`` is none.
+        """
+        try:
+            library = cls.read(home)
+        except ConfigurationError:
+            library = cls(home)
+        wanted = {name: value for name, value in settings.items() if value is not None}
+        if str(wanted.get("auxiliary", "")).lower() == "none":
+            wanted["auxiliary"] = None
+        return dataclasses.replace(library, **wanted)
 
     @classmethod
     def read(cls, home: Path) -> Library:
@@ -128,10 +143,12 @@ def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: P
     vectors = library.vectors()
     library.write()
     _embed(library, documents, vectors, embedding, progress)
-    after = list(dict.fromkeys(text_of(node) for node in vectors.get_nodes(node_ids=None)))
+    chunks = [(str(node.metadata["source"]), text_of(node)) for node in vectors.get_nodes(node_ids=None)]
+    after = list(dict.fromkeys(text for _, text in chunks))
 
     progress("opening the model", 0, 0)
     engine = library.llm().engine
+    engine.documents.note(chunks)  # so that `cacheclip store forget --document` finds them
     gone = before.difference(after)
     engine.forget(gone)
     if gone:  # what other models read of them goes, too
@@ -147,7 +164,9 @@ def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: P
 
 def _begin(library: Library) -> set[str]:
     """The chunks there were before, those included that an ingestion which was interrupted had still to forget."""
-    library.folder.mkdir(parents=True, exist_ok=True)
+    for folder in (library.home, library.folder):  # the index holds the documents' text: it is its owner's only
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    library.folder.chmod(0o700)
     before = {text_of(node) for node in library.vectors().get_nodes(node_ids=None)}
     with contextlib.suppress(OSError, ValueError):
         before.update(json.loads(library.unfinished.read_text(encoding="utf-8")))

@@ -32,12 +32,22 @@ def ingest(
     folder: Annotated[Path, typer.Argument(help="PDF, Markdown, HTML and text files, subfolders included.")],
     home: Home = Path(".cacheclip"),
     model: Annotated[
-        str, typer.Option(help="The model that will answer: `cacheclip pull --list`, a hub id or a folder.")
-    ] = "qwen2.5-coder-0.5b-instruct",
+        str | None,
+        typer.Option(
+            help="The model that will answer: `cacheclip pull --list`, a hub id or a folder. "
+            "[default: last time's, else qwen2.5-coder-0.5b-instruct]"
+        ),
+    ] = None,
     auxiliary: Annotated[
-        str, typer.Option(help='The small model that selects tokens; "none": the question\'s own attention does.')
-    ] = "smollm2-135m-instruct",
-    chunk_size: Annotated[int, typer.Option(min=64, help="Tokens of a chunk, about.")] = 320,
+        str | None,
+        typer.Option(
+            help='The small model that selects tokens; "none": the question\'s own attention does. '
+            "[default: last time's, else smollm2-135m-instruct]"
+        ),
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=64, help="Tokens of a chunk, about. [default: last time's, else 320]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read a folder of documents once, so that answers from it start sooner.
@@ -50,7 +60,7 @@ def ingest(
     """
     with quietly(), bar() as progress:
         app = _app("folder")  # slow to import
-        library = app.Library(home, model, None if auxiliary.lower() in ("none", "") else auxiliary, chunk_size)
+        library = app.Library.given(home, model=model, auxiliary=auxiliary, chunk_size=chunk_size)
         result = app.ingest(folder, library, _embedding(), progress)
     if as_json:
         typer.echo(json.dumps(asdict(result)))

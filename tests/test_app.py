@@ -226,6 +226,42 @@ def test_what_is_gone_is_forgotten_for_every_model_and_chunk_size(tmp_path: Path
     assert {stored.text for stored in Administration(home).entries()} == texts
 
 
+def test_what_was_ingested_is_forgotten_by_its_file_or_its_name(tmp_path: Path, model: str) -> None:
+    documents, home = tmp_path / "documents", tmp_path / "home"
+    documents.mkdir()
+    files = [write(documents, number, 1800 + number) for number in (0, 1, 2)]
+    ingest(documents, home, model)
+    by_name = run("store", "forget", "--document", "Corwen/lighthouse.html", "--store", home, "--json")
+    assert json.loads(by_name.stdout)["removed"] == 1 and "founded in 1802" not in kept(home)
+    by_text = run("store", "forget", files[0], "--store", home, "--json")
+    assert json.loads(by_text.stdout)["removed"] == 1 and "founded in 1800" not in kept(home)
+    assert "founded in 1801" in kept(home)
+
+
+def test_the_index_is_its_owners_only(tmp_path: Path, model: str) -> None:
+    """It holds the documents' text. An index of an earlier version is closed, too."""
+    documents, home = tmp_path / "documents", tmp_path / "home"
+    documents.mkdir()
+    write(documents, 0, 1800)
+    ingest(documents, home, model)
+    assert {path.stat().st_mode & 0o777 for path in (home, home / "index")} == {0o700}
+    (home / "index").chmod(0o755)
+    ingest(documents, home, model)
+    assert (home / "index").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_second_ingestion_needs_no_options(tmp_path: Path, model: str) -> None:
+    documents, home = tmp_path / "documents", tmp_path / "home"
+    documents.mkdir()
+    write(documents, 0, 1800)
+    words = ("ingest", documents, "--home", home)
+    assert run(*words, "--model", model, "--auxiliary", "none", "--chunk-size", 200).exit_code == 0
+    assert run(*words).exit_code == 0
+    assert Library.read(home) == Library(home, model, None, 200)
+    assert run(*words, "--chunk-size", 128).exit_code == 0
+    assert Library.read(home) == Library(home, model, None, 128)
+
+
 def test_a_method_for_fused_chunks(folder: Path, home: Path, model: str) -> None:
     if not (home / "index").exists():
         ingest(folder, home, model)

@@ -472,6 +472,15 @@ def test_forgetting_a_document_leaves_nothing_of_it(tmp_path: Path) -> None:
         assert [entry.text for entry in store.entries()] == ["something else"]
 
 
+def test_a_frameworks_metadata_need_not_stand_in_the_document() -> None:
+    found = occurs_in(["First line.\n\nThe half that is left out here."])
+    assert found("file_name: report.txt\npage: 3\n\nThe half that is left\nout here.")
+    assert found("First line.\n\nThe half")
+    assert not found("file_name: report.txt\n\nThe other half.")
+    assert not found("A heading\n\nThe half that is left out here.")  # another document may say so
+    assert not found("file_name: report.txt\n\n") and not found(" \n")
+
+
 def test_what_another_process_removed_is_not_served_from_memory(tmp_path: Path) -> None:
     tiers = TieredStore(MemoryStore(HUGE), open_disk(tmp_path))
     key = ONE.key("a secret text")

@@ -252,6 +252,16 @@ def describe(file: Found, read: Callable[[int], bytes]) -> Look:
 
 
 def occurs_in(documents: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a chunk's text stands in one of these documents, however either is broken into lines."""
+    """Whether a chunk's text stands in one of these documents, however either is broken into lines.
+
+    What a framework puts in front of a chunk, lines of ``name: value`` and a blank one, need not stand there.
+    """
     whole = [" ".join(document.split()) for document in documents]
-    return lambda text: bool(wanted := " ".join(text.split())) and any(wanted in document for document in whole)
+
+    def occurs(text: str) -> bool:
+        head, blank, body = text.strip().partition("\n\n")
+        labelled = blank and all(": " in line for line in head.splitlines())
+        parts = [" ".join(part.split()) for part in ([text, body] if labelled else [text])]
+        return any(part in document for part in parts if part for document in whole)
+
+    return occurs
