@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from transformers import (
 from .attention import AUTO, Shape
 from .canvas import Canvas
 from .composability import obstacle_of
-from .errors import NotComposable, WeightsError
+from .errors import ConfigurationError, NotComposable, WeightsError
 from .fingerprint import fingerprint
 from .layers import Layers
 from .rotary import Rotary
@@ -112,6 +114,16 @@ class Backbone(Layers):
             custom_generate=loop,
             **options,
         )
+
+    def check_options(self, names: Iterable[str]) -> None:
+        """Raises ConfigurationError for names that are no options of ``model.generate``."""
+        config = self.model.generation_config
+        known = {*vars(config), *inspect.signature(self.model.generate).parameters} - {"self", "kwargs"}
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known | {"max_new_tokens"}, n=1)
+                hint = f'; did you mean "{close[0]}"?' if close else ""
+                raise ConfigurationError(f'"{name}" is no option of a request or of transformers\' generate{hint}')
 
     def ends(self, given: int | Sequence[int] | None = None) -> frozenset[int]:
         """The tokens that end an answer: those ``given``, else the model's own."""

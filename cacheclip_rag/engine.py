@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -141,6 +142,8 @@ class Engine(Ingestion):
             if auxiliary is not None:
                 self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
         self.usage = Usage(self._place.usage_file(self.library.namespace) if self.composable else None)
+        # Counts are saved now and then; a process that ends without `close` saves the last ones as it goes.
+        weakref.finalize(self, self.usage.save)
         self._fuse_when_idle = fuse_when_idle
         self._turns, self._seats = Turns(), Seats(max_requests)
         self._hints = Hints()
@@ -202,6 +205,7 @@ class Engine(Ingestion):
         if not prompt:
             raise PromptError("the prompt is empty")
         options = decoding(options)
+        self.backbone.check_options(options)
         report = Report(chosen.name, ratio)
 
         def run() -> Iterator[int]:

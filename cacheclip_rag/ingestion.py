@@ -17,7 +17,7 @@ from .batches import batches, reported, together
 from .chunks import canonical
 from .encode import Variant
 from .encodings import Encodings
-from .errors import CacheClipError, StoreError
+from .errors import CacheClipError, ConfigurationError, StoreError
 from .exact import ExactCache, ExactReuse
 from .fusion import Usage
 from .harvesting import Harvesting
@@ -109,10 +109,11 @@ class Ingestion:
         processor busy. Never raises for a chunk: one that cannot be encoded or kept is listed with the reason, and
         prompts that contain it are prefilled as usual. Interrupting it loses nothing that was finished.
         ``progress(done)`` is called for each chunk. ``document``: what they are chunks of, for `forget_document`.
+
+        Raises `ConfigurationError` for one text instead of several, and for an unknown method.
         """
-        result = Ensured()
+        result, texts = Ensured(), _several(texts)
         if document is not None:
-            texts = list(texts)
             try:
                 self.documents.add(document, texts)
             except StoreError as error:  # what is stored now could not be forgotten with its document
@@ -301,6 +302,7 @@ class Ingestion:
 
     def ensure_later(self, texts: Iterable[str]) -> None:
         """Like `ensure`, in the background, while no request is being served."""
+        texts = _several(texts)
         if self.composable:
             self._background.add(Task(text) for text in texts)
 
@@ -317,7 +319,7 @@ class Ingestion:
         It reads the beginning of every file of other models and encodings in the folder. Interrupted, it can be
         repeated. Raises `StoreError` when something cannot be removed: repeat it then.
         """
-        if gone := list(texts):
+        if gone := _several(texts):
             self._forget(gone)
             opened = [library.namespace for library in self._libraries()]
             self._place.forget_elsewhere(set(map(self.documents.text, gone)), opened)
@@ -385,6 +387,13 @@ class Ingestion:
             self.fuse({task.text: [text for text in met if text is not None]}, method=task.method)
         else:
             self._ensure_batch([task.text], task.method or self.method, Ensured(), wanted=self._background.wanted)
+
+
+def _several(texts: Iterable[str]) -> list[str]:
+    """Raises `ConfigurationError` for one text, whose characters would be taken for texts."""
+    if isinstance(texts, str):
+        raise ConfigurationError("chunks are given as several texts, not as one: [text]")
+    return list(texts)
 
 
 def _weight(text: str, company: Sequence[str]) -> int:

@@ -27,6 +27,10 @@ from .select import Request
 from .select.query_guided import question_scores
 from .texts import Tokens
 
+_GONE = "its stored KV is gone or damaged"
+_OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name}") does so ahead'
+"""Of a chunk that the engine knows as another method encodes it: in the index it goes by its name there."""
+
 _COPY = 64
 """Slots behind a prompt for a copy of its question, where it must be asked behind the last chunk (tokens)."""
 
@@ -247,7 +251,11 @@ class Reuse:
             self.fused.get(text, ()) if method.fit is None else self.fused.fitting(text, texts[:number], method.fit)
             for number, text in enumerate(texts)
         ]
-        missing = {k: "its stored KV is gone or damaged" for k, c in zip(keys, chunks, strict=True) if c is None}
+        missing = {
+            key: _GONE if key == self.library.key(text) else _OTHERWISE.format(name=method.name)
+            for key, text, chunk in zip(keys, texts, chunks, strict=True)
+            if chunk is None
+        }
         return chunks, missing
 
     def _fits(self, spans: Sequence[Span], chunks: Sequence[ChunkKV | None]) -> list[float]:

@@ -191,7 +191,8 @@ def clear(
     """Remove all chunks."""
     place = _open(store, remote)
     if not yes:
-        typer.confirm(f"Remove all chunk KV in {remote or store}?", abort=True)
+        of = f" of namespaces {namespace}..." if namespace else ""
+        typer.confirm(f"Remove all chunk KV{of} in {remote or store}?", abort=True)
     count = place.clear(namespace)
     if as_json:
         return _print({"removed": count})

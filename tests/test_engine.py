@@ -224,6 +224,27 @@ def test_another_decoding_than_ours_is_refused_before_any_work(engine, option):
         engine.stream("Who?", **option)
 
 
+def test_an_unknown_option_is_refused_before_any_work(engine):
+    with pytest.raises(ConfigurationError, match=r'"max_tokens" .* did you mean "max_new_tokens"'):
+        engine.stream("Who?", max_tokens=5)
+    assert len(engine.generate("Who?", max_new_tokens=2, repetition_penalty=1.1).ids) <= 2
+
+
+@pytest.mark.parametrize("call", ["ensure", "ensure_later", "forget"])
+def test_one_text_is_not_taken_for_several(engine, call):
+    with pytest.raises(ConfigurationError, match="several texts"):
+        getattr(engine, call)(PASSAGES[0])
+    assert engine.knows(PASSAGES[0])
+
+
+def test_a_chunk_that_is_not_encoded_as_a_method_wants_it_is_told_so(engine):
+    report = engine.generate(prompt_of(engine, PASSAGES), method="psr", max_new_tokens=2).report
+    assert len(report.fallbacks) == len(PASSAGES)
+    assert all('not encoded as psr wants it; engine.ensure(texts, method="psr")' in told for told in report.fallbacks)
+    engine.flush()
+    assert engine.generate(prompt_of(engine, PASSAGES), method="psr", max_new_tokens=2).report.fallbacks == []
+
+
 def broken_once(function):
     """Fails at its first call; then it is ``function`` again (or the genuine `align`)."""
     from cacheclip_rag import prompt
@@ -680,7 +701,7 @@ def test_sampling_is_transformers_own(engine):
     assert (
         engine.generate(prompt, temperature=0.0, max_new_tokens=8).ids == engine.generate(prompt, max_new_tokens=8).ids
     )
-    with pytest.raises(ValueError):
+    with pytest.raises(ConfigurationError, match="no_such_option"):
         engine.generate(prompt, no_such_option=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -667,6 +668,17 @@ def test_chunks_are_fused_with_those_they_come_with(tmp_path: Path) -> None:
     assert again.fuse_used(least=1).encoded == 1 and fused_of(again)(B) == [(), (A, C)]
     again.forget([A])
     assert again.usage.company(again.library.key(B), 9) == [again.library.key(C)]
+
+
+def test_counts_of_an_engine_that_was_never_closed_are_kept(tmp_path: Path) -> None:
+    """It was dropped, or its process ended, before there was enough to save."""
+    ready = engine(store=tmp_path)
+    ready.ensure([A, B])
+    for _ in range(2):
+        ready.prefill(PREFIX + A + B + TAIL)
+    del ready
+    gc.collect()
+    assert engine(store=tmp_path).fuse_used().encoded == 1
 
 
 def test_idle_time_is_used_to_fuse_when_allowed() -> None:
