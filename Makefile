@@ -61,7 +61,7 @@ quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; res
 COMPARED = naive promptcache link0 random epic legolink cacheblend droidspeak cachecraft \
 	cacheclip cacheclip:layers=upper cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct query_guided \
 	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr \
-	naive:company=prompts auto:company=prompts auto:company=use auto@0.15:fused=False
+	naive:company=prompts auto:company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False
 MET = company=prompts
 COMMA = ,
 PARTS = naive:$(MET) random@0.1:$(MET) epic@0.1:$(MET),prefix=system cacheblend@0.1:$(MET),prefix=system \
@@ -92,7 +92,8 @@ unseen: setup  ## DATA=folder: `auto` on another set, and scales for APE and PSR
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 12 --out $(RESULTS)/scales-1.5b.jsonl --methods ape psr@0.15 \
 		--sweep temperature=0.5,0.6,0.7 --sweep scale=1.0
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 20 --out $(RESULTS)/unseen-1.5b.jsonl --ratio 0.15 --methods naive \
-		auto:company=prompts auto:company=use auto@0.15:fused=False cacheclip query_guided infoflow cacheblend \
+		auto:company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False \
+		cacheclip query_guided infoflow cacheblend \
 		prophetkv epic naive:$(MET) auto@0.2:company=use auto@0.4:company=use
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --items 20 --no-table \
 		--out $(RESULTS)/tuned-1.5b.jsonl --methods ape:scale=1.0,temperature=0.5 psr@0.15:scale=1.0,temperature=0.9
@@ -104,7 +105,7 @@ recipe: setup  ## DATA=folder: the parts of `auto`, over the same fused chunks (
 neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 others (hours; resumable)
 	@$(RUN)/cacheclip eval $(DATA)/xquad_fusion $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa --items 8 \
 		--out $(RESULTS)/neighbours-1.5b.jsonl --no-table --methods \
-		$(foreach r,0.0 0.05 0.15,auto@$(r):fused=False \
+		$(foreach r,0.0 0.05 0.15,auto@$(r):carry=0$(COMMA)fused=False \
 		$(foreach n,2 5 10 15,auto@$(r):company=similar$(COMMA)neighbours=$(n)) \
 		$(foreach n,5 10,auto@$(r):company=use$(COMMA)neighbours=$(n)))
 
@@ -122,12 +123,12 @@ analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn 
 SMALL = --model qwen2.5-coder-0.5b-instruct --items 12 --no-table
 sensitivity: setup  ## DATA=folder: what hangs on the ratio, the prefix and the number of chunks (an hour; resumable)
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(SMALL) --out $(RESULTS)/ratio-0.5b.jsonl \
-		--methods cacheblend cacheclip auto:fused=False --sweep ratio=0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5
+		--methods cacheblend cacheclip auto:carry=0,fused=False --sweep ratio=0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(SMALL) --out $(RESULTS)/prefix-0.5b.jsonl \
-		--methods naive cacheblend@0.15 cacheclip@0.15 auto@0.15:fused=False \
+		--methods naive cacheblend@0.15 cacheclip@0.15 auto@0.15:carry=0,fused=False \
 		--sweep prefix=none,token,newline,generic,system
 	@$(RUN)/cacheclip eval $(foreach n,2 4 6 8 10,"hotpotqa_$(n)=$(DATA)/hotpotqa_distractor?passages=$(n)") $(SMALL) \
-		--out $(RESULTS)/chunks-0.5b.jsonl --methods naive cacheblend@0.15 cacheclip@0.15 auto:company=prompts
+		--out $(RESULTS)/chunks-0.5b.jsonl --methods naive cacheblend@0.15 cacheclip@0.15 auto:carry=0,company=prompts
 	@$(RUN)/cacheclip analyse sweep --by ratio --rows $(RESULTS)/ratio-0.5b.jsonl --out docs/figures/ratio.svg
 	@$(RUN)/cacheclip analyse sweep --by prefix --rows $(RESULTS)/prefix-0.5b.jsonl --out docs/figures/prefix.svg
 	@$(RUN)/cacheclip analyse length --by chunks --rows $(RESULTS)/chunks-0.5b.jsonl --out docs/figures/chunks.svg

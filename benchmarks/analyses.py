@@ -84,6 +84,17 @@ def where(rows: Rows) -> str:
     return table(["layer", "mean", *columns], lines)
 
 
+def shared(rows: Rows) -> str:
+    """How much of the squared deviation is the same for all tokens of a chunk, layers in columns."""
+    layers = [layer for layer in SELECTING if layer < len(rows[0]["overlap"]) and layer]
+
+    def cell(name: str, layer: int) -> str:
+        return f"{mean(row[name] for row in rows if row['layer'] == layer):.0%}"
+
+    lines = ([kind, *(cell(f"shared_{kind}", layer) for layer in layers)] for kind in ("keys", "values"))
+    return table(["layer", *map(str, layers)], lines)
+
+
 def hits(rows: Rows) -> str:
     """What is reused a line: what it found of all prompt tokens, of which in every prompt, and where more."""
     lines = []
@@ -156,6 +167,7 @@ def main() -> None:
         "agreement": agreement(one),
         "where": where(other),
         "foretold": foretold(other),
+        "shared": shared(other),
         "hits": hits(found),
     }
     for name, path in ((name, RESULTS / f"{name}-0.5b.jsonl") for name in ("ratio", "prefix", "chunks")):

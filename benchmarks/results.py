@@ -32,7 +32,7 @@ SECTIONS: list[tuple[str, list[str], Callable[[str], str] | None]] = [
     ("unseen", ["unseen"], None),
     ("scales", ["scales", "tuned"], None),
     ("recipe", ["recipe"], lambda _: AUTO),
-    ("neighbours", ["neighbours"], lambda system: f"{system.partition(':')[0]}:fused=False"),
+    ("neighbours", ["neighbours"], lambda system: f"{system.partition(':')[0]}:carry=0,fused=False"),
 ]
 """Of the page: its words, its rows, and whom each system is held against where all sets are taken together."""
 

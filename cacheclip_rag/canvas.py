@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +14,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .attention import Sparse
 from .chunks import ChunkKV
 from .rotary import Rotary
+
+
+class Amend(Protocol):
+    """Changes KV that a forward does not write, layer by layer, in the light of what it writes."""
+
+    def __call__(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor]) -> None:
+        """``rows [S]`` int64 are about to be written with ``new``, keys and values ``[Hk, S, D]``; ``keys``, ``values
+        [Hk, capacity, D]`` are the layer's, still without them, to be changed in place.
+        """
 
 
 class Canvas(Cache):
@@ -39,7 +50,8 @@ class Canvas(Cache):
         self._slots = _Slots(capacity)
         super().__init__(
             layers=[
-                _CanvasLayer(keys, values, self._slots) for keys, values in zip(self.keys, self.values, strict=True)
+                _CanvasLayer(number, keys, values, self._slots)
+                for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))
             ]
         )
 
@@ -68,6 +80,15 @@ class Canvas(Cache):
         run = last - first + 1 == len(sparse.rows)
         self._slots.aimed = slice(first, last + 1) if run else sparse.rows
         self.length = max(self.length, last + 1)
+
+    @contextmanager
+    def amended(self, amend: Amend) -> Iterator[None]:
+        """Have ``amend`` called in every layer of the forwards inside, before the layer's rows are written."""
+        self._slots.amend = amend
+        try:
+            yield
+        finally:
+            self._slots.amend = None
 
     def place(self, chunk: ChunkKV, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
         """Copy the KV of ``chunk``'s ``tokens`` to the slots from ``row`` on, rotated to ``position`` (or to row)."""
@@ -100,6 +121,7 @@ class _Slots:
     capacity: int
     length: int = 0
     aimed: slice | Tensor = field(default_factory=lambda: slice(0, 0))
+    amend: Amend | None = None
 
 
 class _CanvasLayer(CacheLayerMixin):
@@ -107,8 +129,9 @@ class _CanvasLayer(CacheLayerMixin):
 
     is_sliding = False  # sliding windows are a matter of the mask here; the buffer keeps every row
 
-    def __init__(self, keys: Tensor, values: Tensor, slots: _Slots) -> None:
+    def __init__(self, number: int, keys: Tensor, values: Tensor, slots: _Slots) -> None:
         super().__init__()
+        self._number = number
         self.keys: Tensor = keys
         self.values: Tensor = values
         self._slots = slots
@@ -119,6 +142,9 @@ class _CanvasLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         aimed, length = self._slots.aimed, self._slots.length
+        if self._slots.amend is not None:
+            rows = torch.arange(aimed.start, aimed.stop, device=self.keys.device) if isinstance(aimed, slice) else aimed
+            self._slots.amend(self._number, rows, self.keys[0], self.values[0], (key_states[0], value_states[0]))
         if isinstance(aimed, slice):
             self.keys[:, :, aimed] = key_states
             self.values[:, :, aimed] = value_states

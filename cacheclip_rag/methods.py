@@ -13,7 +13,7 @@ from .encode import Blanks, Encoder, Harvested, Isolated, WithActivations
 from .errors import ConfigurationError
 from .exact import DocumentTree, ExactReuse, PrefixBlocks
 from .fusion import Fit, LongestPath, Nearest, Ordered
-from .recompute import EarlyStop, Once, Recompute, Reselect
+from .recompute import Carry, EarlyStop, Once, Recompute, Reselect
 from .select import (
     CacheClip,
     ChunkHeads,
@@ -96,7 +96,13 @@ METHODS: dict[str, Method] = {
         Method("fusionrag", QueryGuided("last", "chunk", window=1), fit=Nearest(), recompute_ratio=0.15),
         Method("prophetkv", QueryGuided("all", "context", window=1)),
         Method("infoflow", QueryGuided((0.69, 0.83), "row", window=1), recompute_ratio=0.15),
-        Method("auto", QueryGuided((0.69, 0.83), "chunk", window=1), fit=Nearest(), fitted_ratio=0.04),
+        Method(
+            "auto",
+            QueryGuided((0.69, 0.83), "chunk", window=1),
+            recompute=Carry(),
+            fit=Nearest(),
+            fitted_ratio=0.04,
+        ),
         Method("ape", Nothing(), attend=Scaled(), positions="shared", recompute_ratio=0.0),
         Method("sel", Nothing(), attend=SelectedChunks(), recompute_ratio=0.0),
         Method("psr", KeyDeviation(), Blanks(), attend=Scaled(first=1), recompute_ratio=0.15),

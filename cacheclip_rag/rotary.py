@@ -37,3 +37,25 @@ class Rotary:
         if 2 * half < keys.shape[-1]:
             out[..., 2 * half :] = keys[..., 2 * half :]
         return out
+
+
+class Turn:
+    """One layer's keys ``[Hk, n, D]`` float32, each moved by positions of its own, ``by [n]`` (may be negative).
+
+    Keys that are turned back to position 0 can be added up, whatever `Rotary` moved them.
+    """
+
+    def __init__(self, rotary: Rotary, by: Tensor) -> None:
+        self._frequencies, self._by = rotary.inverse_frequencies, by
+        self._angles: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}  # most models have one row, some two kinds
+
+    def __call__(self, keys: Tensor, layer: int) -> Tensor:
+        frequencies = self._frequencies[min(layer, len(self._frequencies) - 1)]
+        name = tuple(frequencies.tolist())
+        if name not in self._angles:
+            angle = self._by[:, None].double() * frequencies.to(keys.device).double()
+            self._angles[name] = torch.cos(angle).float(), torch.sin(angle).float()
+        cos, sin = self._angles[name]
+        half = cos.shape[-1]
+        a, b, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

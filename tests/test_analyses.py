@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.evaluation import Item, Passage, plots
-from cacheclip_rag.evaluation.analyses import agreement, deviation
+from cacheclip_rag.evaluation.analyses import _shared, agreement, deviation
 from cacheclip_rag.evaluation.hits import ANYWHERE, hits
 
 ITEM = Item("1", "Who built the lighthouse?", ("Ada",), tuple(Passage("", text) for text in PASSAGES))
@@ -42,6 +43,16 @@ def test_reused_keys_are_right_in_layer_0_and_behind_their_own_prefix_and_wrong_
     for layer, row in enumerate(rows):
         assert row["overlap"][layer] == 1.0 and all(0.0 <= share <= 1.0 for share in row["overlap"])
     assert rows[1]["overlap"][2] == rows[2]["overlap"][1]
+    assert rows[0]["shared_keys"] is None and rows[0]["shared_values"] is None
+    assert all(0.0 < row[f"shared_{kind}"] < 1.0 for row in rows[1:] for kind in ("keys", "values"))
+
+
+def test_what_a_chunk_shares_of_its_deviation_is_its_mean_s_share() -> None:
+    groups = torch.tensor([0, 0, 3])
+    same = torch.tensor([[[1.0, 2.0], [1.0, 2.0], [5.0, 0.0]]])
+    assert _shared(same, groups) == pytest.approx(1.0)
+    opposed = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]])
+    assert _shared(opposed, groups) == pytest.approx(1 / 3)  # only the chunk of one token has a mean
 
 
 def test_exact_reuse_hits_what_stood_in_the_same_place_before(engine: Engine) -> None:

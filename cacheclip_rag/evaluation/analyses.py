@@ -17,6 +17,7 @@ from ..attention import AttentionProbe
 from ..auxiliary import Auxiliary
 from ..engine import Engine
 from ..prefill import Prefill
+from ..rotary import Turn
 from ..select import top
 from .data import Item, prompt
 
@@ -120,7 +121,9 @@ def deviation(
     """How far reused keys are from a full prefill's: ``mean_h ||K_full - K_reused||_2``, by layer and place.
 
     One row for each item and layer: ``mean``, ``by_place`` (means over ``bins`` stretches of the chunks, first to
-    last), and ``overlap``: for each selecting layer, the share of this layer's top ``ratio`` tokens that it finds.
+    last), ``overlap``: for each selecting layer, the share of this layer's top ``ratio`` tokens that it finds; and
+    ``shared_keys``, ``shared_values``: how much of the squared deviation is the same for all tokens of a chunk, keys
+    turned to one position (None at layer 0, where there is none). It is what `recompute.Carry` can carry.
     ``method`` says how the chunks were encoded (one that recomputes nothing: naive, promptcache, link0).
     Source: the study (arXiv 2603.20218), figures 3 and 5.
     """
@@ -147,7 +150,15 @@ def deviation(
         place = _place(stale.layout.chunk[rows], bins)
         budget = max(1, int(ratio * len(rows)))
         best = [set(top(d, budget).tolist()) for d in distances]
+        back, groups = Turn(engine.backbone.rotary, -rows), stale.layout.chunk[rows]
         for layer, d in enumerate(distances):
+            keys, values = (
+                (whole[layer, 0][:, rows].float() - reused[layer, 0][:, rows].float()).cpu()
+                for whole, reused in (
+                    (full.canvas.keys, stale.canvas.keys),
+                    (full.canvas.values, stale.canvas.values),
+                )
+            )
             yield {
                 "id": item.id,
                 "method": method,
@@ -156,7 +167,17 @@ def deviation(
                 "mean": float(d.mean()),
                 "by_place": [float(d[place == b].mean()) if bool((place == b).any()) else None for b in range(bins)],
                 "overlap": [len(best[layer] & other) / budget for other in best],
+                "shared_keys": _shared(back(keys, layer), groups) if layer else None,
+                "shared_values": _shared(values, groups) if layer else None,
             }
+
+
+def _shared(change: Tensor, groups: Tensor) -> float:
+    """The share of the squares of ``change [Hk, C, D]`` that is its groups' means'; ``groups [C]`` int64."""
+    number = groups.unique(return_inverse=True)[1]
+    sums = change.new_zeros(change.shape[0], int(number.max()) + 1, change.shape[2]).index_add_(1, number, change)
+    means = sums / torch.bincount(number)[:, None]
+    return float(means[:, number].square().sum() / change.square().sum().clamp_min(1e-12))
 
 
 def _place(chunk: Tensor, bins: int) -> Tensor:
