@@ -104,6 +104,17 @@ def test_snippets_run(name: str, desk: Path, stand_in: str, monkeypatch: pytest.
     llm.handle.release() if hasattr(llm, "handle") else llm.close()
 
 
+def test_snippets_without_a_framework_run(desk: Path, stand_in: str) -> None:
+    names: dict[str, Any] = {}
+    for snippet in snippets(ROOT / "docs" / "without-a-framework.md"):
+        source = snippet.replace('"qwen2.5-coder-0.5b-instruct"', repr(stand_in))
+        exec(compile(source, "without-a-framework.md", "exec"), names)
+    engine = names["engine"]
+    assert names["done"].encoded == 2 and names["done"].skipped == []
+    assert names["answer"].report.fallbacks == [] and names["answer"].report.reused > 0
+    assert not any(engine.knows(chunk) for chunk in names["chunks"])
+
+
 def test_observability_snippets_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prometheus_client")
     pytest.importorskip("opentelemetry")
