@@ -123,7 +123,7 @@ analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn 
 SMALL = --model qwen2.5-coder-0.5b-instruct --items 12 --no-table
 sensitivity: setup  ## DATA=folder: what hangs on the ratio, the prefix and the number of chunks (an hour; resumable)
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(SMALL) --out $(RESULTS)/ratio-0.5b.jsonl \
-		--methods cacheblend cacheclip auto:carry=0,fused=False --sweep ratio=0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5
+		--methods cacheblend cacheclip auto:carry=0,fused=False auto:fused=False --sweep ratio=0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(SMALL) --out $(RESULTS)/prefix-0.5b.jsonl \
 		--methods naive cacheblend@0.15 cacheclip@0.15 auto@0.15:carry=0,fused=False \
 		--sweep prefix=none,token,newline,generic,system

@@ -27,6 +27,11 @@ from cacheclip_rag.evaluation.tables import compare, summarise
 AUTO = "query_guided@0.1:company=prompts,layers=(0.69,0.83),normalise=chunk,window=1"
 """The selection of `auto`, among the rows about its parts."""
 
+ALONE = "auto@0.15:carry=0,fused=False"
+CARRIED = "auto@0.15:fused=False"
+BESIDE = {"naive", "cacheblend@0.15", "cacheclip@0.15", "query_guided@0.15", "infoflow@0.15", "auto:company=use"}
+"""What `auto` over chunks by themselves is shown beside, without and with what recomputing changed carried over."""
+
 SECTIONS: list[tuple[str, list[str], Callable[[str], str] | None]] = [
     ("exact", ["exact"], None),
     ("unseen", ["unseen"], None),
@@ -69,6 +74,18 @@ def common(rows: Path, items: int, folder: Path) -> Path:
         line for line, row in good if (row["dataset"], row["system"]) in enough and row["id"] in shared[row["dataset"]]
     )
     kept.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+    return kept
+
+
+def carried(rows: Path, folder: Path) -> Path:
+    """The rows of a few systems, on the sets on which `auto` has been answered with carrying over."""
+    lines = [line for name in ("methods", "unseen") for line in (rows / f"{name}-1.5b.jsonl").read_text().splitlines()]
+    good = [(line, row) for line, row in ((line, json.loads(line)) for line in lines) if "error" not in row]
+    sets = {row["dataset"] for _, row in good if row["system"] == CARRIED}
+    wanted = {"full", ALONE, CARRIED, *BESIDE}
+    kept = folder / "carried.jsonl"
+    chosen = (f"{line}\n" for line, row in good if row["dataset"] in sets and row["system"] in wanted)
+    kept.write_text("".join(chosen), encoding="utf-8")
     return kept
 
 
@@ -117,6 +134,7 @@ def main() -> None:
             f"\n![Quality against time to first token](figures/{figure.name})\n",
             *(f"\n## Differences from `{name}`\n\n{compare(rows, name)}" for name in args.baselines),
         ]
+        parts += [words("carried"), pooled(carried(args.rows, Path(folder)), lambda _: ALONE)]
         for section, names, against in SECTIONS:
             known = [path for name in names if (path := args.rows / f"{name}-1.5b.jsonl").exists()]
             parts += [words(section)] if known else []

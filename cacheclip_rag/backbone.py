@@ -24,7 +24,7 @@ from .canvas import Canvas
 from .composability import obstacle_of
 from .errors import ConfigurationError, NotComposable, WeightsError
 from .fingerprint import fingerprint
-from .layers import Layers
+from .layers import Layers, cache_argument
 from .rotary import Rotary
 
 
@@ -154,13 +154,14 @@ class Backbone(Layers):
         Returns the last ``logits [1, V]`` and the decoding step of `generate`.
         """
         output = self.model(input_ids=ids.to(self.device)[None], use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        name = cache_argument(self.model)
+        cache = getattr(output, name)
 
         @torch.inference_mode()
         def step(tokens: Tensor, row: int) -> Tensor:
             ids = tokens.to(self.device)[None]
             positions = torch.arange(row, row + len(tokens), device=self.device)[None]
-            output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache})
             return output.logits[0].float()
 
         return output.logits[0].float(), step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import cached_property
 from typing import Any
 
@@ -170,7 +171,7 @@ class Layers(Texts):
         return {
             "inputs_embeds" if x.is_floating_point() else "input_ids": x.to(self.device)[None],
             "position_ids": sparse.rows[None] if positions is None else positions.to(self.device)[None],
-            "past_key_values": canvas,
+            cache_argument(self.model): canvas,
             "use_cache": True,
             "cacheclip": sparse,
         }
@@ -207,6 +208,11 @@ class Layers(Texts):
             setattr(view, self.model.base_model_prefix, self._view(first, self.layers))
             self._head_views[first] = view
         return self._head_views[first]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls the cache that it is given: ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def relative_error(a: Tensor | None, b: Tensor) -> float:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cacheclip_rag import Engine
+from cacheclip_rag.layers import cache_argument
 from cacheclip_rag.methods import Method, resolve
 from cacheclip_rag.prefill import Prefill
 from cacheclip_rag.select import Request
@@ -31,12 +32,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 def own(kind: str, ids: Tensor, positions: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' eager forward: ``keys``, ``values [L, Hk, T, D]``, hidden states, attentions, logits."""
     cache = DynamicCache()
-    output = tiny_model(kind, dtype)(
+    model = tiny_model(kind, dtype)
+    output = model(
         input_ids=ids[None],
         position_ids=None if positions is None else positions[None],
-        past_key_values=cache,
         output_hidden_states=True,
         output_attentions=True,
+        **{cache_argument(model): cache},
     )
     output.keys = torch.stack([layer.keys[0] for layer in cache.layers])
     output.values = torch.stack([layer.values[0] for layer in cache.layers])

@@ -84,9 +84,9 @@ def test_scattered_rows_that_are_not_written_are_found(monkeypatch: pytest.Monke
     backbone = tiny_backbone()
     update = _CanvasLayer.update
 
-    def lazy(self: _CanvasLayer, keys: Any, values: Any, *rest: Any) -> Any:
+    def lazy(self: _CanvasLayer, keys: Any, values: Any, *rest: Any, **more: Any) -> Any:
         if isinstance(self._slots.aimed, slice):
-            return update(self, keys, values, *rest)
+            return update(self, keys, values, *rest, **more)
         length = self._slots.length
         return self.keys[:, :, :length], self.values[:, :, :length]
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:  # torch and transformers are loaded with the first engine, so that ingestion workers need not wait
-    from ..backbone import Backbone
     from ..engine import Engine
 
 
@@ -34,8 +33,8 @@ class EngineSettings:
         from ..engine import Engine
 
         return Engine(
-            _weights(self.model, self.dtype, self.device),
-            auxiliary=self.auxiliary and _weights(self.auxiliary, self.dtype, self.device),
+            self.model,
+            auxiliary=self.auxiliary,
             method=self.method,
             store=self.kv_dir,
             prefix=self.prefix,
@@ -63,22 +62,6 @@ def encoding_of(method: str | None) -> str | None:
     return name if resolve(name).encode == encode else method
 
 
-_loaded: weakref.WeakValueDictionary[tuple[str, str, str], Backbone] = weakref.WeakValueDictionary()
-_loading = threading.Lock()
-
-
-def _weights(model: str, dtype: str, device: str) -> Backbone:
-    """The model, loaded once however many engines have it: those of other encodings, folders and tenants."""
-    from ..backbone import Backbone
-    from ..pull import resolve
-
-    with _loading:
-        key = (model, dtype, device)
-        if (loaded := _loaded.get(key)) is None:
-            loaded = _loaded[key] = Backbone.load(resolve(model), dtype=dtype, device=device)
-        return loaded
-
-
 _engines: dict[EngineSettings, Engine] = {}
 _opening: dict[EngineSettings, threading.Lock] = {}
 _given: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
@@ -97,9 +80,8 @@ def _opened(settings: EngineSettings) -> Engine:
 
 def _forget_all() -> None:
     """A forked process must not use its parent's engines: their threads, and torch's, did not come along."""
-    global _lock, _loading
-    _lock, _loading = threading.Lock(), threading.Lock()
-    _loaded.clear()
+    global _lock
+    _lock = threading.Lock()
     _engines.clear()
     _opening.clear()
     _given.clear()
