@@ -54,14 +54,14 @@ class Library:
     def given(cls, home: Path, **settings: Any) -> Library:
         """With these settings; those that are None are what an earlier ingestion had, or else the defaults.
 
-        The auxiliary model called ``"none"`` is none.
+        An auxiliary model called ``"none"``, or nothing, is none.
         """
         try:
             library = cls.read(home)
         except ConfigurationError:
             library = cls(home)
         wanted = {name: value for name, value in settings.items() if value is not None}
-        if str(wanted.get("auxiliary", "")).lower() == "none":
+        if "auxiliary" in wanted and wanted["auxiliary"].lower() in ("none", ""):
             wanted["auxiliary"] = None
         return dataclasses.replace(library, **wanted)
 

@@ -114,6 +114,7 @@ class Ingestion:
         """
         result, texts = Ensured(), _several(texts)
         if document is not None:
+            texts = list(texts)
             try:
                 self.documents.add(document, texts)
             except StoreError as error:  # what is stored now could not be forgotten with its document
@@ -319,7 +320,7 @@ class Ingestion:
         It reads the beginning of every file of other models and encodings in the folder. Interrupted, it can be
         repeated. Raises `StoreError` when something cannot be removed: repeat it then.
         """
-        if gone := _several(texts):
+        if gone := list(_several(texts)):
             self._forget(gone)
             opened = [library.namespace for library in self._libraries()]
             self._place.forget_elsewhere(set(map(self.documents.text, gone)), opened)
@@ -389,11 +390,11 @@ class Ingestion:
             self._ensure_batch([task.text], task.method or self.method, Ensured(), wanted=self._background.wanted)
 
 
-def _several(texts: Iterable[str]) -> list[str]:
-    """Raises `ConfigurationError` for one text, whose characters would be taken for texts."""
+def _several(texts: Iterable[str]) -> Iterable[str]:
+    """These; raises `ConfigurationError` for one text, whose characters would be taken for texts."""
     if isinstance(texts, str):
         raise ConfigurationError("chunks are given as several texts, not as one: [text]")
-    return list(texts)
+    return texts
 
 
 def _weight(text: str, company: Sequence[str]) -> int:

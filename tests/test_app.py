@@ -262,6 +262,18 @@ def test_a_second_ingestion_needs_no_options(tmp_path: Path, model: str) -> None
     assert Library.read(home) == Library(home, model, None, 128)
 
 
+def test_settings_that_are_not_given_are_last_time_s_or_the_defaults(tmp_path: Path) -> None:
+    assert Library.given(tmp_path, model=None, auxiliary=None, chunk_size=None) == Library(tmp_path)
+    for none in ("none", "NONE", ""):
+        assert Library.given(tmp_path, auxiliary=none).auxiliary is None
+    kept = Library(tmp_path, "a", "b", 100)
+    kept.folder.mkdir()
+    kept.write()
+    assert Library.given(tmp_path, model=None, auxiliary=None, chunk_size=None) == kept
+    assert Library.given(tmp_path, auxiliary="none") == Library(tmp_path, "a", None, 100)
+    assert Library.given(tmp_path, model="c", auxiliary="d", chunk_size=200) == Library(tmp_path, "c", "d", 200)
+
+
 def test_a_method_for_fused_chunks(folder: Path, home: Path, model: str) -> None:
     if not (home / "index").exists():
         ingest(folder, home, model)

@@ -237,6 +237,18 @@ def test_one_text_is_not_taken_for_several(engine, call):
     assert engine.knows(PASSAGES[0])
 
 
+def test_chunks_may_come_one_by_one(engine):
+    """A corpus need not fit into memory, and what came before a source failed is kept."""
+
+    def source():
+        yield from (f"{passage} {number}" for number, passage in enumerate(PASSAGES * 8))
+        raise OSError("the source failed")
+
+    with pytest.raises(OSError, match="the source failed"):
+        engine.ensure(source())
+    assert engine.knows(f"{PASSAGES[0]} 0")
+
+
 def test_a_chunk_that_is_not_encoded_as_a_method_wants_it_is_told_so(engine):
     report = engine.generate(prompt_of(engine, PASSAGES), method="psr", max_new_tokens=2).report
     assert len(report.fallbacks) == len(PASSAGES)

@@ -107,7 +107,11 @@ def test_forget(folder: Path, tmp_path: Path) -> None:
 
 def test_clear(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
-    assert runner.invoke(app, ["store", "clear", "--store", str(folder)], input="n\n").exit_code == 1
+    words = ["store", "clear", "--store", str(folder)]
+    asked = runner.invoke(app, words, input="n\n")
+    assert asked.exit_code == 1 and f"Remove all chunk KV in {folder}?" in asked.stdout
+    of_some = runner.invoke(app, [*words, "--namespace", "ab12"], input="n\n")
+    assert of_some.exit_code == 1 and f"Remove all chunk KV of namespaces ab12... in {folder}?" in of_some.stdout
     assert len(files_of(folder)) == 4
     assert run(folder, "clear", "--yes", "--namespace", MODEL.digest[:8]) == "removed 3 chunks\n"
     assert run(folder, "clear", "--yes", "--json") == {"removed": 1}
