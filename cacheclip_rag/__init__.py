@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .decoding import TextStream
     from .engine import Answer, Engine
     from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError, WeightsError
-    from .ingestion import Ensured
+    from .fusing import Ensured
     from .methods import METHODS, Method
     from .report import ChunkUse, Report
 
@@ -27,7 +27,7 @@ _HOMES = {
     "ChunkUse": "report",
     "ConfigurationError": "errors",
     "Engine": "engine",
-    "Ensured": "ingestion",
+    "Ensured": "fusing",
     "Method": "methods",
     "NotComposable": "errors",
     "PromptError": "errors",

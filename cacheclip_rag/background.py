@@ -79,7 +79,10 @@ class Background(Generic[Task]):
         self.close()
 
     def _gone(self, _: object) -> None:
-        atexit.unregister(self._end)
+        try:
+            atexit.unregister(self._end)
+        except AttributeError:  # at the interpreter's end, modules may have gone before
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -268,7 +268,7 @@ def fuse(
             dtype=dtype,
             device=device,
         ) as engine:
-            texts = [text for text in map(engine.index.text, engine.index.keys()) if text is not None]
+            texts = engine.index.texts()
             if not texts:
                 raise ConfigurationError(
                     f"{store} holds no chunks that {model} read as {method} wants them: run `cacheclip ingest FOLDER "

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from .backbone import Backbone
 from .encode import Encoder, Harvested
+from .errors import StoreError
 from .harvesting import Harvesting
 from .library import KVDtype, Library
 from .prefill import Reuse
@@ -27,6 +28,7 @@ class Encodings:
         self._backbone, self._encoder, self._index = backbone, encoder, index
         self._place, self._kv_dtype = place, kv_dtype
         self._opened: dict[Encoder, Reuse] = {}
+        self._seen: dict[Reuse, int] = {}
         self._lock = threading.Lock()
 
     @cached_property
@@ -57,25 +59,53 @@ class Encodings:
         with self._lock:
             return iter(list(self._opened.values()))
 
-    def follow(self) -> None:
-        """Take note of what other processes stored and removed; what is new is recognised in prompts."""
+    def follow(self) -> list[str]:
+        """Take note of what other processes stored and removed: what is new is recognised in prompts, and what is
+        nowhere any more, which may have been forgotten, no longer is. Returns the texts of the latter.
+        """
+        gone: set[str] = set()
         for reuse in self:
-            if reuse.library.store.refresh():
+            store = reuse.library.store
+            store.refresh()
+            gone.update(store.vanished())
+            if store.changes != self._seen.get(reuse):
+                self._seen[reuse] = store.changes
                 reuse.fused.refresh()
                 self._know(reuse.library)
+        return self._lost(gone) if gone else []
+
+    def _lost(self, gone: Collection[str]) -> list[str]:
+        """Let go of the texts whose KV had these keys and is in none of the libraries any more."""
+        opened = list(self)
+        lost = []
+        for text in self._index.texts():
+            held = any(text in reuse.library for reuse in opened)
+            if not held and any(reuse.library.key(text) in gone for reuse in opened):
+                name = self.main.key(text)
+                self._index.remove(name)
+                for reuse in opened:
+                    reuse.forget(text, name)
+                lost.append(text)
+        return lost
 
     def forget(self, texts: Iterable[str], unwanted: Collection[str]) -> None:
         """Drop these chunks from all that are open, with whatever was computed in the company of one of the canonical
-        texts ``unwanted``.
+        texts ``unwanted``. Raises `StoreError` when some of it is still there, after having tried all.
         """
         for text in texts:
             name = self.main.key(text)
             self._index.remove(name)
             for reuse in self:
                 reuse.forget(text, name)
+        failures = []
         for reuse in self:
-            reuse.library.forget(unwanted)
+            try:
+                reuse.library.forget(unwanted)
+            except StoreError as error:
+                failures.append(error)
             reuse.fused.refresh()
+        if failures:
+            raise failures[0]
 
     def _know(self, library: Library) -> None:
         for entry in library.store.entries():

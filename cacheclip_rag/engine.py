@@ -26,9 +26,10 @@ from .encode import Isolated
 from .encodings import Encodings
 from .errors import ConfigurationError, NotComposable, PromptError
 from .exact import ExactCache, ExactReuse
+from .fusing import FUSED_AT, Task
 from .fusion import Usage
 from .hints import Hints
-from .ingestion import FUSED_AT, Ingestion, Task
+from .ingestion import Ingestion
 from .library import KVDtype
 from .methods import Method
 from .prefill import Prefill
@@ -95,22 +96,24 @@ class Engine(Ingestion):
         ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"auto"``) and
         ``recompute_ratio`` (0..1) can be overridden by each request. ``store``: the folder that keeps chunk KV; None
         keeps it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers, the auxiliary model's chunks and
-        other encodings' included. ``prefix``: the text chunks are encoded behind, by default what precedes the user's
-        text in the model's chat template. ``tenant`` separates chunk KV of different owners; set it from what you know
-        of the caller, not from what the caller says. ``secret`` keys the names of files and authenticates them, for a
-        folder that others can write to. ``remote``: an fsspec url (``"s3://bucket/folder"``) or a `Remote`, asked for
-        what is not here and given a copy of what is new. ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's
-        bytes (docs/store.md says what that costs in quality). ``on_uncomposable``: what to do with a model whose KV
-        cannot be moved: raise `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``: while no request is
-        being served, fuse chunks that come often with those they come with, for a method that takes fused variants.
-        ``require_verified``: refuse a model that ``cacheclip verify`` has not found good on this machine with these
-        libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in memory; others wait. A
-        stream is in flight until it is read to its end or closed.
+        other encodings' included. ``prefix``: the text chunks are encoded behind, whichever method a request names; by
+        default what the method says, for most what precedes the user's text in the model's chat template. ``tenant``
+        separates chunk KV of different owners; set it from what you know of the caller, not from what the caller says.
+        ``secret`` keys the names of files and authenticates them, for a folder that others can write to. ``remote``: an
+        fsspec url (``"s3://bucket/folder"``) or a `Remote`, asked for what is not here and given a copy of what is new.
+        ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's bytes (docs/store.md says what that costs in quality).
+        ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
+        plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks that come often with those they
+        come with, for a method that takes fused variants. ``require_verified``: refuse a model that ``cacheclip
+        verify`` has not found good on this machine with these libraries. ``max_requests``: how many may be in flight,
+        each with the KV of its prompt in memory; others wait. A stream is in flight until it is read to its end or
+        closed.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
         if method is None:
             method = "cacheclip" if auxiliary is not None else "auto"
+        self._prefix = prefix
         self.method = methods.resolve(method)
         if prefix is not None:
             self.method = methods.resolve(self.method, prefix=prefix)
@@ -292,7 +295,7 @@ class Engine(Ingestion):
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _recipe(self, method: str | Method | None, ratio: float | None) -> tuple[Method, float]:
-        chosen = self.method if method is None else methods.resolve(method)
+        chosen = self.recipe(method)
         self._check_auxiliary(chosen, self.auxiliary is not None or not self.composable)
         if ratio is None:
             ratio = self.recompute_ratio if method is None else None
@@ -327,7 +330,7 @@ class Engine(Ingestion):
                 report.fallbacks.append(f"plain prefill: {self.backbone.obstacle}")
                 return prefill.native(self.backbone, self.index, prompt, report)
             try:
-                self._encodings.follow()
+                self._follow()
             except Exception:  # what this process knows already will do
                 log.exception("what other processes stored is not known")
             if method.exact is None and (isinstance(method.select, Everything) or ratio >= 1.0):

@@ -4,91 +4,51 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
-from . import methods
 from .auxiliary import Auxiliary
-from .backbone import Backbone
-from .background import Background
 from .batches import batches, reported, together
 from .chunks import canonical
 from .encode import Variant
-from .encodings import Encodings
-from .errors import CacheClipError, ConfigurationError, StoreError
-from .exact import ExactCache, ExactReuse
-from .fusion import Usage
+from .errors import CacheClipError, StoreError
+from .exact import ExactCache
+from .fusing import Ensured, Fusing, Task, several
 from .harvesting import Harvesting
 from .hints import Hints
 from .library import Library
 from .methods import Method
-from .prefill import Reuse
-from .prompt import ChunkIndex
-from .spec import at_least
 from .store import Documents, Place
-from .turns import Seats, Turns
+from .turns import Seats
 
 log = logging.getLogger("cacheclip_rag")
 
-_UNKNOWN = "the chunk is not known: ensure it first"
 _NOT_KEPT = "the store did not keep it"
 
-FUSED_AT = (2, 8, 32, 128, 512, 2048)
-"""How often a chunk must have come in prompts to be fused in idle time, and then again: its company becomes clearer."""
 
-
-class Task(NamedTuple):
-    """What is done when no request is being served: encode a chunk, or fuse it with those it was met with."""
-
-    text: str
-    method: Method | None = None
-    fuse: bool = False
-
-
-@dataclass
-class Ensured:
-    """What `Engine.ensure` did: keys of chunks whose KV is kept, how many were encoded now, what was left out."""
-
-    keys: list[str] = field(default_factory=list)
-    encoded: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    """``(beginning of the text, reason)`` of chunks without KV; prompts with them are prefilled as usual."""
-
-
-class Ingestion:
+class Ingestion(Fusing):
     """The half of an `Engine` that looks after chunks."""
 
-    backbone: Backbone
     composable: bool
-    method: Method
-    library: Library
     auxiliary: Auxiliary | None
-    index: ChunkIndex
     documents: Documents
-    usage: Usage
     _place: Place
-    _encodings: Encodings
-    _exact: dict[ExactReuse, ExactCache]
-    _turns: Turns
     _seats: Seats
     _hints: Hints
-    _background: Background[Task]
     _threads: ThreadPoolExecutor
 
     def library_of(self, method: str | Method) -> Library:
         """Where the chunks are kept that are encoded as ``method`` wants them."""
-        return self._encodings.reuse(methods.resolve(method).encode).library
+        return self._encodings.reuse(self.recipe(method).encode).library
 
     def variants_of(self, method: str | Method, text: str) -> list[Variant]:
         """What finished prompts left of a chunk, for a method that harvests them; for another nothing."""
-        reuse = self._encodings.reuse(methods.resolve(method).encode)
+        reuse = self._encodings.reuse(self.recipe(method).encode)
         return reuse.variants.of(self.library.key(text)) if isinstance(reuse, Harvesting) else []
 
     def exact_of(self, method: str | Method) -> ExactCache | None:
         """What a method that reuses prompts' beginnings only has kept of them; None for another method."""
-        exact = methods.resolve(method).exact
+        exact = self.recipe(method).exact
         if exact is not None and exact not in self._exact:
             self._exact[exact] = exact.open()
         return None if exact is None else self._exact[exact]
@@ -112,7 +72,7 @@ class Ingestion:
 
         Raises `ConfigurationError` for one text instead of several, and for an unknown method.
         """
-        result, texts = Ensured(), _several(texts)
+        result, texts = Ensured(), several(texts)
         if document is not None:
             texts = list(texts)
             try:
@@ -120,7 +80,7 @@ class Ingestion:
             except StoreError as error:  # what is stored now could not be forgotten with its document
                 result.skipped += [(text[:40], str(error)) for text in texts]
                 return result
-        chosen = self.method if method is None else methods.resolve(method)
+        chosen = self.recipe(method)
         for batch in reported(batches(texts, together(self.backbone.device)), progress):
             self._ensure_batch(batch, chosen, result)
         return result
@@ -184,126 +144,9 @@ class Ingestion:
     def _held(self, key: str, text: str, library: Library) -> bool:
         return self.index.text(self.library.key(text)) is not None and key in library.store
 
-    def fuse(
-        self,
-        neighbours: Mapping[str, Sequence[str]],
-        progress: Callable[[int], None] | None = None,
-        *,
-        method: str | Method | None = None,
-        variants: int = 3,
-    ) -> Ensured:
-        """Keep another KV of these chunks: each computed behind its neighbours, the chunks it is likely to meet.
-
-        ``neighbours``: texts by text, the nearest first, as `fusion.similar` finds them. Chunks and neighbours that
-        `ensure` was not asked for are left out, so that fusing brings back nothing that was forgotten. What is there is
-        not computed again: stop it whenever you like and call it again, after adding documents, too. Of more than so
-        many ``variants`` of a chunk the oldest are dropped. ``method`` says how chunks are encoded. Never raises for a
-        chunk.
-        """
-        result = Ensured()
-        chosen = self.method if method is None else methods.resolve(method)
-        reason = self._unfusable(chosen, variants)
-        groups = batches(neighbours, together(self.backbone.device), lambda text: _weight(text, neighbours[text]))
-        for batch in reported(groups, progress):
-            try:
-                if reason is not None:
-                    result.skipped += [(text[:40], reason) for text in batch]
-                else:
-                    self._fuse(
-                        {text: neighbours[text] for text in batch},
-                        self._encodings.reuse(chosen.encode),
-                        variants,
-                        result,
-                    )
-            except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
-                log.warning("%d chunks not fused: %s", len(batch), error)
-                result.skipped += [(text[:40], str(error)) for text in batch]
-        return result
-
-    def fuse_in_order(
-        self,
-        sequences: Iterable[Sequence[str]],
-        progress: Callable[[int], None] | None = None,
-        *,
-        method: str | Method | None = None,
-        variants: int = 3,
-    ) -> Ensured:
-        """Keep the KV that prompts of these chunks, in this order, would leave: each chunk behind all those before it.
-
-        A prompt that holds such a sequence again is answered as full prefill answers it, up to the text between chunks;
-        one that holds most of it, nearly so. Each sequence costs what prefilling it costs. The rest is as in `fuse`.
-        """
-        result = Ensured()
-        chosen = self.method if method is None else methods.resolve(method)
-        reason = self._unfusable(chosen, variants)
-        for done, texts in enumerate(sequences, start=1):
-            try:
-                if reason is not None:
-                    result.skipped += [(text[:40], reason) for text in texts]
-                else:
-                    self._fuse_in_order(texts, self._encodings.reuse(chosen.encode), variants, result)
-            except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
-                log.warning("sequence not fused: %s", error)
-                result.skipped += [(text[:40], str(error)) for text in texts]
-            if progress is not None:
-                progress(done)
-        return result
-
-    def fuse_used(
-        self, least: int = 2, count: int = 10, progress: Callable[[int], None] | None = None, **options: Any
-    ) -> Ensured:
-        """Fuse the chunks that came in ``least`` prompts or more, each with the ``count`` others that will stand in
-        front of it most often (`Usage.company`). ``options`` are those of `fuse`, and so is the rest.
-        """
-        return self.fuse(self.company(least, count), progress, **options)
-
-    def company(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
-        """What `fuse_used` fuses: chunks that came in ``least`` prompts or more, and whom each met, for `fuse`."""
-        neighbours = {}
-        for name, others in self.usage.companies(self.usage.hot(least), count).items():
-            texts = [self.index.text(other) for other in (name, *others)]
-            if texts[0] is not None and (company := [text for text in texts[1:] if text is not None]):
-                neighbours[texts[0]] = company
-        return neighbours
-
-    def _fuse(self, neighbours: Mapping[str, Sequence[str]], reuse: Reuse, keep: int, result: Ensured) -> None:
-        with self._turns:  # nothing of the companies can be forgotten meanwhile
-            self._encodings.follow()
-            known = {t: self._known(company, reuse) for t, company in neighbours.items() if self._known([t], reuse)}
-            result.skipped += [(text[:40], _UNKNOWN) for text in neighbours if text not in known]
-            for text, done in zip(known, reuse.fused.fuse(known, keep), strict=True):
-                if isinstance(done, Exception):
-                    log.warning("chunk not fused: %s", done)
-                    result.skipped.append((text[:40], str(done)))
-                else:
-                    result.encoded += done
-                    result.keys.append(reuse.library.key(text))
-
-    def _fuse_in_order(self, texts: Sequence[str], reuse: Reuse, keep: int, result: Ensured) -> None:
-        with self._turns:
-            self._encodings.follow()
-            known = self._known(texts, reuse)
-            result.skipped += [(text[:40], _UNKNOWN) for text in texts if text not in known]
-            result.encoded += reuse.fused.fuse_in_order(known, keep)
-            result.keys += [reuse.library.key(text) for text in known]
-
-    def _known(self, texts: Iterable[str], reuse: Reuse) -> list[str]:
-        """Those that are recognised and have KV: another process may have forgotten what this one knows."""
-        libraries = (self.library, reuse.library)
-        return [
-            text
-            for text in texts
-            if self.library.key(text) in self.index and any(text in library for library in libraries)
-        ]
-
-    def _unfusable(self, method: Method, variants: int) -> str | None:
-        """Why no chunk can be fused for this method, or None. Raises `ConfigurationError` for no variants at all."""
-        at_least(1, variants=variants)
-        return self.backbone.obstacle or (None if method.ahead else f"{method.name} encodes nothing ahead")
-
     def ensure_later(self, texts: Iterable[str]) -> None:
         """Like `ensure`, in the background, while no request is being served."""
-        texts = _several(texts)
+        texts = several(texts)
         if self.composable:
             self._background.add(Task(text) for text in texts)
 
@@ -320,7 +163,7 @@ class Ingestion:
         It reads the beginning of every file of other models and encodings in the folder. Interrupted, it can be
         repeated. Raises `StoreError` when something cannot be removed: repeat it then.
         """
-        if gone := list(_several(texts)):
+        if gone := list(several(texts)):
             self._forget(gone)
             opened = [library.namespace for library in self._libraries()]
             self._place.forget_elsewhere(set(map(self.documents.text, gone)), opened)
@@ -334,8 +177,7 @@ class Ingestion:
         repeated. Raises `StoreError` when something cannot be removed, a remote that is away included: repeat it then.
         """
         if wanted := self.documents.only(documents):
-            known = map(self.index.text, self.index.keys())
-            self._forget([text for text in known if text is not None and self.documents.text(text) in wanted])
+            self._forget([text for text in self.index.texts() if self.documents.text(text) in wanted])
             self._place.forget_everywhere(wanted)
         self.documents.remove(documents)
 
@@ -349,10 +191,11 @@ class Ingestion:
         with self._turns:  # a prompt on its way would leave behind what it harvests
             self._exact.clear()
             self.usage.forget([self.library.key(text) for text in gone])
-            self._encodings.forget(gone, unwanted)
-            if self.auxiliary is not None:
-                other = self.auxiliary.library
-                other.store.delete([other.key(text) for text in gone])
+            try:
+                if self.auxiliary is not None:
+                    self.auxiliary.library.forget(unwanted)
+            finally:
+                self._encodings.forget(gone, unwanted)
 
     def knows(self, text: str) -> bool:
         """Whether the KV of this chunk is kept."""
@@ -388,17 +231,3 @@ class Ingestion:
             self.fuse({task.text: [text for text in met if text is not None]}, method=task.method)
         else:
             self._ensure_batch([task.text], task.method or self.method, Ensured(), wanted=self._background.wanted)
-
-
-def _several(texts: Iterable[str]) -> Iterable[str]:
-    """These; raises `ConfigurationError` for one text, whose characters would be taken for texts."""
-    if isinstance(texts, str):
-        raise ConfigurationError("chunks are given as several texts, not as one: [text]")
-    return texts
-
-
-def _weight(text: str, company: Sequence[str]) -> int:
-    """Characters that a chunk counts for where it is fused together with others. Its company is not computed and takes
-    memory only, but for ten neighbours ten times its own.
-    """
-    return len(text) + sum(map(len, company)) // 8

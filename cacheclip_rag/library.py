@@ -12,7 +12,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .chunks import MIN_CHARS, ChunkKV, Namespace, canonical
 from .encode import Encoder, Text
-from .errors import CacheClipError, PromptError
+from .errors import CacheClipError, PromptError, StoreError
 from .store import ChunkStore, Int8Store, MemoryStore, TieredStore
 from .store.format import FORMAT
 
@@ -136,14 +136,21 @@ class Library:
         return chunk if tuple(chunk.keys.shape) == expected and chunk.keys.dtype == self.backbone.dtype else None
 
     def forget(self, unwanted: Collection[str]) -> None:
-        """Drop every chunk with one of these (canonical) texts, and every one that was computed in their company."""
-        self.store.delete(
-            [
-                entry.key
-                for entry in self.store.entries()
-                if any(canonical(text) in unwanted for text in (entry.text, *entry.company))
-            ]
-        )
+        """Drop every chunk with one of these (canonical) texts, and every one that was computed in their company.
+
+        Raises `StoreError` when some of it is still there.
+        """
+        gone = [
+            entry.key
+            for entry in self.store.entries()
+            if any(canonical(text) in unwanted for text in (entry.text, *entry.company))
+        ]
+        self.store.delete(gone)
+        if left := sum(map(self.keeps, gone)):
+            raise StoreError(
+                f"{left} of {len(gone)} entries could not be removed from the chunk store: make its folder writable "
+                "and forget them again"
+            )
 
     def ensure(self, text: str) -> ChunkKV:
         """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that is full is no error."""

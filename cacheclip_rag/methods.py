@@ -110,6 +110,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+def behind(method: str | Method, prefix: str | None) -> Method:
+    """The recipe called ``method`` with its chunks behind the text ``prefix``, unless it names another itself, as in
+    ``"cacheblend:prefix=none"``, puts tokens of its own there, or is a `Method`, which says all. None changes nothing.
+    Raises as `resolve` does.
+    """
+    named = resolve(method)
+    if prefix is None or isinstance(method, Method) or "prefix" in spec.parse(method)[1]:
+        return named
+    return resolve(named, prefix=prefix) if hasattr(named.encode, "prefix") else named
+
+
 def resolve(method: str | Method, **changes: Any) -> Method:
     """The recipe called ``method``, with parameters of its parts changed by name.
 
@@ -129,7 +140,7 @@ def resolve(method: str | Method, **changes: Any) -> Method:
         method = _fused(method, value) if name == FUSED else _changed(method, name, value)
     check_ratio(method.recompute_ratio)
     if method.fitted_ratio is not None:
-        check_ratio(method.fitted_ratio)
+        check_ratio(method.fitted_ratio, "fitted_ratio")
     return method
 
 
@@ -155,10 +166,8 @@ def _changed(method: Method, name: str, value: Any) -> Method:
     return dataclasses.replace(method, **changed)
 
 
-def check_ratio(ratio: float) -> float:
-    """Raises `ConfigurationError` unless ``ratio`` lies in 0..1."""
+def check_ratio(ratio: float, name: str = "recompute_ratio") -> float:
+    """Raises `ConfigurationError`, which calls it ``name``, unless ``ratio`` lies in 0..1."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
-        raise ConfigurationError(
-            f"recompute_ratio must be a number from 0 (plain reuse) to 1 (full prefill), not {ratio!r}"
-        )
+        raise ConfigurationError(f"{name} must be a number from 0 (plain reuse) to 1 (full prefill), not {ratio!r}")
     return float(ratio)

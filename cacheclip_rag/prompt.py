@@ -57,6 +57,10 @@ class ChunkIndex:
     def text(self, key: str) -> str | None:
         return self._texts.get(key)
 
+    def texts(self) -> list[str]:
+        with self._lock:
+            return list(self._texts.values())
+
     def keys(self) -> list[str]:
         with self._lock:
             return list(self._texts)
@@ -101,9 +105,10 @@ class ChunkIndex:
     def find(self, prompt: str, hints: Collection[str] = ()) -> list[Span]:
         """The known stretches of ``prompt``, disjoint and in order; what lies between them is unknown text.
 
-        Greedy from the left, the longest match at each place; of equal ones a hinted key wins, then the one nearest to
-        its chunk's start. Windows that more than `MAX_CANDIDATES` chunks share are looked at in a second pass over what
-        the first left open, since a longer match from a rarer neighbouring window usually covers them.
+        Greedy from the left, the longest match at each place; of equal ones a hinted key wins, then the chunk that is
+        there whole, then the match nearest to its chunk's start. Windows that more than `MAX_CANDIDATES` chunks share
+        are looked at in a second pass over what the first left open, since a longer match from a rarer neighbouring
+        window usually covers them.
         """
         with self._lock:
             spans = self._scan(prompt, 0, len(prompt), hints, common=False)
@@ -166,7 +171,7 @@ class ChunkIndex:
             hinted = [p for p in places if self._keys[p >> 32] in hints]
             places = (hinted + places)[:MAX_CANDIDATES]
         spans = [span for p in places if (span := self._extend(prompt, position, p, left, right)) is not None]
-        best = max(spans, key=lambda span: (len(span), span.key in hints, -span.offset), default=None)
+        best = max(spans, key=lambda s: (len(s), s.key in hints, self._whole(s), -s.offset), default=None)
         return best if best is not None and len(best) >= MIN_CHARS else None
 
     def _extend(self, prompt: str, position: int, place: int, left: int, right: int) -> Span | None:

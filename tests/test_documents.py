@@ -207,6 +207,68 @@ def test_fusing_does_not_bring_back_what_another_process_forgot(tmp_path: Path) 
     assert first.fuse({PASSAGES[2]: [PASSAGES[3], PASSAGES[0]]}).encoded == 1
 
 
+def test_a_prompt_does_not_bring_back_what_another_process_forgot(tmp_path: Path) -> None:
+    first, second = (open_engine(tmp_path) for _ in range(2))
+    first.ensure(PASSAGES[:2], document="one")
+    first.ensure(PASSAGES[2:3], document="two")
+    prompt = "\n\n".join(PASSAGES[:3]) + "?"
+    first.generate(prompt, method="cachecraft", max_new_tokens=1)
+    assert first.variants_of("cachecraft", PASSAGES[0])
+    second.forget_document("one")
+    report = first.generate(prompt, max_new_tokens=1).report
+    first.flush()
+    assert [use.key for use in report.chunks] == [first.library.key(PASSAGES[2])] and report.fallbacks == []
+    assert not any(first.variants_of("cachecraft", text) for text in PASSAGES)
+    assert known(first) == [2] and not traces(tmp_path, PASSAGES[0]) and not traces(tmp_path, PASSAGES[1])
+    first.ensure(PASSAGES[:1])  # asked for anew
+    second.generate(prompt, max_new_tokens=1)
+    assert known(first) == known(second) == [0, 2]
+
+
+def test_background_work_does_not_bring_back_what_another_process_forgot(tmp_path: Path) -> None:
+    first, second = (open_engine(tmp_path) for _ in range(2))
+    first.ensure(PASSAGES[:3])
+    with first._turns:  # nothing can be encoded meanwhile
+        first.ensure_later(PASSAGES[:1])
+        second.forget(PASSAGES[:1])
+        first._follow()
+    first.flush()
+    assert known(first) == [1, 2] and not traces(tmp_path, PASSAGES[0])
+
+
+def test_what_is_kept_in_another_encoding_stays_known(tmp_path: Path) -> None:
+    first, second = (open_engine(tmp_path) for _ in range(2))
+    first.ensure(PASSAGES[:1])
+    first.ensure(PASSAGES[:1], method="promptcache")
+    second.library.store.delete([second.library.key(PASSAGES[0])])  # evicted there
+    report = first.generate(PASSAGES[0] + "\n\nWho?", method="promptcache", max_new_tokens=1).report
+    assert report.reused > 0
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_what_cannot_be_removed_is_not_said_to_be_forgotten(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, auxiliary: bool
+) -> None:
+    engine.ensure(PASSAGES[:2], document="one")
+    assert engine.auxiliary is not None
+    stuck = engine.auxiliary.library.namespace if auxiliary else engine.library.namespace
+    remove = files.remove
+
+    def refuse(path: Path) -> None:
+        if path.parent.name == stuck.digest[:32] and path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "no")
+        remove(path)
+
+    for forget in (lambda: engine.forget(PASSAGES[:2]), lambda: engine.forget_document("one")):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "remove", refuse)
+            with pytest.raises(StoreError, match="removed"):
+                forget()
+        assert len(engine.documents.of("one")) == 2  # and so it can be repeated
+    engine.forget(PASSAGES[:2])
+    assert known(engine) == [] and not list(engine.library.store.entries())
+
+
 def test_a_full_disk_is_told_and_serves_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_engine(tmp_path) as engine:
         with monkeypatch.context() as patch:

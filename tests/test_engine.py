@@ -609,6 +609,20 @@ def test_anything_that_changes_kv_changes_the_namespace(tmp_path):
     assert namespace() == variants["as it is"]
 
 
+def test_the_engine_s_prefix_is_that_of_every_method_a_request_names():
+    engine = Engine(tiny_backbone(), prefix="Passages of a report.\n\n")
+    engine.ensure(PASSAGES)
+    prompt = prompt_of(engine, PASSAGES, head="Passages of a report.")
+    for named in (None, "auto", "fusionrag", "naive", "cacheblend", "query_guided:window=4", engine.recipe("epic")):
+        report = engine.prefill(prompt, method=named).report
+        assert report.reused + report.recomputed > 0 and not report.fallbacks, named
+    assert engine.ensure(PASSAGES, method="cacheblend").encoded == 0
+    assert engine.fuse({PASSAGES[1]: PASSAGES[:1]}, method="fusionrag").encoded == 1
+    for other in ("cacheblend:prefix=none", resolve("cacheblend"), "link0"):  # they say themselves what stands there
+        assert engine.library_of(other) is not engine.library
+        assert engine.prefill(prompt, method=other).report.fallbacks
+
+
 def test_a_second_engine_over_the_same_folder_starts_from_the_stored_kv(tmp_path):
     first = Engine(tiny_backbone(), method="naive", store=tmp_path)
     assert first.ensure(PASSAGES).encoded == len(PASSAGES)

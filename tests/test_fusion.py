@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import inspect
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -467,6 +469,83 @@ def test_an_embedding_that_is_no_number_leaves_out_its_own_chunk_only(caplog: py
     assert fused_of(ready)(C) == [(), (B,)]
 
 
+def test_a_text_that_has_no_embedding_does_not_keep_the_others_from_being_fused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ready = engine()
+    numbers = {B: [1.0, 0.1], C: [1.0, 0.2], D: [0.0, 1.0]}
+    fuser = Fuser(1, lambda texts: [numbers[text] for text in texts])
+    ready.ensure([A, B, C])
+    fuser(ready, show_progress=False)
+    assert [ready.fused(text) for text in (A, B, C)] == [[], [(C,)], [(B,)]] and "no neighbours" in caplog.text
+    ready.ensure([D])  # when the only other new one is it, too
+    fuser(ready, show_progress=False)
+    assert ready.fused(D) == [(C,)]
+
+
+def test_an_embedding_function_that_is_away_is_not_asked_for_every_text() -> None:
+    ready, asked = engine(), []
+
+    def away(texts: list[str]) -> Any:
+        asked.append(texts)
+        raise ConnectionError
+
+    ready.ensure(PASSAGES)
+    Fuser(1, away)(ready, show_progress=False)
+    assert list(map(len, asked)) == [5, 1, 1, 1]
+
+
+def test_a_neighbour_that_was_forgotten_and_comes_back_is_fused_with_again() -> None:
+    ready = engine()
+    numbers = {A: [1.0, 0.0], B: [1.0, 0.1], C: [0.0, 1.0], D: [0.1, 1.0]}
+    fuser = Fuser(1, lambda texts: [numbers[text] for text in texts])
+    ready.ensure([A, B, C, D])
+    fuser(ready, show_progress=False)
+    ready.forget([A])
+    fuser.follow(ready)
+    ready.ensure([A])
+    fuser(ready, show_progress=False)
+    assert [ready.fused(text) for text in (A, B, C, D)] == [[(B,)], [(A,)], [(D,)], [(C,)]]
+
+
+def test_what_is_about_to_be_forgotten_is_nobody_s_neighbour() -> None:
+    ready = engine()
+    numbers = {A: [1.0, 0.0], B: [1.0, 0.1], C: [1.0, 0.5]}
+    ready.ensure([A, B, C])
+    Fuser(1, lambda texts: [numbers[text] for text in texts])(ready, show_progress=False, without=[A + "\n"])
+    assert [ready.fused(text) for text in (A, B, C)] == [[], [(C,)], [(B,)]]
+
+
+def test_embeddings_that_are_there_are_not_asked_for() -> None:
+    ready, asked = engine(), []
+
+    def embed(texts: list[str]) -> Any:
+        asked.extend(texts)
+        return [[0.0, 1.0] for _ in texts]
+
+    ready.ensure([A, B, C])
+    Fuser(1, embed)(ready, show_progress=False, vectors={A: [1.0, 0.0], B: [1.0, 0.1]})
+    assert asked == [C] and ready.fused(A) == [(B,)] and ready.fused(C) == [(B,)]
+
+
+@pytest.mark.parametrize("count", [0, -3, 2.5, "10", True, None])
+def test_a_fuser_wants_a_whole_number(count: Any) -> None:
+    with pytest.raises(ConfigurationError, match="fuse is how many"):
+        Fuser(count, lambda texts: [])
+
+
+def test_a_fuser_that_was_copied_or_pickled_goes_on() -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    for again in (copy.deepcopy(Fuser(1, _counting)), pickle.loads(pickle.dumps(Fuser(1, _counting)))):
+        again(ready, show_progress=False)
+        assert ready.fused(A) == [(B,)]
+
+
+def _counting(texts: list[str]) -> list[list[float]]:
+    return [[1.0, float(number)] for number, _ in enumerate(texts)]
+
+
 def test_an_embedding_function_that_fails_says_so_itself() -> None:
     with pytest.raises(ZeroDivisionError):
         similar(["a"], lambda texts: 1 / 0)
@@ -853,6 +932,59 @@ def test_what_another_process_forgets_while_it_is_fused_is_not_kept(
     assert result.encoded == 0 and "forgotten meanwhile" in result.skipped[0][1]
     monkeypatch.undo()
     assert not any(entry.company for entry in engine(store=tmp_path).library.store.entries())
+
+
+def test_chunks_without_a_known_neighbour_are_said_not_to_be_fused() -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    result = ready.fuse({A: [C], B: [C, A]})
+    assert result.encoded == 1 and [reason for _, reason in result.skipped] == [
+        "none of its neighbours is known: ensure them first"
+    ]
+    assert ready.fused(A) == [] and ready.fused(B) == [(A,)] and ready.fused(C) == []
+    assert ready.fuse({A: []}).skipped == []  # a corpus of one
+
+
+@pytest.mark.parametrize(
+    "wrong", [[A, B], {A: B}, {A: None}, {A: 3}], ids=["no mapping", "one text", "nothing", "no texts"]
+)
+def test_neighbours_that_are_none_are_refused(wrong: Any) -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    with pytest.raises(ConfigurationError, match=r"\[(neighbour|text)"):
+        ready.fuse(wrong)
+    assert ready.fused(A) == []
+
+
+def test_sequences_that_are_texts_are_refused() -> None:
+    ready = engine()
+    ready.ensure([A, B])
+    for wrong in ([A, B], A):
+        with pytest.raises(ConfigurationError, match="several texts"):
+            ready.fuse_in_order(wrong)
+
+
+def test_a_store_that_is_too_small_for_fusing_is_said_to_be(tmp_path: Path) -> None:
+    with engine(store=tmp_path / "measured") as measured:
+        measured.ensure([A, B])
+        size = sum(entry.nbytes for entry in measured.library.store.entries())
+    ready = engine(store=tmp_path / "small", memory_bytes=1, disk_bytes=int(size * 1.3))
+    ready.ensure([A, B])
+    result = ready.fuse({B: [A], A: [B]})
+    assert result.encoded == 0 and all("disk_bytes" in reason for _, reason in result.skipped)
+
+
+def test_what_another_machine_fused_is_fetched_from_the_remote(tmp_path: Path) -> None:
+    remote = f"file://{tmp_path / 'remote'}"
+    with engine(store=tmp_path / "one", remote=remote) as first:
+        first.ensure([A, B])
+        assert first.fuse({B: [A]}).encoded == 1
+    with engine(store=tmp_path / "two", remote=remote) as second:
+        second.ensure([A, B])
+        assert second.fused(B) == []
+        assert second.fuse({B: [A]}).encoded == 0 and second.fused(B) == [(A,)]
+        prompt = PREFIX + A + B + TAIL
+        assert distance(second.prefill(prompt).logits, second.prefill(prompt, method="full").logits) < 1e-4
 
 
 def test_a_variant_that_is_gone_is_made_again() -> None:

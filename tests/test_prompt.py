@@ -216,6 +216,18 @@ def test_of_equal_matches_the_hinted_one_wins() -> None:
     assert index.find(f"[{shared}]")[0].key == "k1"  # without hints, the one that begins with it
 
 
+def test_of_equal_matches_the_chunk_that_is_there_whole_wins() -> None:
+    """Its KV is of nothing but what is there; the longer chunk's would be as good, and its company another's."""
+    index, text = ChunkIndex(), "The ferry to Senn leaves from the old quay at seven, at noon and once more at six. "
+    longer = text + "In winter it does not go at all."
+    index.add("longer", longer)
+    index.add("whole", text)
+    prompt = f"Read.\n\n{text.strip()}\n\nWhen does it leave?"
+    assert [span.key for span in index.find(prompt)] == ["whole"]
+    assert [span.key for span in index.find(prompt, {"longer"})] == ["longer"]
+    assert [span.key for span in index.find(f"{longer}\n\nWhen?")] == ["longer"]
+
+
 def test_a_hint_does_not_win_over_a_longer_match() -> None:
     index = index_of([words(1)[:200], words(1)])
     assert [span.key for span in index.find(words(1), hints=["k0"])] == ["k1"]

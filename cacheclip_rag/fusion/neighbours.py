@@ -68,9 +68,12 @@ class Neighbourhood:
         self._vectors.update(zip(map(canonical, texts), given, strict=True))
 
     def remove(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            self._vectors.pop(canonical(text), None)
-            self._given.pop(canonical(text), None)
+        """These are gone. Those that had one of them for a neighbour have `changed`, even if it comes back."""
+        gone = set(map(canonical, texts)) & self._vectors.keys()
+        for text in gone:
+            del self._vectors[text]
+        if gone:
+            self._given = {t: had for t, had in self._given.items() if t not in gone and gone.isdisjoint(had)}
 
     def nearest(self, texts: Iterable[str] | None = None) -> dict[str, list[str]]:
         """The neighbours of these chunks (None: of all), the most similar first. Unknown texts are left out."""
@@ -95,7 +98,7 @@ class Neighbourhood:
         for text, now in self.nearest().items():
             before = self._given.get(text)
             fresh = len(set(now) - set(before or ()))
-            if before is None or set(before) - self._vectors.keys() or fresh > self.tolerance * max(1, len(now)):
+            if before is None or fresh > self.tolerance * max(1, len(now)):
                 changed[text] = now
         return changed
 

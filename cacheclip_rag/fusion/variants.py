@@ -15,7 +15,10 @@ from .fit import Company, Fit
 _ERRORS = (CacheClipError, RuntimeError, MemoryError)
 """What may be wrong with one chunk and not with the next."""
 
-_FORGOTTEN = "a chunk that it was fused with, or it itself, was forgotten meanwhile"
+_GONE = (
+    "it, or a chunk that it was fused with, is not in the store any more: forgotten meanwhile, or evicted because the "
+    "store is too small for all of them (disk_bytes)"
+)
 
 
 class FusedVariants:
@@ -89,7 +92,7 @@ class FusedVariants:
                 return [error]
             return [self.fuse({text: company}, keep)[0] for text, company in companies.items()]
         kept = iter(made)
-        return [StoreError(_FORGOTTEN) if now is True and next(kept) is None else now for now in done]
+        return [StoreError(_GONE) if now is True and next(kept) is None else now for now in done]
 
     def fuse_in_order(self, texts: Sequence[str], keep: int) -> int:
         """Compute these chunks as one text behind the prefix and keep each one's KV, its company all those before it.
@@ -108,7 +111,7 @@ class FusedVariants:
             if known is None:
                 [known] = self._make([(chunk, seen)], keep, joint=True) if company else [chunk]
                 if known is None:
-                    raise StoreError(_FORGOTTEN)
+                    raise StoreError(_GONE)
                 new += bool(company)
             seen.append(known)
         return new
@@ -126,10 +129,24 @@ class FusedVariants:
             fitting.append(found)
         return fitting
 
+    def held(self, text: str) -> list[Company]:
+        """The companies of the variants whose KV is in the store."""
+        with self._lock:
+            known = list(self._all().get(canonical(text), {}).items())
+        return [company for company, key in known if key in self._library.store]
+
     def _has(self, text: str, company: Company) -> bool:
+        """Whether this variant is there, or at the remote, from where it is then fetched."""
         with self._lock:
             key = self._all().get(text, {}).get(company)
-        return key is not None and key in self._library.store
+        if key is not None and key in self._library.store:
+            return True
+        key = self._library.key(text, company)
+        found = self._library.get(key) is not None
+        if found:
+            with self._lock:
+                self._all().setdefault(text, {})[company] = key
+        return found
 
     def _make(
         self, chunks: Sequence[tuple[ChunkKV, Sequence[ChunkKV]]], keep: int, joint: bool = False

@@ -31,7 +31,7 @@ class Holdings:
         with self._lock:
             for id_, text in texts.items():
                 self._release(id_)
-                text = _canonical(text)
+                text = canonical(text)
                 self._texts[id_] = text
                 self._ids.setdefault(text, set()).add(id_)
 
@@ -44,7 +44,7 @@ class Holdings:
     def unused(self, texts: Iterable[str]) -> list[str]:
         """Those of ``texts`` that no known id has, each once."""
         with self._lock:
-            return [text for text in dict.fromkeys(map(_canonical, texts)) if text not in self._ids]
+            return [text for text in dict.fromkeys(map(canonical, texts)) if text not in self._ids]
 
     def _release(self, id_: str) -> None:
         old = self._texts.pop(id_, None)
@@ -55,6 +55,6 @@ class Holdings:
             del self._ids[old]
 
 
-def _canonical(text: str) -> str:
+def canonical(text: str) -> str:
     """The text a chunk is known by, as in `cacheclip_rag.chunks`, which would load torch."""
     return text.strip()

@@ -67,6 +67,13 @@ class ChunkStore(Protocol):
     def refresh(self) -> bool:
         """Take note of what other processes stored or removed; True when something changed."""
 
+    @property
+    def changes(self) -> int:
+        """How often such a thing was noted, by `refresh` or on the way."""
+
+    def vanished(self) -> list[str]:
+        """Keys that other processes removed, as far as it was noted, since this was asked last."""
+
     def stats(self) -> StoreStats: ...
 
     def __contains__(self, key: object) -> bool: ...

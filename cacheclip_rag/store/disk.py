@@ -61,6 +61,7 @@ class DiskStore:
         self._stats = StoreStats()
         self._lock, self._writing, self._refreshing = threading.RLock(), threading.Lock(), threading.Lock()
         self._seen = -1
+        self.changes = 0
         self._shared = SharedCap(self.folder, cap)
         self.writable = True
         try:
@@ -107,10 +108,10 @@ class DiskStore:
             adopted = [key for key in new if self._adopt(key)]
             # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
             self._seen = changed if listed - changed > _TICK else -1
+            self.changes += bool(gone or adopted)
             return bool(gone or adopted)
 
     def vanished(self) -> list[str]:
-        """Keys that other processes removed, as `refresh` found, since this was asked last."""
         with self._lock:
             gone = list(self._vanished)
             self._vanished.clear()

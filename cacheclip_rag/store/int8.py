@@ -51,6 +51,13 @@ class Int8Store:
     def refresh(self) -> bool:
         return self.inner.refresh()
 
+    @property
+    def changes(self) -> int:
+        return self.inner.changes
+
+    def vanished(self) -> list[str]:
+        return self.inner.vanished()
+
     def stats(self) -> StoreStats:
         return self.inner.stats()
 

@@ -90,6 +90,11 @@ class MemoryStore:
     def refresh(self) -> bool:
         return False
 
+    changes = 0
+
+    def vanished(self) -> list[str]:
+        return []
+
     def stats(self) -> StoreStats:
         with self._memory.lock:
             return replace(self._stats, memory_bytes=self._stats.nbytes)

@@ -284,6 +284,11 @@ class RemoteStore:
     def refresh(self) -> bool:
         return False
 
+    changes = 0
+
+    def vanished(self) -> list[str]:
+        return []
+
     def flush(self) -> None:
         """Wait for the uploads, and remove what is still to be removed. Bounded: when the remote is dead, the circuit
         breaker lets both fail.

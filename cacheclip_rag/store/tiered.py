@@ -30,6 +30,7 @@ class TieredStore:
         self.tiers, self.remote = tiers, remote
         self._all = tiers if remote is None else (*tiers, remote)
         self._reads: list[_Read] = []
+        self._vanished: set[str] = set()
         self._lock = threading.Lock()
         self._copying = threading.Lock()
 
@@ -84,10 +85,21 @@ class TieredStore:
         """What another process removed from a disk is not served from memory either: it may have been forgotten."""
         changed = any([tier.refresh() for tier in self.tiers])
         for level, tier in enumerate(self.tiers):
-            if isinstance(tier, DiskStore) and (gone := tier.vanished()):
+            if gone := tier.vanished():
                 for nearer in self.tiers[:level]:
                     nearer.delete(gone)
+                with self._lock:
+                    self._vanished.update(gone)
         return changed
+
+    @property
+    def changes(self) -> int:
+        return sum(tier.changes for tier in self.tiers)
+
+    def vanished(self) -> list[str]:
+        with self._lock:
+            gone, self._vanished = self._vanished, set()
+        return list(gone)
 
     def stats(self) -> StoreStats:
         """What is kept and what was not: the farthest tier's, the remote one not counted. A chunk that any of them had
