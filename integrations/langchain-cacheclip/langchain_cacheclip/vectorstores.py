@@ -40,9 +40,10 @@ class CacheClipVectorStore(VectorStore):
     KV only costs time. KV belongs to a text, so it stays as long as any id has that text. Which id has which text is
     kept beside the KV: every id is a document of the engine's (``engine.forget_document(id)``).
 
-    With ``fuse=10`` every chunk is fused with the ten others most like it as well, by the store's own embeddings: for
-    methods that take fused variants (``method="auto"``, ``"fusionrag"``), at twice the cost. Leave it out where
-    documents must not colour one another's KV.
+    With ``fuse=10`` every chunk is fused with the ten others most like it as well, of all that the engine knows, by the
+    store's own embeddings: for methods that take fused variants (``method="auto"``, ``"fusionrag"``), at twice the
+    cost. Leave it out where documents must not colour one another's KV; collections that must not, of which only some
+    are fused, are of different tenants (``ChatCacheClip(tenant=...)``).
 
     Example:
         ``store = CacheClipVectorStore(Chroma(embedding_function=embeddings), llm)``
@@ -53,7 +54,7 @@ class CacheClipVectorStore(VectorStore):
         self, store: VectorStore, llm: ChatCacheClip | Engine, *, show_progress: bool = True, fuse: int = 0
     ) -> None:
         """``show_progress``: a progress bar, once encoding takes over a second. Raises TypeError for another ``llm``,
-        ValueError for ``fuse`` with a store that has no embeddings.
+        ValueError for ``fuse`` with a store that has no embeddings, and what `Fuser` raises.
 
         The engine is opened when the first chunks come.
         """
@@ -216,6 +217,8 @@ class CacheClipVectorStore(VectorStore):
         self._held.hold(dict(zip(ids, texts, strict=False)))
         try:
             engine = self._handle.engine
+            if self._fuser is not None:
+                self._fuser.follow(engine)
             engine.documents.note(zip(ids, texts, strict=False))
             for id_, text in zip(ids, texts, strict=False):
                 if id_ in before and before[id_].strip() != text.strip():

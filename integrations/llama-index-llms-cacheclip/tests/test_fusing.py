@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
+import sys
 from typing import Any
 
 import pytest
+from llama_index.core import Settings
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.embeddings import BaseEmbedding
-from llama_index.core.schema import TextNode
-from llama_index.llms.cacheclip import CacheClipTransform
+from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
+from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, CacheClipVectorStore
 
 from cacheclip_rag import Backbone, Engine
 
@@ -44,8 +49,7 @@ class Places(BaseEmbedding):
 
 def company(engine: Engine, name: str) -> list[list[str]]:
     """With whom a chunk was fused, by name."""
-    found = engine._encodings.reuse(engine.method.encode).fused.of(text(name))
-    return [[next(n for n in PLACES if n in other) for other in variant] for variant in found if variant]
+    return [[next(n for n in PLACES if n in other) for other in variant] for variant in engine.fused(text(name))]
 
 
 def nodes(*names: str) -> list[TextNode]:
@@ -89,3 +93,94 @@ def test_embeddings_that_fail_cost_fusion_and_not_ingestion(tiny_backbone: Backb
     embed.broken = False
     transform(nodes("elm"))  # what was missed is made up for
     assert company(engine, "oak") == [["elm", "ash"]]
+
+
+def of(document: str, *names: str, version: str = "") -> list[TextNode]:
+    made = [TextNode(text=text(name) + version) for name in names]
+    for node in made:
+        node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=document)
+    return made
+
+
+def test_a_changed_document_is_not_fused_with_what_it_was_in_an_earlier_process(
+    tiny_backbone: Backbone, tmp_path: Any
+) -> None:
+    """Though nothing has told this process that the old version goes."""
+    with Engine(tiny_backbone, method="auto", store=tmp_path) as engine:
+        CacheClipTransform(engine, fuse=1, embed_model=Places(), show_progress=False)(
+            [*of("trees", "oak"), *of("fish", "cod")]
+        )
+    with Engine(tiny_backbone, method="auto", store=tmp_path) as engine:
+        transform = CacheClipTransform(engine, fuse=1, embed_model=Places(), show_progress=False)
+        transform(of("trees", "oak", version=" As of now."))
+        assert engine.fused(text("oak") + " As of now.") == [(text("cod"),)]
+
+
+@pytest.mark.parametrize("kept", ["the same text", "another text"])
+def test_a_document_of_an_earlier_process_that_is_changed_through_the_store_leaves_no_old_kv(
+    tiny_backbone: Backbone, tmp_path: Any, kept: str
+) -> None:
+    """A store that cannot be asked for its nodes: only the notes tell what the document was."""
+    inner = SimpleVectorStore()
+    for version in ("", " As of now."):
+        with Engine(tiny_backbone, method="auto", store=tmp_path) as engine:
+            store = CacheClipVectorStore(inner, engine, show_progress=False, stores_text=False)
+            transform = CacheClipTransform(engine, show_progress=False)
+            new = [*of("trees", "oak", version=version), *of("trees", "elm"), *of("woods", "ash")]
+            for node in new:
+                node.embedding = [1.0, 0.0]
+            if version:
+                store.delete("trees")
+                new = new[:2] if kept == "the same text" else new[:1]
+            store.add(list(transform(new)))
+    known = [engine.knows(text("oak") + version) for version in ("", " As of now.")]
+    assert known == [False, True] and engine.knows(text("elm")) == (kept == "the same text")
+    assert engine.knows(text("ash"))
+
+
+def test_what_was_deleted_and_comes_back_is_fused_again(tiny_backbone: Backbone) -> None:
+    engine = Engine(tiny_backbone, method="auto")
+    transform = CacheClipTransform(engine, fuse=1, embed_model=Places(), show_progress=False)
+    transform(nodes("oak", "elm", "cod"))
+    engine.forget([text("elm")])
+    transform(nodes("elm"))
+    assert [company(engine, name) for name in ("oak", "elm", "cod")] == [[["elm"]], [["oak"]], [["elm"]]]
+
+
+def test_a_transform_that_fuses_can_be_pickled_and_copied(tiny_folder: Any) -> None:
+    llm = CacheClipLLM(model_name=str(tiny_folder), method="auto")
+    transform = CacheClipTransform(llm, fuse=1, embed_model=Places(), show_progress=False)
+    transform(nodes("oak", "elm"))
+    copy.deepcopy(transform)(nodes("oak", "ash"))
+    assert company(llm.engine, "ash") == [["elm"]]
+    travelled = pickle.loads(pickle.dumps(transform))
+    travelled(nodes("cod"))  # it knows no engine in another process, and says nothing of errors
+    unfusing = pickle.loads(pickle.dumps(CacheClipTransform(llm)))
+    assert unfusing._fuser is None and travelled._fuser is not None
+
+
+def test_embeddings_that_the_nodes_come_with_are_used(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, embed = Engine(tiny_backbone, method="auto"), Places()
+    monkeypatch.setattr(Settings, "_embed_model", embed)
+    embedded = embed(nodes("oak", "elm", "cod"))  # as a step of a pipeline
+    asked = list(embed.asked)
+    transform = CacheClipTransform(engine, fuse=1, show_progress=False)
+    transform(embedded)
+    assert embed.asked == asked and company(engine, "oak") == [["elm"]]
+    transform(nodes("eel"))
+    assert embed.asked == [*asked, text("eel")] and company(engine, "eel") == [["cod"]]
+    other = CacheClipTransform(engine, fuse=1, embed_model=Places(), show_progress=False)
+    other(embedded)  # whose model is another than the pipeline's
+    assert len(other._fuser._embed.model.asked) == 4
+
+
+@pytest.mark.parametrize("given", [None, "local:nowhere"])
+def test_no_embedding_model_is_said_to_be_wanted(
+    tiny_backbone: Backbone, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "_embed_model", None)
+    monkeypatch.delenv("IS_TESTING", raising=False)
+    monkeypatch.setitem(sys.modules, "llama_index.embeddings.openai", None)
+    monkeypatch.setitem(sys.modules, "llama_index.embeddings.huggingface", None)
+    with pytest.raises(ValueError, match=r"embed_model=\.\.\.\) or Settings\.embed_model"):
+        CacheClipTransform(Engine(tiny_backbone, method="auto"), fuse=2, embed_model=given)

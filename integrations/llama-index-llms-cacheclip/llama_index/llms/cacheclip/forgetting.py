@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterable
 
+from cacheclip_rag.errors import CacheClipError
 from cacheclip_rag.integration import EngineHandle, Holdings
 
 log = logging.getLogger("cacheclip_rag")
@@ -26,7 +27,10 @@ class Forgetting:
         self._lock = threading.Lock()
 
     def later(self, texts: Iterable[tuple[str | None, str]], document: str | None = None) -> None:
-        """``texts``: with the document each was of, where that is known. ``document``: all of it is gone."""
+        """``texts``: with the document each was of, where that is known. ``document``: all of it is gone, which an
+        earlier process may have ingested.
+        """
+        texts = [*texts, *self._noted(document)]
         with self._lock:
             self._texts.update(dict.fromkeys(texts))
             if document is not None:
@@ -67,6 +71,21 @@ class Forgetting:
         """As `now`, for the end of a process: a model that is not open is not opened for it."""
         if self._handle.peek() is not None:
             self.now()
+
+    def _noted(self, document: str | None) -> list[tuple[str | None, str]]:
+        """The document's texts, as far as an engine is open. Without them only the document could be forgotten, and if
+        it comes back changed not even that. Never raises.
+        """
+        engine = self._handle.peek()
+        if document is None or engine is None:
+            return []
+        try:
+            noted = engine.documents.of(document)
+        except CacheClipError:
+            log.exception("the chunks of a deleted document are not known")
+            return []
+        known = engine.index.texts() if noted else []
+        return [(document, text) for text in known if engine.documents.text(text) in noted]
 
     def _take(self) -> tuple[list[tuple[str | None, str]], list[str]]:
         with self._lock:

@@ -8,11 +8,12 @@ import threading
 import uuid
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core import Settings
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.embeddings import BaseEmbedding
+from llama_index.core.embeddings import BaseEmbedding, resolve_embed_model
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
 from cacheclip_rag.integration import EngineHandle, Fuser, encode
@@ -40,9 +41,11 @@ class CacheClipTransform(TransformComponent):
     by then, and a chunk without KV only costs time. In a worker process (``num_workers``) it leaves the work to
     `CacheClipPostprocessor` rather than load a model per worker.
 
-    With ``fuse=10`` every chunk is fused with the ten others most like it as well, by ``embed_model``, or by
-    ``Settings.embed_model``: for methods that take fused variants (``method="auto"``, ``"fusionrag"``), at twice the
-    cost. Leave it out where documents must not colour one another's KV.
+    With ``fuse=10`` every chunk is fused with the ten others most like it as well, of all that the engine knows, for
+    methods that take fused variants (``method="auto"``, ``"fusionrag"``), at twice the cost. How alike they are is told
+    by ``embed_model``, or else by ``Settings.embed_model``, which is not asked for nodes that come with an embedding
+    (put it before this step). Leave ``fuse`` out where documents must not colour one another's KV; collections that
+    must not, of which only some are fused, are of different tenants (``CacheClipLLM(tenant=...)``).
 
     Example:
         ``IngestionPipeline(transformations=[SentenceSplitter(), embed_model, CacheClipTransform(llm)])``
@@ -56,16 +59,21 @@ class CacheClipTransform(TransformComponent):
 
     _handle: EngineHandle = PrivateAttr()
     _fuser: Fuser | None = PrivateAttr(default=None)
+    _embedded_before: bool = PrivateAttr(default=False)
     _name: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
-    def __init__(self, llm: CacheClipLLM | Engine, *, embed_model: BaseEmbedding | None = None, **fields: Any) -> None:
-        """``llm`` is loaded now, since the fingerprint depends on its weights. Raises what opening it raises."""
+    def __init__(
+        self, llm: CacheClipLLM | Engine, *, embed_model: BaseEmbedding | str | None = None, **fields: Any
+    ) -> None:
+        """``llm`` is loaded now, since the fingerprint depends on its weights. ``embed_model``: as LlamaIndex takes it,
+        ``"local:..."`` included. Raises what opening the model raises, and ValueError for no embedding model.
+        """
         handle = handle_of(llm)
         super().__init__(**{"fingerprint": _fingerprint(handle.engine), **fields})
         self._handle = handle
         if self.fuse:
-            model = embed_model or Settings.embed_model
-            self._fuser = Fuser(self.fuse, model.get_text_embedding_batch)
+            self._fuser = Fuser(self.fuse, _Embed(_embedding_model(embed_model)))
+            self._embedded_before = embed_model is None
 
     @classmethod
     def class_name(cls) -> str:
@@ -78,12 +86,20 @@ class CacheClipTransform(TransformComponent):
                 log.info("%d chunks are not encoded in this worker process, but when they are first used", len(nodes))
             else:
                 texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+                if self._fuser is not None:
+                    self._fuser.follow(engine)
                 # Whose chunks these are, so that engine.forget_document(ref_doc_id) finds them.
                 engine.documents.note((n.ref_doc_id, t) for n, t in zip(nodes, texts, strict=True) if n.ref_doc_id)
                 encode(engine, texts, self.show_progress)
                 self._forget_replaced(engine, nodes, texts)
                 if self._fuser is not None:
-                    self._fuser(engine, self.show_progress)
+                    vectors = {text.strip(): n.embedding for n, text in zip(nodes, texts, strict=True) if n.embedding}
+                    self._fuser(
+                        engine,
+                        self.show_progress,
+                        vectors=vectors if self._embedded_before else {},
+                        without=_replaced(engine, nodes, texts),
+                    )
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         return nodes
@@ -114,6 +130,38 @@ class CacheClipTransform(TransformComponent):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore(self, state)
+
+
+@dataclass(frozen=True)
+class _Embed:
+    """A model's `get_text_embedding_batch`, which as LlamaIndex wraps it can be neither copied nor pickled."""
+
+    model: BaseEmbedding
+
+    def __call__(self, texts: list[str]) -> list[list[float]]:
+        return self.model.get_text_embedding_batch(texts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Embed:
+        return self  # a model's weights are not there twice
+
+
+def _replaced(engine: Engine, nodes: Sequence[BaseNode], texts: Sequence[str]) -> list[str]:
+    """What only these nodes' documents had, perhaps in an earlier process, and no longer have: it may soon be gone."""
+    now = set(map(engine.documents.text, texts))
+    before = engine.documents.only({n.ref_doc_id for n in nodes if n.ref_doc_id}) - now
+    known = engine.index.texts() if before else []
+    return [text for text in known if engine.documents.text(text) in before]
+
+
+def _embedding_model(given: BaseEmbedding | str | None) -> BaseEmbedding:
+    """The one that was given, or ``Settings.embed_model``. Raises ValueError that says what is wanted."""
+    try:
+        return Settings.embed_model if given is None else resolve_embed_model(given)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            "fuse needs an embedding model: CacheClipTransform(llm, fuse=10, embed_model=...) or Settings.embed_model; "
+            f"{'the default' if given is None else repr(given)} cannot be had: {error}"
+        ) from error
 
 
 def _fingerprint(engine: Engine) -> str:
