@@ -268,6 +268,10 @@ def fuse(
             dtype=dtype,
             device=device,
         ) as engine:
+            if not engine.method.ahead:
+                raise ConfigurationError(
+                    f"{method} encodes no chunk ahead, so that none can be fused: try --method auto"
+                )
             texts = engine.index.texts()
             if not texts:
                 raise ConfigurationError(

@@ -528,6 +528,18 @@ def test_embeddings_that_are_there_are_not_asked_for() -> None:
     assert asked == [C] and ready.fused(A) == [(B,)] and ready.fused(C) == [(B,)]
 
 
+def test_a_method_that_takes_no_fused_variants_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    ready = Engine(tiny_backbone(), method="query_guided")
+    ready.ensure([A, B])
+    fuser = Fuser(1, _counting)
+    for _ in range(2):
+        fuser(ready, show_progress=False)
+    assert ready.fused(A) == [(B,)]  # for requests that name another
+    assert [r.message for r in caplog.records if "takes no fused variants" in r.message] == [
+        "query_guided, the engine's method, takes no fused variants; auto, fusionrag and query_guided:fused=True do"
+    ]
+
+
 @pytest.mark.parametrize("count", [0, -3, 2.5, "10", True, None])
 def test_a_fuser_wants_a_whole_number(count: Any) -> None:
     with pytest.raises(ConfigurationError, match="fuse is how many"):
@@ -1039,6 +1051,8 @@ def test_a_store_is_fused_at_the_command_line(tmp_path: Path, monkeypatch: pytes
     assert "0 of 1 chunks fused now, 0 left out" in done.stdout
     done = CliRunner().invoke(cli.app, [*arguments[:-1], "--least", "3"])
     assert done.exit_code == 0 and "no chunk came in 3 prompts yet" in done.stdout
+    done = CliRunner().invoke(cli.app, [*arguments, "--method", "cachecraft"])
+    assert done.exit_code == 2 and "encodes no chunk ahead" in done.stderr
     done = CliRunner().invoke(cli.app, ["fuse", "--store", str(tmp_path / "empty"), "--model", str(folder)])
     assert done.exit_code == 2 and "holds no chunks" in done.stderr
     with Engine(str(folder), method="auto", store=kept) as again:

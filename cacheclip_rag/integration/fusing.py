@@ -42,6 +42,7 @@ class Fuser:
 
         self._neighbourhood = Neighbourhood(self._count)
         self._lock = threading.Lock()
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_count": self._count, "_embed": self._embed}
@@ -65,6 +66,12 @@ class Fuser:
         """
         if not engine.composable:
             return
+        if engine.method.fit is None and not self._warned:
+            self._warned = True
+            name = engine.method.name
+            log.warning(
+                "%s, the engine's method, takes no fused variants; auto, fusionrag and %s:fused=True do", name, name
+            )
         with self._lock:
             try:
                 unwanted = set(map(canonical, without))
