@@ -500,6 +500,23 @@ def test_any_number_of_chunks_that_others_removed_are_dropped_from_memory(tmp_pa
     assert store.refresh() and len(store.vanished()) == 70_000 and store.vanished() == []
 
 
+def test_what_this_process_removes_while_it_looks_was_not_removed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = open_disk(tmp_path), open_disk(tmp_path)
+    mine, theirs = put(store, "text 0"), put(store, "text 1")
+    assert other.refresh() and other.changes == 1 and store.changes == 0
+    listed = store._listed
+
+    def meanwhile() -> set[str]:
+        store.delete([mine])
+        return listed()
+
+    monkeypatch.setattr(store, "_listed", meanwhile)
+    other.delete([theirs])
+    assert store.refresh() and store.changes == 1 and store.vanished() == [theirs]
+
+
 def test_a_chunk_s_file_that_cannot_be_read_is_forgotten_too(tmp_path: Path) -> None:
     store = open_disk(tmp_path)
     keys = [put(store, f"a secret text {number}") for number in range(3)]

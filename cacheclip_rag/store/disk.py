@@ -102,9 +102,8 @@ class DiskStore:
                 return False
             gone, new = before - found, found - before
             with self._lock:
-                for key in gone:
-                    self._index.pop(key, None)
-                self._vanished |= gone
+                # What this process deleted or evicted since the snapshot has left the index already.
+                self._vanished |= {key for key in gone if self._index.pop(key, None) is not None}
             adopted = [key for key in new if self._adopt(key)]
             # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
             self._seen = changed if listed - changed > _TICK else -1
