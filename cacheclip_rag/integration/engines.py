@@ -28,6 +28,7 @@ class EngineSettings:
     dtype: str = "auto"
     device: str = "auto"
     max_requests: int = 16
+    fuse_when_idle: bool = False
 
     def open(self) -> Engine:
         from ..engine import Engine
@@ -42,6 +43,7 @@ class EngineSettings:
             dtype=self.dtype,
             device=self.device,
             max_requests=self.max_requests,
+            fuse_when_idle=self.fuse_when_idle,
         )
 
 

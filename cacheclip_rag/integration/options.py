@@ -45,7 +45,6 @@ _ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
 
 ENGINES_OWN = {
     "disk_bytes",
-    "fuse_when_idle",
     "kv_dtype",
     "memory_bytes",
     "on_uncomposable",

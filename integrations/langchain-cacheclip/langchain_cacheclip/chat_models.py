@@ -83,6 +83,10 @@ class ChatCacheClip(BaseChatModel):
     dtype: str = Field(default="auto", description='"float32", "bfloat16", ..., or "auto".')
     device: str = Field(default="auto", description='"cpu", "cuda", ..., or "auto".')
     max_requests: int = Field(default=16, ge=1, description="In flight at the same time; further ones wait.")
+    fuse_when_idle: bool = Field(
+        default=False,
+        description="While nothing is asked, fuse chunks with those they often come with (`auto` takes them).",
+    )
     # A field, because configurable_fields() makes models anew from their fields.
     given: EngineHandle | None = Field(default=None, exclude=True, repr=False, description="See `from_engine`.")
 
@@ -386,6 +390,7 @@ class ChatCacheClip(BaseChatModel):
             dtype=self.dtype,
             device=self.device,
             max_requests=self.max_requests,
+            fuse_when_idle=self.fuse_when_idle,
         )
 
 

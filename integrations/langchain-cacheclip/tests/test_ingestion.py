@@ -317,3 +317,16 @@ def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embeddi
 
     with pytest.raises(ValueError, match="needs a store with embeddings"):
         CacheClipVectorStore(Bare(embedding), engine, fuse=2)
+
+
+def test_what_is_asked_about_together_is_fused_while_nothing_is_asked(tiny_folder: Path, embedding: Any) -> None:
+    for allowed in (False, True):
+        llm = ChatCacheClip(str(tiny_folder), fuse_when_idle=allowed, max_tokens=1, tenant="idle")
+        try:
+            CacheClipVectorStore(InMemoryVectorStore(embedding), llm, show_progress=False).add_texts([text(1), text(2)])
+            for _ in range(2):
+                llm.invoke(f"{text(1)}\n\n{text(2)}\n\nWhich?")
+            llm.engine.flush()
+            assert llm.engine.fused(text(2)) == ([(text(1).strip(),)] if allowed else [])
+        finally:
+            llm.close()

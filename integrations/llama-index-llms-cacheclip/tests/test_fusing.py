@@ -148,7 +148,7 @@ def test_what_was_deleted_and_comes_back_is_fused_again(tiny_backbone: Backbone)
 
 
 def test_a_transform_that_fuses_can_be_pickled_and_copied(tiny_folder: Any) -> None:
-    llm = CacheClipLLM(model_name=str(tiny_folder), method="auto")
+    llm = CacheClipLLM(str(tiny_folder), method="auto", tenant="travelling")
     transform = CacheClipTransform(llm, fuse=1, embed_model=Places(), show_progress=False)
     transform(nodes("oak", "elm"))
     copy.deepcopy(transform)(nodes("oak", "ash"))
@@ -184,3 +184,16 @@ def test_no_embedding_model_is_said_to_be_wanted(
     monkeypatch.setitem(sys.modules, "llama_index.embeddings.huggingface", None)
     with pytest.raises(ValueError, match=r"embed_model=\.\.\.\) or Settings\.embed_model"):
         CacheClipTransform(Engine(tiny_backbone, method="auto"), fuse=2, embed_model=given)
+
+
+def test_what_is_asked_about_together_is_fused_while_nothing_is_asked(tiny_folder: Any) -> None:
+    for allowed in (False, True):
+        llm = CacheClipLLM(str(tiny_folder), fuse_when_idle=allowed, max_new_tokens=1, tenant="idle")
+        try:
+            CacheClipTransform(llm, show_progress=False)(nodes("oak", "cod"))
+            for _ in range(2):
+                llm.complete(f"{text('oak')}\n\n{text('cod')}\n\nWhich of them swims?")
+            llm.engine.flush()
+            assert company(llm.engine, "cod") == ([["oak"]] if allowed else [])
+        finally:
+            llm.close()

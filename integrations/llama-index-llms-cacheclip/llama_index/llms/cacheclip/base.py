@@ -73,6 +73,10 @@ class CacheClipLLM(CustomLLM):
     dtype: str = Field(default="auto", description='"float32", "bfloat16", ..., or "auto".')
     device: str = Field(default="auto", description='"cpu", "cuda", ..., or "auto".')
     max_requests: int = Field(default=16, ge=1, description="In flight at the same time; further ones wait.")
+    fuse_when_idle: bool = Field(
+        default=False,
+        description="While nothing is asked, fuse chunks with those they often come with (`auto` takes them).",
+    )
 
     _handle: EngineHandle = PrivateAttr()
     _last_report: Report | None = PrivateAttr(default=None)
@@ -257,6 +261,7 @@ class CacheClipLLM(CustomLLM):
             dtype=self.dtype,
             device=self.device,
             max_requests=self.max_requests,
+            fuse_when_idle=self.fuse_when_idle,
         )
 
     def _attach(self, handle: EngineHandle) -> None:
