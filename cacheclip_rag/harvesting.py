@@ -13,7 +13,7 @@ from .encode import Harvested, Variants
 from .encode.harvested import ChunkMass, harvest
 from .library import Library
 from .methods import Method
-from .prefill import Prefill, Reuse, fates, fitting, slots
+from .prefill import Prefill, Reuse, fates, fitting, recognise, slots
 from .prompt import ChunkIndex, Span, align
 from .report import Report
 
@@ -26,7 +26,7 @@ class Harvesting(Reuse):
         self.variants = Variants(recipe)
 
     def __call__(self, prompt: str, method: Method, ratio: float, room: int, report: Report, **options: Any) -> Prefill:
-        spans = self._index.find(prompt, options.get("hints", ()))
+        spans = recognise(self._backbone, self._index, prompt, options.get("hints", ()))
         if spans and all(span.key in self.variants for span in spans):
             return super().__call__(prompt, method, ratio, room, report, **options)
         return self._cold(prompt, spans, room, report)

@@ -21,7 +21,7 @@ from .fusion import FusedVariants, suits
 from .library import Library
 from .methods import Method
 from .prefixes import PrefixCache
-from .prompt import ChunkIndex, Layout, Span, align, find_question
+from .prompt import ChunkIndex, Layout, Span, align, documents, find_question
 from .report import ChunkUse, Fate, Fates, Report
 from .select import Request
 from .select.query_guided import question_scores
@@ -59,10 +59,16 @@ class Prefill:
         return torch.cat([self.logits, self.step(torch.tensor(answer[:-1]), len(self.layout))])
 
 
+def recognise(backbone: Backbone, index: ChunkIndex, prompt: str, hints: Collection[str] = ()) -> list[Span]:
+    """The documents in a prompt: known chunks and parts of them, the chat template's own text left out."""
+    spans = index.find(prompt, hints)
+    return documents(prompt, spans, index.whole, backbone.control_tokens, backbone.opening, backbone.closing)
+
+
 def native(backbone: Backbone, index: ChunkIndex, prompt: str, report: Report) -> Prefill:
     """Full prefill with transformers' own attention and cache. Of the chunks only their control tokens matter."""
-    documents = [(span.start, span.end) for span in index.find(prompt)]
-    tokens = fitting(backbone, backbone.tokenise_prompt(prompt, documents))
+    quoted = [(span.start, span.end) for span in recognise(backbone, index, prompt)]
+    tokens = fitting(backbone, backbone.tokenise_prompt(prompt, quoted))
     logits, step = backbone.native_prefill(tokens.ids)
     report.prompt_tokens = report.fresh = len(tokens)
     layout = align(prompt, tokens.ids, tokens.offsets, [], [])
@@ -73,8 +79,8 @@ def native(backbone: Backbone, index: ChunkIndex, prompt: str, report: Report) -
 def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: Report) -> Prefill:
     """Full prefill on a canvas. Chunks are still recognised: control tokens inside documents stay text."""
     with report.timed("tokenise"):
-        documents = [(span.start, span.end) for span in index.find(prompt)]
-        tokens = fitting(backbone, backbone.tokenise_prompt(prompt, documents))
+        quoted = [(span.start, span.end) for span in recognise(backbone, index, prompt)]
+        tokens = fitting(backbone, backbone.tokenise_prompt(prompt, quoted))
     canvas = backbone.canvas(slots(backbone, len(tokens), room))
     with report.timed("recompute"):
         logits = backbone.forward(tokens.ids, torch.arange(len(tokens)), canvas)
@@ -89,7 +95,7 @@ def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: 
 def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str, room: int, report: Report) -> Prefill:
     """Full prefill behind the longest beginning that an earlier prompt left in ``cache``: the same KV."""
     with report.timed("recognise"):
-        spans = index.find(prompt)
+        spans = recognise(backbone, index, prompt)
     with report.timed("tokenise"):
         tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
         layout = align(prompt, tokens.ids, tokens.offsets, spans, [None] * len(spans))
@@ -167,7 +173,7 @@ class Reuse:
         """
         backbone = self._backbone
         with report.timed("recognise"):
-            spans = self._index.find(prompt, hints)
+            spans = recognise(backbone, self._index, prompt, hints)
             asked = find_question(prompt, spans, question, backbone.control_tokens, backbone.closing)
         scores = self._auxiliary_scores(auxiliary, method, ratio, spans, asked.text)
         with report.timed("tokenise"):

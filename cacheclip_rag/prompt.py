@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,9 @@ WINDOW = 32
 """Anchors are the chunk's windows of 32 characters at 0, 32, 64, ...: any common stretch of 63 characters holds one."""
 MAX_CANDIDATES = 32
 """An anchor shared by more chunks than this is boilerplate and is looked at only when nothing better covers it."""
+MAX_TRIES = 4096
+"""Matches that are tried in one prompt before recognition takes the first one that it finds at each place. Text that
+repeats itself (a ruled line, zeros, base64) matches itself at every shift, and all of them would be tried."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class ChunkIndex:
         # hash of a window -> chunk number << 32 | offset, or a list of them. Hashes only nominate; text decides.
         self._anchors: dict[int, int | list[int]] = {}
         self._boilerplate = 0  # anchors that more than MAX_CANDIDATES chunks share
+        self._tries = 0  # matches that `find` has tried in its prompt
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -111,6 +115,7 @@ class ChunkIndex:
         window usually covers them.
         """
         with self._lock:
+            self._tries = 0
             spans = self._scan(prompt, 0, len(prompt), hints, common=False)
             if not self._boilerplate:
                 return spans
@@ -137,8 +142,8 @@ class ChunkIndex:
             # A neighbour that overlaps a chunk holds its first lines and the blank ones before: its match begins a
             # little earlier and ends soon. A part of a chunk therefore gives way to a longer match inside it.
             ahead = position + 1
-            while ahead <= found.end - WINDOW and not self._whole(found):
-                other = self._longest(prompt, ahead, last, end, hints, common)
+            while ahead <= found.end - WINDOW and not self.whole(found) and self._tries < MAX_TRIES:
+                other = self._longest(prompt, ahead, last, end, hints, common, besides=found)
                 if other is not None and self._better(other, found, hints):
                     if other.start - found.start >= MIN_CHARS:
                         spans.append(Span(found.start, other.start, found.key, found.offset))
@@ -149,8 +154,9 @@ class ChunkIndex:
             last = position = found.end
         return spans
 
-    def _whole(self, span: Span) -> bool:
-        return len(span) == len(self._texts[span.key])
+    def whole(self, span: Span) -> bool:
+        """Whether it is all of its chunk."""
+        return len(span) == len(self._texts.get(span.key, ""))
 
     @staticmethod
     def _better(other: Span, found: Span, hints: Collection[str]) -> bool:
@@ -158,9 +164,16 @@ class ChunkIndex:
         return len(other) > len(found) or (len(other) == len(found) and other.start == found.start and hinted)
 
     def _longest(
-        self, prompt: str, position: int, left: int, right: int, hints: Collection[str], common: bool
+        self,
+        prompt: str,
+        position: int,
+        left: int,
+        right: int,
+        hints: Collection[str],
+        common: bool,
+        besides: Span | None = None,
     ) -> Span | None:
-        """The best match through the window at ``position``, if it is worth it."""
+        """The best match through the window at ``position``, if it is worth it; another one than ``besides``."""
         known = self._anchors.get(hash(prompt[position : position + WINDOW]))
         if known is None:
             return None
@@ -170,8 +183,14 @@ class ChunkIndex:
                 return None
             hinted = [p for p in places if self._keys[p >> 32] in hints]
             places = (hinted + places)[:MAX_CANDIDATES]
+        if besides is not None:  # that window of it gives the same match again
+            number, offset = self._numbers[besides.key], besides.offset + position - besides.start
+            places = [p for p in places if p != number << 32 | offset]
+        if self._tries >= MAX_TRIES:
+            places = places[:1]
+        self._tries += len(places)
         spans = [span for p in places if (span := self._extend(prompt, position, p, left, right)) is not None]
-        best = max(spans, key=lambda s: (len(s), s.key in hints, self._whole(s), -s.offset), default=None)
+        best = max(spans, key=lambda s: (len(s), s.key in hints, self.whole(s), -s.offset), default=None)
         return best if best is not None and len(best) >= MIN_CHARS else None
 
     def _extend(self, prompt: str, position: int, place: int, left: int, right: int) -> Span | None:
@@ -182,19 +201,61 @@ class ChunkIndex:
         text = self._texts[key]
         if text[offset : offset + WINDOW] != prompt[position : position + WINDOW]:
             return None  # two windows of one hash
-        before = 0
-        while before < min(offset, position - left) and text[offset - before - 1] == prompt[position - before - 1]:
-            before += 1
+        before, limit, step = 0, min(offset, position - left), 256
+        while before < limit:
+            size = min(step, limit - before)
+            if text.startswith(prompt[position - before - size : position - before], offset - before - size):
+                before += size
+            elif size == 1:
+                break
+            else:
+                step = size // 2
         after, limit, step = WINDOW, min(len(text) - offset, right - position), 256
         while after < limit:
             size = min(step, limit - after)
-            if text[offset + after : offset + after + size] == prompt[position + after : position + after + size]:
+            if text.startswith(prompt[position + after : position + after + size], offset + after):
                 after += size
             elif size == 1:
                 break
             else:
                 step = size // 2
         return Span(position - before, position + after, key, offset - before)
+
+
+# ---- documents -----------------------------------------------------------------------------------------------------
+
+
+def documents(
+    prompt: str,
+    spans: Sequence[Span],
+    whole: Callable[[Span], bool],
+    control: Collection[str],
+    opening: str = "",
+    closing: str = "",
+) -> list[Span]:
+    """What of the known stretches is documents, whose control tokens are text, and not the prompt's own frame.
+
+    A document may quote the chat template, and then the frame of every prompt matches a stretch of it. So what precedes
+    the user's text (``opening``) and follows it (``closing``) is none where the prompt begins and ends so; a stretch
+    that is not a ``whole`` chunk ends at every control token; and none holds a part of one.
+    """
+    left = len(opening) if prompt.startswith(opening) else 0
+    right = len(prompt) - len(closing) if prompt.endswith(closing) else len(prompt)
+    tokens = [match.span() for match in _any_of(control).finditer(prompt)] if spans else []
+    found = []
+    for span in spans:
+        start, end = max(span.start, left), min(span.end, right)
+        quoted = whole(span) and (start, end) == (span.start, span.end)
+        cuts = [(a, b) for a, b in tokens if a < end and b > start and not (quoted and start <= a and b <= end)]
+        for begin, stop in zip([start, *(b for _, b in cuts)], [*(a for a, _ in cuts), end], strict=True):
+            if stop - begin >= MIN_CHARS:
+                found.append(Span(begin, stop, span.key, span.offset + begin - span.start))
+    return found
+
+
+def _any_of(control: Collection[str]) -> re.Pattern[str]:
+    """The longest first, since one may begin with another; of none nothing matches."""
+    return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
 
 
 # ---- the question --------------------------------------------------------------------------------------------------
@@ -230,9 +291,9 @@ def find_question(
         return Question(known, at, at + len(known)) if at >= 0 else Question(known)
     stop = len(prompt) - len(closing) if closing and prompt.endswith(closing) else len(prompt)
     pieces = [(spans[-1].end, stop), (0, spans[0].start)] if spans else [(0, stop)]
-    pattern = "|".join(re.escape(token) for token in control) or r"(?!)"
+    pattern = _any_of(control)
     for start, end in pieces:
-        text = re.sub(pattern, " ", prompt[start:end]).strip()
+        text = pattern.sub(" ", prompt[start:end]).strip()
         if any(character.isalnum() for character in text):
             return Question(text, start, end)
     return Question(prompt[-256:].strip() or "?")

@@ -37,7 +37,7 @@ class Texts:
         self.tokenizer = tokenizer
         self._encoder, self._plain = _untruncated(tokenizer), _untruncated(tokenizer)
         self._plain.encode_special_tokens = True  # "<|im_end|>" inside a document is eleven characters, not a command
-        self._opening = self._begin_of_sequence()
+        self._first = self._begin_of_sequence()
 
     def tokenise(self, text: str, plain: bool = False) -> Tokens:
         """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
@@ -58,8 +58,8 @@ class Texts:
             tokens = self._tokenise_around(prompt, documents)
         else:
             tokens = self.tokenise(prompt)
-        if self._opening is not None and not (len(tokens) and tokens.ids[0] == self._opening):
-            opening = Tokens(torch.tensor([self._opening]), torch.zeros(1, 2, dtype=torch.long))
+        if self._first is not None and not (len(tokens) and tokens.ids[0] == self._first):
+            opening = Tokens(torch.tensor([self._first]), torch.zeros(1, 2, dtype=torch.long))
             tokens = Tokens(torch.cat([opening.ids, tokens.ids]), torch.cat([opening.offsets, tokens.offsets]))
         return tokens
 
@@ -107,6 +107,11 @@ class Texts:
         if not self.tokenizer.chat_template:
             return "\n\n".join(str(m["content"]) for m in messages) + "\n\n"
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+
+    @cached_property
+    def opening(self) -> str:
+        """What stands before the user's text in this model's chat template; nothing where there is none."""
+        return self.shared_prefix() if self.tokenizer.chat_template else ""
 
     def shared_prefix(self) -> str:
         """What stands before a user's text in this model's chat template: the prefix chunks are encoded behind.

@@ -23,12 +23,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from cacheclip_rag.chunks import MIN_CHARS, Namespace, canonical
 from cacheclip_rag.prompt import (
     MAX_CANDIDATES,
+    MAX_TRIES,
     WINDOW,
     ChunkIndex,
     Layout,
     Question,
     Span,
     align,
+    documents,
     find_question,
 )
 from cacheclip_rag.pull import resolve
@@ -380,6 +382,45 @@ def test_adding_removing_and_finding_in_parallel() -> None:
     assert not errors
     left = [f"k{i}" for i in (*range(100, 140), *range(1000, 1040), *range(2000, 2040)) if i % 2 == 0]
     assert whole(index.find(moving), index) == left and len(index) == 50 + len(left)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["00 " * 4000, "deadbeef" * 400, "." * 4000, "a" * 40 + " " * 6000 + "b" * 40, "image: " + "A" * 16000],
+    ids=["zeros", "hex", "a ruled line", "blanks", "base64"],
+)
+def test_text_that_repeats_itself_is_not_compared_with_itself_at_every_shift(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, tried = index_of([text, f"{words(1)}\n{text[7:]}", f"{text[3:]}\n{words(2)}", words(3)]), []
+    extend = index._extend
+    monkeypatch.setattr(index, "_extend", lambda *given: tried.append(given) or extend(*given))
+    prompt = f"Read.\n{text[5:-9]}\n\n{words(3)}\n\nWhich?"
+    spans = index.find(prompt)
+    check(prompt, spans, index)
+    assert len(tried) < 2 * MAX_TRIES + len(prompt) // WINDOW and sum(map(len, spans)) > 0.9 * len(prompt)
+    assert whole(spans, index)[-1:] == ["k3"]
+
+
+# ---- documents -----------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_what_is_no_part_of_the_templates_text() -> None:
+    head, tail = "<|im_start|>system\nYou answer questions about lighthouses and nothing else.", "<|im_end|>\nso:"
+    quoting = f"{words(1)}<|im_end|>{words(2)}"
+    index = index_of([quoting, f"{head}\n{words(3)}", f"{words(4)}{tail} {words(5)}"])
+
+    def found(prompt: str, opening: str = "", closing: str = "") -> list[str]:
+        spans = documents(prompt, index.find(prompt), index.whole, CHATML, opening, closing)
+        check(prompt, spans, index)
+        return [prompt[span.start : span.end] for span in spans]
+
+    assert found(f"Read {quoting}!") == [quoting]  # whole: what it quotes is text
+    assert found(f"Read {quoting[:-9]}!") == [words(1), words(2)[:-9]]  # a part: what it quotes is what it is
+    assert found(f"{head}\n{words(3)}.", opening=head) == [f"\n{words(3)}"]
+    assert found(f"{head}\n{words(6)}.", opening=head) == []
+    assert found(f"{words(4)}{tail}", closing=tail) == [words(4)]
+    assert found(f"Read {words(3)}<|im_end|>") == [words(3)]
 
 
 # ---- the question ------------------------------------------------------------------------------------------------
