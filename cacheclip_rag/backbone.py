@@ -35,6 +35,9 @@ class Backbone(Layers):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
+        """The model's attention becomes ours, which takes one text at a time and no padding: load another model for
+        batches. Setting it to something else afterwards makes every forward here raise `ConfigurationError`.
+        """
         super().__init__(model, tokenizer, attention=attention)
         self.obstacle: str | None = obstacle_of(self)
         """Why chunks cannot be composed with this model, or None."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import NOTING, windows_given
+from .errors import CacheClipError
 from .layers import Layers, relative_error
 from .rotary import Rotary
 
@@ -29,7 +30,7 @@ def obstacle_of(model: Layers) -> str | None:
             return f"{name} uses {kind} RoPE scaling: its angles depend on the prompt's length, so keys cannot move"
     try:
         return _tried(model)
-    except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (CacheClipError, AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
         return f"{name} could not be tried out on a canvas: {type(error).__name__}: {error}"
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import AUTO, Enough, Shape, Sparse, choose
+from .attention import AUTO, IMPLEMENTATIONS, Enough, Shape, Sparse, choose
 from .attention.mask import Probe
 from .canvas import Canvas
-from .errors import NotComposable
+from .errors import ConfigurationError, NotComposable
 from .texts import Texts
 
 
@@ -166,6 +166,12 @@ class Layers(Texts):
         shape: Shape | None = None,
         floors: Tensor | None = None,
     ) -> dict[str, Any]:
+        used = self.config._attn_implementation
+        if used != self.attention and used not in IMPLEMENTATIONS:
+            raise ConfigurationError(
+                f'the model\'s attention was set to "{used}" after it was given to Backbone: put it back by '
+                f'model.set_attn_implementation("{self.attention}"), and load another model for other purposes'
+            )
         sparse = Sparse(rows, self.device, probe, shape, floors)
         canvas.aim(sparse)
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import PASSAGES, SHAPE, byte_tokenizer, tiny_backbone, tiny_model
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, VaultGemmaConfig
 
 from cacheclip_rag import (
     METHODS,
@@ -186,6 +187,47 @@ def test_control_tokens_inside_documents_stay_text():
     assert sum(int(i) in control for i in result.layout.ids) == genuine
     assert result.report.reused == len(evil.encode())
     assert torch.equal(engine.prefill(prompt, method="full").layout.ids, result.layout.ids)
+
+
+@pytest.mark.parametrize("other", ["eager", "sdpa"])
+def test_a_model_whose_attention_is_changed_afterwards_is_not_used_in_silence(other):
+    model = tiny_model("llama")
+    engine = Engine(Backbone(model, byte_tokenizer()))
+    engine.ensure(PASSAGES)
+    prompt = prompt_of(engine, PASSAGES)
+    before = engine.prefill(prompt).logits
+    model.set_attn_implementation(other)
+    for ratio in (None, 0.0, 1.0):
+        with pytest.raises(ConfigurationError, match=f'set to "{other}"'):
+            engine.generate(prompt, recompute_ratio=ratio, max_new_tokens=2)
+    assert engine.ensure([PASSAGES[0] + " And more."]).skipped
+    model.set_attn_implementation(engine.backbone.attention)
+    assert distance(engine.prefill(prompt).logits, before) < 1e-5
+
+
+def test_a_batch_of_texts_is_refused_by_a_model_that_was_given_away():
+    model = tiny_model("llama")
+    Backbone(model, byte_tokenizer())
+    with pytest.raises(ConfigurationError, match="one text at a time"):
+        model(input_ids=torch.ones(2, 5, dtype=torch.long))
+    assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 5, SHAPE["vocab_size"])
+
+
+@pytest.mark.parametrize("capped", [Gemma2Config, VaultGemmaConfig])
+def test_models_that_cap_their_scores_are_reused_and_right(capped):
+    config = capped(**SHAPE, sliding_window=48, query_pre_attn_scalar=16, attn_logit_softcapping=5.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    own, ids = copy.deepcopy(model), {}
+    engine = Engine(Backbone(model, byte_tokenizer()))
+    engine.ensure(PASSAGES)
+    prompt = prompt_of(engine, PASSAGES)
+    for ratio in (0.2, 1.0):
+        result = engine.prefill(prompt, recompute_ratio=ratio)
+        ids[ratio] = result.layout.ids
+        assert result.report.fallbacks == []
+        expected = own(input_ids=ids[ratio][None]).logits[0, -1:]
+        assert (distance(result.logits, expected) < 1e-4) == (ratio == 1.0)
 
 
 # ---- failures inside reuse cost time, never the answer ------------------------------------------------------------

@@ -7,7 +7,7 @@ the attention function; nothing is global, so requests may run side by side.
 
 from __future__ import annotations
 
-from .implementations import AUTO, NOTING, REFERENCE, SDPA, TRITON, choose
+from .implementations import AUTO, IMPLEMENTATIONS, NOTING, REFERENCE, SDPA, TRITON, choose
 from .mask import Enough, Shape, Sparse, visible
 from .probe import AttentionProbe, StopAt
 from .reference import reference_attention
@@ -19,6 +19,7 @@ from .windows import windows_given
 
 __all__ = [
     "AUTO",
+    "IMPLEMENTATIONS",
     "NOTING",
     "REFERENCE",
     "SDPA",

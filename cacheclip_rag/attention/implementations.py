@@ -20,17 +20,24 @@ from .windows import noting_attention
 log = logging.getLogger("cacheclip_rag")
 
 AUTO = "auto"
-SDPA = "cacheclip_sdpa"
+SDPA = (
+    "cacheclip_torch"  # a name with "sdpa" in it is refused for models whose scores transformers' own sdpa cannot cap
+)
 REFERENCE = "cacheclip_reference"
 TRITON = "cacheclip_triton"
 NOTING = "cacheclip_noting"
 """`SDPA`, with a note of each layer's window: to try a model out."""
 
+IMPLEMENTATIONS = {
+    SDPA: sdpa_attention,
+    REFERENCE: reference_attention,
+    TRITON: triton_attention,
+    NOTING: noting_attention,
+}
+
 # Names that are not registered with transformers' mask interface get no mask from it: ours comes from the rows.
-AttentionInterface.register(SDPA, sdpa_attention)
-AttentionInterface.register(REFERENCE, reference_attention)
-AttentionInterface.register(TRITON, triton_attention)
-AttentionInterface.register(NOTING, noting_attention)
+for _name, _function in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, _function)
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import ConfigurationError
+
 
 class Enough(Exception):
     """Raised by a probe that has seen what it came for: the forward ends there, without logits."""
@@ -123,8 +125,16 @@ def _blocks(slots: list[int], floors: list[int]) -> Iterator[Block]:
         start = stop
 
 
-def trailing(queries: int, keys: int, device: torch.device) -> Sparse:
-    """The newest slots as rows, for a forward that says nothing: any ordinary decoding step."""
+def trailing(queries: int, keys: int, device: torch.device, texts: int = 1) -> Sparse:
+    """The newest slots as rows, for a forward that says nothing: any ordinary decoding step.
+
+    Raises `ConfigurationError` for a batch of several ``texts``, whose padding nothing here knows of.
+    """
+    if texts != 1:
+        raise ConfigurationError(
+            f"this model was given to cacheclip_rag.Backbone, whose attention takes one text at a time, not {texts}: "
+            "load another model for batches"
+        )
     return Sparse(torch.arange(keys - queries, keys), device)
 
 

@@ -29,7 +29,7 @@ def reference_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
+    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device, query.shape[0])
     layer = int(module.layer_idx)
     sparse.observe(layer, query, key, scaling)
     scores = query.float() @ key.float().repeat_interleave(groups, dim=1).mT * scaling

@@ -34,7 +34,7 @@ def sdpa_attention(
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
+    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device, query.shape[0])
     layer = int(module.layer_idx)
     if (shape := sparse.shape_of(layer)) is not None:
         sparse.observe(layer, query, key, scaling)

@@ -29,7 +29,7 @@ def triton_attention(
     `sdpa_attention`: the kernel gains by the rows it leaves out, and one row would leave most of its tile empty.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
-    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device)
+    sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device, query.shape[0])
     layer = int(module.layer_idx)
     triangle = sparse.dense and sliding_window is None and softcap is None
     if triangle or query.shape[2] == 1 or sparse.floors is not None or sparse.shape_of(layer) is not None:
