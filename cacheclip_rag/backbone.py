@@ -27,6 +27,9 @@ from .fingerprint import fingerprint
 from .layers import Layers, cache_argument
 from .rotary import Rotary
 
+_ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
+"""What the model's own generation config may say otherwise, for loops that are not ours."""
+
 
 class Backbone(Layers):
     """A causal language model of transformers with its tokenizer, and the few operations the engine needs of them.
@@ -115,7 +118,7 @@ class Backbone(Layers):
             prompt_ids.to(self.device)[None],
             attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self.device),
             custom_generate=loop,
-            **options,
+            **(_ONE_ANSWER | options),
         )
 
     def check_options(self, names: Iterable[str]) -> None:

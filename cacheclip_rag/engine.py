@@ -36,7 +36,7 @@ from .prefill import Prefill
 from .prompt import ChunkIndex
 from .pull import resolve as resolve_weights
 from .report import Report
-from .sampling import decoding
+from .sampling import check, decoding
 from .select import Everything
 from .stats import Stats, Tally, total
 from .store import Place, Remote
@@ -201,14 +201,15 @@ class Engine(Ingestion):
         first ``next``.
         """
         chosen, ratio = self._recipe(method, recompute_ratio)
-        if max_new_tokens < 1:
-            raise ConfigurationError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if isinstance(stop, str):
-            stop = [stop]
-        if not prompt:
-            raise PromptError("the prompt is empty")
+        stop = [stop] if isinstance(stop, str) else stop
+        check("max_new_tokens", max_new_tokens)
+        check("stop", stop or [])
+        _check_prompt(prompt)
         options = decoding(options)
         self.backbone.check_options(options)
+        if commands := set(stop or ()).intersection(self.backbone.control_tokens):  # which are not part of the text
+            ids = self.backbone.tokenizer.convert_tokens_to_ids(sorted(commands))
+            options["eos_token_id"] = sorted(self.backbone.ends(options.get("eos_token_id")).union(ids))
         report = Report(chosen.name, ratio)
 
         def run() -> Iterator[int]:
@@ -321,8 +322,7 @@ class Engine(Ingestion):
         report: Report,
         cancel: threading.Event | None = None,
     ) -> Prefill:
-        if not prompt:
-            raise PromptError("the prompt is empty")
+        _check_prompt(prompt)
         with self._turns:
             if cancel is not None and cancel.is_set():
                 raise _Cancelled  # while it waited for its turn
@@ -355,6 +355,7 @@ class Engine(Ingestion):
                 log.exception("reuse failed; prefilling the whole prompt")
                 report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
                 report.fit, report.requested_ratio = None, ratio
+                report.prefix = report.reused = report.recomputed = report.edges = 0
                 traceback.clear_frames(error.__traceback__)  # it holds on to the canvas, and memory may be what lacked
                 return prefill.full(self.backbone, self.index, prompt, room, report)
         try:
@@ -389,6 +390,16 @@ class Engine(Ingestion):
                 return step(token, row)
 
         return turn
+
+
+def _check_prompt(prompt: Any) -> None:
+    """Raises `PromptError` for what is no text, and for an empty one."""
+    if not isinstance(prompt, str):
+        raise PromptError(
+            f"a prompt is text, not {type(prompt).__name__}: engine.backbone.chat(messages) makes one of messages"
+        )
+    if not prompt:
+        raise PromptError("the prompt is empty")
 
 
 def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:

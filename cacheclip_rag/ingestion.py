@@ -207,8 +207,10 @@ class Ingestion(Fusing):
         """Advice from a retriever: these chunks and this question are about to come in a prompt.
 
         Starts loading their KV into memory, settles ties in recognition, and tells the question from the instructions
-        around it. Wrong or missing advice costs nothing but time.
+        around it. Wrong or missing advice costs nothing but time. Raises `ConfigurationError` for one text instead of
+        several.
         """
+        texts = list(several(texts))
         if not self.composable:
             return
         keys = frozenset(self.library.key(text) for text in texts)

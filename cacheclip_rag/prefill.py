@@ -311,7 +311,8 @@ class Reuse:
         self, layout: Layout, number: int, chosen: Tensor, held: Tensor, exact: Tensor, missing: dict[str, str]
     ) -> ChunkUse:
         span, mine = layout.spans[number], layout.chunk == number
-        inside = (layout.offsets[:, 0] >= span.start) & (layout.offsets[:, 0] < span.end)
+        starts, ends = layout.offsets.T
+        inside = (starts >= span.start) & (starts < span.end) & (ends > starts)
         recomputed, placed = int(mine[chosen].sum()), int((held & mine).sum())
         return ChunkUse(
             key=span.key,

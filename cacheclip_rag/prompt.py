@@ -375,7 +375,7 @@ def align(
         same &= characters[rows, 1] <= span.end
         chunk[rows] = np.where(same, number, -1)
         token[rows] = np.where(same, place, -1)
-        edge[rows] = ~same
+        edge[rows] = ~same & (characters[rows, 1] > characters[rows, 0])  # a begin-of-sequence token has no characters
     return Layout(
         prompt,
         ids,

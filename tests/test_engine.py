@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import PASSAGES, SHAPE, byte_tokenizer, tiny_backbone, tiny_model
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, VaultGemmaConfig
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig, VaultGemmaConfig
 
 from cacheclip_rag import (
     METHODS,
@@ -228,6 +229,79 @@ def test_models_that_cap_their_scores_are_reused_and_right(capped):
         assert result.report.fallbacks == []
         expected = own(input_ids=ids[ratio][None]).logits[0, -1:]
         assert (distance(result.logits, expected) < 1e-4) == (ratio == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_new_tokens": 2.5}, ConfigurationError, "max_new_tokens must be a whole number of at least 1"),
+        ({"max_new_tokens": None}, ConfigurationError, "max_new_tokens must be a whole number"),
+        ({"stop": 5}, ConfigurationError, "stop must be a string or several"),
+        ({"temperature": -1}, ConfigurationError, "temperature must be a number of at least 0"),
+        ({"top_k": -1, "do_sample": True}, ConfigurationError, "top_k must be"),
+        ({"repetition_penalty": 0}, ConfigurationError, "repetition_penalty must be a number above 0"),
+        ({"max_length": 50}, ConfigurationError, "give max_new_tokens"),
+        ({"generation_config": GenerationConfig(num_beams=3)}, ConfigurationError, "as options, each by its name"),
+        ({"inputs": torch.ones(1, 3)}, ConfigurationError, "the prompt is the first argument"),
+        ({"num_beams": 3}, ConfigurationError, "one beam"),
+        ({"prompt": [{"role": "user", "content": "Hello."}]}, PromptError, r"backbone\.chat\(messages\)"),
+        ({"prompt": 5}, PromptError, "a prompt is text, not int"),
+    ],
+)
+def test_what_no_answer_can_be_made_with_is_refused_before_the_prefill(engine, options, error, message):
+    prompt = options.pop("prompt", prompt_of(engine, PASSAGES))
+    with pytest.raises(error, match=message):
+        engine.stream(prompt, **options)
+
+
+def test_what_the_models_own_config_says_of_other_loops_does_not_matter(engine):
+    prompt = prompt_of(engine, PASSAGES)
+    expected = engine.generate(prompt, max_new_tokens=8).ids
+    engine.backbone.model.generation_config.update(num_beams=3, num_return_sequences=2, stop_strings=["a"])
+    assert engine.generate(prompt, max_new_tokens=8).ids == expected
+    assert engine.generate(prompt, max_new_tokens=8, do_sample=None).ids == expected
+    torch.manual_seed(0)
+    sampled = engine.generate(prompt, max_new_tokens=8, do_sample=None, temperature=5.0).ids
+    torch.manual_seed(0)
+    assert sampled == engine.generate(prompt, max_new_tokens=8, temperature=5.0).ids != expected
+
+
+def test_a_control_token_may_end_an_answer(engine, monkeypatch):
+    script = iter([65, 256, 66, 257])
+    monkeypatch.setattr(
+        engine.backbone, "generate", lambda *_, eos_token_id=(257,), **__: ended(script, set(eos_token_id))
+    )
+
+    def ended(tokens, ends):
+        for token in tokens:
+            yield token
+            if token in ends:
+                return
+
+    answer = engine.generate(prompt_of(engine, PASSAGES), stop=["<|im_end|>", "never"])
+    assert answer.ids == (65, 256) and answer.report.finish_reason == "stop"
+
+
+def test_the_begin_of_sequence_token_is_no_edge_of_the_first_chunk():
+    tokenizer = byte_tokenizer(chat=False)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    engine = Engine(Backbone(tiny_model("llama"), tokenizer), method="naive")
+    engine.ensure(PASSAGES)
+    report = engine.prefill(f"{PASSAGES[0]}\n\nWho?").report
+    assert report.edges == 0 and [use.computed for use in report.chunks] == [0]
+
+
+def test_a_failure_late_in_reuse_leaves_no_counts_of_it_behind(engine, monkeypatch):
+    prompt = prompt_of(engine, PASSAGES)
+    engine.prefill(prompt)
+    monkeypatch.setattr(prefill, "fates", broken_once(prefill.fates))
+    report = engine.prefill(prompt).report
+    assert "full prefill" in report.fallbacks[0] and report.cached_tokens == 0
+    assert (report.prefix, report.reused, report.recomputed, report.edges) == (0, 0, 0, 0)
+    assert report.fresh == report.prompt_tokens
 
 
 # ---- failures inside reuse cost time, never the answer ------------------------------------------------------------

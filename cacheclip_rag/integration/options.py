@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
-from numbers import Real
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..sampling import OPTIONS, PASSED, check
 
 log = logging.getLogger("cacheclip_rag")
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and 0.0 <= value <= 1.0
-
-
-_VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "question": (lambda v: isinstance(v, str), "the question's text"),
-    "method": (lambda v: isinstance(v, str) or hasattr(v, "select"), "a method's name"),
-    "recompute_ratio": (_share, "a number from 0 (plain reuse) to 1 (full prefill)"),
-    "max_new_tokens": (lambda v: _whole(v) and v >= 1, "a whole number of at least 1"),
-    "min_new_tokens": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
-    "stop": (lambda v: isinstance(v, (list, tuple)) and all(isinstance(s, str) for s in v), "a string or several"),
-    "do_sample": (lambda v: isinstance(v, bool), "True or False"),
-    "temperature": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-    "top_p": (_share, "a number from 0 to 1"),
-    "top_k": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
-    "min_p": (_share, "a number from 0 to 1"),
-    "typical_p": (_share, "a number from 0 to 1"),
-    "repetition_penalty": (lambda v: _number(v) and v > 0, "a number above 0"),
-    "no_repeat_ngram_size": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
-}
 _ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
 
 ENGINES_OWN = {
@@ -70,14 +42,15 @@ def read_options(given: Mapping[str, Any], foreign: Collection[str] = ()) -> dic
         if value is None:
             continue
         known = _ALIASES.get(name, name)
-        if known not in _VALID:
-            refuse_misspelling(name, [*_VALID, *_ALIASES], foreign)
+        if known in PASSED:  # the engine takes or refuses it
+            options[known] = value
+            continue
+        if known not in OPTIONS:
+            refuse_misspelling(name, [*OPTIONS, *_ALIASES], foreign)
             continue
         if known == "stop" and isinstance(value, str):
             value = [value]
-        valid, wanted = _VALID[known]
-        if not valid(value):
-            raise ConfigurationError(f"{name} must be {wanted}, not {value!r}")
+        check(name, value, known)
         options[known] = value
     return options
 
@@ -91,6 +64,10 @@ def check_fields(given: Iterable[str], known: Collection[str], foreign: Collecti
             raise ConfigurationError(
                 f'"{name}" is an option of the engine: open Engine(MODEL, {name}=...) and give it to from_engine()'
             )
+        if _ALIASES.get(name) in known and name not in {*known, *foreign}:
+            raise ConfigurationError(f'unknown option "{name}"; did you mean "{_ALIASES[name]}"?')
+        if name in {*OPTIONS, *_ALIASES, *PASSED} - {*known, *foreign}:
+            raise ConfigurationError(f'"{name}" is an option of a call: give it to complete, chat or invoke')
         if name not in known:
             refuse_misspelling(name, known, foreign)
 

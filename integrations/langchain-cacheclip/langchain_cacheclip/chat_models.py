@@ -357,7 +357,7 @@ class ChatCacheClip(BaseChatModel):
         grammar: Node | None = None
         if wanted is not None:
             grammar, instruction = format_of(wanted)
-            messages = with_instruction(messages, instruction) if instruction else messages
+            messages = with_instruction(engine.backbone, messages, instruction) if instruction else messages
         if dialect is not None and choice is not None:
             grammar = call_grammar(dialect, tools, None if choice == "any" else choice)
         if grammar is not None:
@@ -374,7 +374,7 @@ class ChatCacheClip(BaseChatModel):
         own.update(top_p=self.top_p, top_k=self.top_k)
         if "method" not in call:  # the fields' ratio belongs to the fields' method
             own.update(method=self.method, recompute_ratio=self.recompute_ratio)
-        if not call.get("do_sample"):  # sampling at temperature 0 is no sampling
+        if self.temperature or not call.get("do_sample"):  # sampling at temperature 0 is no sampling
             own["temperature"] = self.temperature
         return {name: value for name, value in {**own, **call}.items() if value is not None}
 

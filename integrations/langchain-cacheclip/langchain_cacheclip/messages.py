@@ -35,11 +35,19 @@ def render(backbone: Backbone, messages: Sequence[BaseMessage], tools: Sequence[
         raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
 
 
-def with_instruction(messages: Sequence[BaseMessage], instruction: str) -> list[BaseMessage]:
-    """The messages with a sentence more in the system message, which is made if there is none."""
+def with_instruction(backbone: Backbone, messages: Sequence[BaseMessage], instruction: str) -> list[BaseMessage]:
+    """The messages with a sentence more in the system message, which is made if there is none; in front of the first
+    question for a model whose chat template knows no such message.
+    """
     if messages and isinstance(messages[0], SystemMessage):
         return [SystemMessage(f"{_text(messages[0])}\n\n{instruction}"), *messages[1:]]
-    return [SystemMessage(instruction), *messages]
+    made = [SystemMessage(instruction), *messages]
+    if messages and isinstance(messages[0], HumanMessage):
+        try:
+            render(backbone, [made[0], HumanMessage("")])
+        except PromptError:
+            return [HumanMessage(f"{instruction}\n\n{_text(messages[0])}"), *messages[1:]]
+    return made
 
 
 def _written(message: BaseMessage) -> dict[str, Any]:

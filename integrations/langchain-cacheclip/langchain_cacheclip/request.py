@@ -40,8 +40,11 @@ class Request:
 
 def choice_of(choice: Any, tools: Sequence[dict[str, Any]]) -> str | None:
     """``"any"``, ``"none"``, a tool's name, or None. Raises `ConfigurationError` for anything else."""
-    if isinstance(choice, dict):
-        choice = choice.get("function", choice).get("name")
+    given = choice
+    if isinstance(choice, dict):  # {"function": {"name": ...}}, {"name": ...}, {"type": "any"}
+        choice = choice.get("function", choice).get("name") or choice.get("type")
+        if choice is None:
+            raise ConfigurationError(f"tool_choice names neither a tool nor a type: {given!r}")
     if choice in (None, False, "auto"):
         return None
     if choice in (True, "any", "required"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from langchain_classic.chains import create_history_aware_retriever, create_retr
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
+from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.runnables import Runnable, RunnableParallel, RunnablePassthrough
@@ -24,7 +26,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import BaseModel
 from tiny import PASSAGES
 
-from cacheclip_rag import Engine
+from cacheclip_rag import Backbone, Engine, PromptError
 
 QUESTION = "Who drove the last train of the harbour railway, and what did it carry?"
 PROMPT = ChatPromptTemplate.from_messages([("system", "Use the context.\n\n{context}"), ("human", "{input}")])
@@ -290,3 +292,23 @@ def test_chroma_gives_back_what_it_was_given(
         assert calls.keys() == keys_of(engine, result["context"])
     finally:
         store.delete_collection()
+
+
+def test_structured_output_of_a_model_whose_template_knows_no_system_message(
+    backbone_of: Callable[..., Backbone], recorder: Any
+) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+
+    class Answer(BaseModel):
+        good: bool
+
+    with Engine(backbone_of(template), method="query_guided") as engine:
+        calls, llm = recorder(engine), ChatCacheClip.from_engine(engine, max_tokens=60)
+        assert isinstance(llm.with_structured_output(Answer).invoke("Is it good?"), Answer)
+        asked = calls.streams[0].report.fates.prompt
+        assert asked.startswith("<|im_start|>user\nAnswer with JSON") and "Is it good?<|im_end|>" in asked
+        with pytest.raises(PromptError, match="no system"):
+            llm.invoke([SystemMessage("Be brief."), HumanMessage("Hello.")])

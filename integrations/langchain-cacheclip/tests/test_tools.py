@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
 from langchain_cacheclip import ChatCacheClip
+from langchain_cacheclip.request import choice_of
 from langchain_cacheclip.tools import CallReader, Dialect, dialect_of, parse
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
@@ -250,3 +251,23 @@ def test_structured_output_refuses_what_it_does_not_know(llm: ChatCacheClip) -> 
         llm.with_structured_output(Person, colour="red")
     with pytest.raises(ConfigurationError, match="json_schema"):
         llm.with_structured_output(Person, method="telepathy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("choice", "meant"),
+    [
+        ({"type": "any"}, "any"),
+        ({"type": "none"}, "none"),
+        ({"type": "auto"}, None),
+        ({"type": "tool", "name": "look"}, "look"),
+        ({"type": "function", "function": {"name": "look"}}, "look"),
+    ],
+)
+def test_a_choice_of_tools_may_be_a_dictionary(choice: dict[str, Any], meant: str | None) -> None:
+    assert choice_of(choice, [{"type": "function", "function": {"name": "look"}}]) == meant
+
+
+def test_a_choice_that_names_nothing_is_refused() -> None:
+    for choice in ({"foo": 1}, {"type": "often"}):
+        with pytest.raises(ConfigurationError, match="tool_choice"):
+            choice_of(choice, [{"type": "function", "function": {"name": "look"}}])

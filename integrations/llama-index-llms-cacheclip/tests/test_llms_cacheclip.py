@@ -9,7 +9,7 @@ import pytest
 import torch
 from llama_index.core import PromptTemplate, Settings
 from llama_index.core.base.llms.base import BaseLLM
-from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock, ThinkingBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.llms.cacheclip import CacheClipLLM
 from transformers import AutoModelForCausalLM
@@ -158,6 +158,43 @@ def test_options_that_only_an_engine_has_are_refused_by_name() -> None:
     assert options == ENGINES_OWN - {"store"} | options & CacheClipLLM.model_fields.keys()
     with pytest.raises(ConfigurationError, match=r'"kv_dtype" is an option of the engine: .* from_engine'):
         CacheClipLLM("there-is-no-such-model", kv_dtype="int8")
+
+
+def test_options_of_the_engines_decoding_reach_it(llm: CacheClipLLM) -> None:
+    plain = llm.complete("Hello.", max_tokens=4).text
+    first = llm.engine.generate(llm.engine.backbone.chat([{"role": "user", "content": "Hello."}])).ids[0]
+    banned = llm.complete("Hello.", max_tokens=4, bad_words_ids=[[first]]).text
+    assert banned != plain
+    for refused in ({"num_beams": 3}, {"max_length": 9}, {"num_return_sequences": 2}):
+        with pytest.raises(ConfigurationError, match="not possible here"):
+            llm.complete("Hello.", **refused)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [({"top_p": 0.5}, "is an option of a call"), ({"max_tokens": 5}, 'did you mean "max_new_tokens"')],
+)
+def test_options_of_a_call_are_no_fields(field: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        CacheClipLLM("there-is-no-such-model", **field)
+
+
+def test_the_temperature_of_the_fields_holds_for_a_call_that_samples(llm: CacheClipLLM) -> None:
+    assert llm.model_copy(update={"temperature": 0.3})._options({"do_sample": True})["temperature"] == 0.3
+    assert "temperature" not in llm.model_copy(update={"temperature": 0.0})._options({"do_sample": True})
+
+
+def test_a_conversation_that_the_template_refuses_is_told(llm: CacheClipLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    monkeypatch.setattr(llm.engine.backbone.tokenizer, "chat_template", template)
+    with pytest.raises(PromptError, match="roles must alternate"):
+        llm.chat([ChatMessage("Hello.")])
+
+
+def test_what_an_answer_holds_beside_its_text_is_not_said_again(llm: CacheClipLLM) -> None:
+    history = [ChatMessage("Hello."), ChatMessage("Good day.", role="assistant"), ChatMessage("Who are you?")]
+    thought = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="Hm."), TextBlock(text="Good day.")])
+    assert llm.messages_to_prompt([history[0], thought, history[2]]) == llm.messages_to_prompt(history)
 
 
 def test_images_are_refused(llm: CacheClipLLM) -> None:

@@ -245,7 +245,7 @@ class CacheClipLLM(CustomLLM):
         own: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
         if "method" not in call:  # the fields' ratio belongs to the fields' method
             own.update(method=self.method, recompute_ratio=self.recompute_ratio)
-        if not call.get("do_sample"):  # sampling at temperature 0 is no sampling
+        if self.temperature or not call.get("do_sample"):  # sampling at temperature 0 is no sampling
             own["temperature"] = self.temperature
         return {name: value for name, value in {**own, **call}.items() if value is not None}
 
