@@ -42,7 +42,7 @@ class Auxiliary:
 
     Its own chunk KV is kept in the store like the primary's, so a question costs it only its own tokens: the chunks are
     placed one after another behind its shared prefix and the question runs over them in one pass, all chunks competing
-    in one softmax (methods.md A10, variant A, on reused KV). Chunks beyond its window are scored in several passes.
+    in one softmax, on reused KV (docs/methods.md). Chunks beyond its window are scored in several passes.
     Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
     """
 

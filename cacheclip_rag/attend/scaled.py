@@ -19,8 +19,8 @@ class Scaled:
 
     The context is every token whose stored KV is used as it is: what is recomputed or fresh is not scaled, as PSR has
     it; APE recomputes nothing. ``mass=None`` takes S T for the published ``scale`` S, which is what the released code
-    multiplies by (its paper says S; methods.md A12). ``rows``: ``"all"`` scales for every computed row, ``"question"``
-    only for those behind the last chunk (A15). ``first``: layers below attend plainly.
+    multiplies by (its paper says S). ``rows``: ``"all"`` scales for every computed row, ``"question"``
+    only for those behind the last chunk. ``first``: layers below attend plainly.
     Source: APE (arXiv 2502.05431), PSR (arXiv 2603.20218).
     """
 

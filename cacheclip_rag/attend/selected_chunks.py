@@ -16,7 +16,7 @@ class SelectedChunks:
     """SEL: in every layer the question sees the ``keep`` chunks it likes best, and what belongs to no chunk.
 
     ``best``: how many of a chunk's largest probabilities make its score; see `TopChunks`. A question that joins more
-    chunks than ``keep`` cannot be answered. Source: SEL (arXiv 2412.16545), aggregation HT, K = 2 (methods.md A13).
+    chunks than ``keep`` cannot be answered. Source: SEL (arXiv 2412.16545), aggregation HT, K = 2.
     """
 
     keep: int = 2

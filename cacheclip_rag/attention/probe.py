@@ -16,7 +16,7 @@ Normalise = Literal["row", "context", "chunk"]
 class AttentionProbe:
     """Sums attention from ``rows [R]`` (slots) to ``columns [C]`` (slots), over heads, rows and layers.
 
-    ``normalise`` says over what the softmax of one row and head runs (methods.md calls the choice A16 and 18.1):
+    ``normalise`` says over what the softmax of one row and head runs (docs/methods.md says which method takes which):
     ``"row"``: every key the row sees (the model's own probabilities; CacheClip, InfoFlow);
     ``"context"``: the columns only (ProphetKV);
     ``"chunk"``: the columns of each group by themselves, so that every chunk gets the same mass (FusionRAG).

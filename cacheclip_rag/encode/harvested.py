@@ -24,7 +24,7 @@ class Harvested(Isolated):
     """Cache-Craft: no KV at ingestion; every full prefill leaves a variant of each of its chunks, its company in it.
 
     ``chunks`` and ``variants``: how many chunks are kept, least recently used out first, and how many variants of each,
-    the least used out first. ``alpha`` scales the score that decides what to recompute (methods.md A20). Only full
+    the least used out first. ``alpha`` scales the score that decides what to recompute. Only full
     prefills are harvested: a variant taken from a repaired prompt would hand on whatever the repair left wrong.
     Variants live in memory. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
     """

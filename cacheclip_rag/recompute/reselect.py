@@ -22,7 +22,7 @@ class Reselect:
     The residual stream entering ``transition_layer`` is the fresh one for the rows computed so far and the stored
     activation (`WithActivations`, of that very layer) for all others. That layer runs over all rows, the next one's
     keys are compared with the stored ones, and the rows that deviate most go on from there. Comparing stored
-    activations with themselves would always give 0, hence the one dense layer (methods.md A14, reading a).
+    activations with themselves would always give 0, hence the one dense layer (our reading: docs/methods.md).
     Source: the study's adaptation (arXiv 2603.20218) of DroidSpeak (arXiv 2411.02820).
     """
 

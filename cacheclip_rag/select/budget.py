@@ -19,7 +19,7 @@ def windows(scores: Tensor, groups: Tensor, budget: int, width: int = 8, thresho
     chunk are neighbours). Candidates are the ``budget`` best tokens; a window of ``width`` that holds at least
     ``threshold`` of them is taken whole, best mean score first; what remains of the budget goes to the best single
     tokens, so that the budget is met exactly. A chunk shorter than a window counts as one.
-    Source: CacheClip's sliding-window grouping; threshold and topping up are our reading (methods.md A11).
+    Source: CacheClip's sliding-window grouping; threshold and topping up are our reading (docs/methods.md).
     """
     count = len(scores)
     if width <= 1 or not 0 < budget < count:

@@ -25,7 +25,7 @@ class KeyDeviation:
     default 1 (counted from 0) that is the computation that goes on from there.
     ``of``: ``"keys"`` is the study's measure (arXiv 2603.20218), ``"keys squared"`` LMCache's (the sum of squares),
     ``"values squared"`` the released CacheBlend code's. The question never competes, and the budget counts context
-    tokens only (methods.md A3, A6, A7). Source: CacheBlend (arXiv 2405.16444), one check layer.
+    tokens only (choices of ours: docs/methods.md). Source: CacheBlend (arXiv 2405.16444), one check layer.
     """
 
     check_layer: int = 1

@@ -20,7 +20,7 @@ class ChunkHeads:
     ``tokens=k`` takes the first k of each, whatever the ratio (LegoLink-k); None spends the budget evenly, the first
     ``r |C_i|`` of each, as the study (arXiv 2603.20218) makes it comparable. A chunk whose KV is exact, the one right
     behind its own prefix, is left alone. Source: EPIC (arXiv 2410.15332), LegoLink; without its repeated
-    begin-of-sequence tokens (methods.md A9).
+    begin-of-sequence tokens.
     """
 
     tokens: int | None = None
