@@ -61,7 +61,7 @@ quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; res
 COMPARED = naive promptcache link0 random epic legolink cacheblend droidspeak cachecraft \
 	cacheclip cacheclip:layers=upper cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct query_guided \
 	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr \
-	naive:company=prompts auto:company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False
+	naive:company=prompts auto:company=prompts auto:carry=0,company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False
 MET = company=prompts
 COMMA = ,
 PARTS = naive:$(MET) random@0.1:$(MET) epic@0.1:$(MET),prefix=system cacheblend@0.1:$(MET),prefix=system \
@@ -92,7 +92,7 @@ unseen: setup  ## DATA=folder: `auto` on another set, and scales for APE and PSR
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 12 --out $(RESULTS)/scales-1.5b.jsonl --methods ape psr@0.15 \
 		--sweep temperature=0.5,0.6,0.7 --sweep scale=1.0
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 20 --out $(RESULTS)/unseen-1.5b.jsonl --ratio 0.15 --methods naive \
-		auto:company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False \
+		auto:company=prompts auto:carry=0,company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False \
 		cacheclip query_guided infoflow cacheblend \
 		prophetkv epic naive:$(MET) auto@0.2:company=use auto@0.4:company=use
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --items 20 --no-table \

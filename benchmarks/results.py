@@ -29,8 +29,10 @@ AUTO = "query_guided@0.1:company=prompts,layers=(0.69,0.83),normalise=chunk,wind
 
 ALONE = "auto@0.15:carry=0,fused=False"
 CARRIED = "auto@0.15:fused=False"
+WITHOUT = {CARRIED: ALONE, "auto:company=prompts": "auto:carry=0,company=prompts"}
+"""What carries over what recomputing changed, and the same without."""
 BESIDE = {"naive", "cacheblend@0.15", "cacheclip@0.15", "query_guided@0.15", "infoflow@0.15", "auto:company=use"}
-"""What `auto` over chunks by themselves is shown beside, without and with what recomputing changed carried over."""
+"""What they are shown beside."""
 
 SECTIONS: list[tuple[str, list[str], Callable[[str], str] | None]] = [
     ("exact", ["exact"], None),
@@ -82,7 +84,7 @@ def carried(rows: Path, folder: Path) -> Path:
     lines = [line for name in ("methods", "unseen") for line in (rows / f"{name}-1.5b.jsonl").read_text().splitlines()]
     good = [(line, row) for line, row in ((line, json.loads(line)) for line in lines) if "error" not in row]
     sets = {row["dataset"] for _, row in good if row["system"] == CARRIED}
-    wanted = {"full", ALONE, CARRIED, *BESIDE}
+    wanted = {"full", *WITHOUT, *WITHOUT.values(), *BESIDE}
     kept = folder / "carried.jsonl"
     chosen = (f"{line}\n" for line, row in good if row["dataset"] in sets and row["system"] in wanted)
     kept.write_text("".join(chosen), encoding="utf-8")
@@ -134,7 +136,7 @@ def main() -> None:
             f"\n![Quality against time to first token](figures/{figure.name})\n",
             *(f"\n## Differences from `{name}`\n\n{compare(rows, name)}" for name in args.baselines),
         ]
-        parts += [words("carried"), pooled(carried(args.rows, Path(folder)), lambda _: ALONE)]
+        parts += [words("carried"), pooled(carried(args.rows, Path(folder)), lambda system: WITHOUT.get(system, ALONE))]
         for section, names, against in SECTIONS:
             known = [path for name in names if (path := args.rows / f"{name}-1.5b.jsonl").exists()]
             parts += [words(section)] if known else []

@@ -97,11 +97,35 @@ def test_what_is_computed_or_exact_is_not_moved() -> None:
         assert not torch.equal(now[:, :, request.rows], was[:, :, request.rows])
 
 
-def test_nothing_is_carried_where_a_chunk_is_fused() -> None:
+def test_nothing_is_carried_to_or_from_a_fused_chunk() -> None:
     engine = known()
     engine.fuse({B: [A]})
-    apart = [engine.prefill(TEXT, method=recipe(carry=carry), recompute_ratio=0.2) for carry in (0, 0.5)]
-    assert torch.equal(apart[0].logits, apart[1].logits)
+    carried, request, seen = watch(engine, recipe(), TEXT, recompute_ratio=0.3)
+    chosen, chunk, company = seen["chosen"], request.layout.chunk, [c.company for c in request.chunks if c is not None]
+    assert company == [(), (A,), ()] and all((chunk[chosen] == number).any() for number in range(3))
+    assert carried.canvas is not None
+    after = carried.canvas.read(slice(len(request.layout)))
+    rest = request.rows[~torch.isin(request.rows, chosen)]
+    fused = rest[chunk[rest] == 1]
+    assert all(torch.equal(now[:, :, fused], was[:, :, fused]) for now, was in zip(after, seen["stored"], strict=True))
+    # The others get what they would if nobody had recomputed anything of it: layer 1's changes are those of layer 0.
+    among = chosen[chunk[chosen] != 1]
+    change = (after[1] - seen["stored"][1])[1]
+    told = shortened(change[:, among].double(), 0.5)
+    for number in (0, 2):
+        mine = chunk[among] == number
+        want = (told[:, mine].sum(1) + 4 * told.mean(1)) / (mine.sum() + 4)
+        rows = rest[chunk[rest] == number]
+        torch.testing.assert_close(
+            change[:, rows].double(), want[:, None].expand(-1, len(rows), -1), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_where_all_chunks_behind_the_first_are_fused_nothing_is_carried() -> None:
+    engine = known()
+    engine.fuse({B: [A], C: [A, B]})
+    fused = [engine.prefill(TEXT, method=recipe(carry=carry), recompute_ratio=0.2) for carry in (0, 0.5)]
+    assert torch.equal(fused[0].logits, fused[1].logits)
     alone = [engine.prefill(TEXT, method=recipe(carry=carry, fused=False), recompute_ratio=0.2) for carry in (0, 0.5)]
     assert not torch.equal(alone[0].logits, alone[1].logits)
 

@@ -20,21 +20,22 @@ class Carry:
 
     A chunk encoded by itself lacks what standing behind other text does to it, and much of that is the same for all
     its tokens (docs/analyses.md): a few recomputed ones tell what it is. In every layer and KV head, after the chosen
-    rows' K' and V' are computed and before they are attended to, with C_c the chosen rows of chunk c and R(p) the
-    rotation to position p,
+    rows' K' and V' are computed and before they are attended to, with C_c the chosen rows of chunk c, C those of all
+    such chunks, and R(p) the rotation to position p,
 
         d_i = R(-p_i) (K'_i - K_i)       shortened to at most ``carry`` times the median length of all d
         K_j += R(p_j) (sum_{i in C_c} d_i + w d) / (|C_c| + w)       for every row j of c that was not chosen
 
-    where d, the mean over all chosen rows, counts for ``weight`` w of them, so that a chunk with few takes the others'
+    where d, the mean over C, counts for ``weight`` w of them, so that a chunk with few takes the others'
     word for it. Values likewise, without the rotation. It costs no forward: a sum and an addition a layer.
 
     At half the median nearly every d is shortened, so that the mean is one of directions: long where they agree, short
     where they do not, and none counts for more than another. With the plain mean, few tokens whose KV changes wholly
     (those that were looked at by default and no longer are) turned some right answers into wrong ones (docs/log.md).
 
-    Where any of the prompt's chunks is fused nothing is carried: the company it met has moved it already. ``carry=0``
-    is `Once`. Our own.
+    Chunks that are fused are left as they are, and tell nothing: the company they met has moved them already. Where all
+    behind the first are fused nothing is carried at all, since what stands in front of the first is the prompt's head
+    only. ``carry=0`` is `Once`. Our own.
     """
 
     carry: float = 0.5
@@ -45,11 +46,13 @@ class Carry:
             raise ConfigurationError(f"carry and weight must be at least 0, not {self.carry} and {self.weight}")
 
     def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
+        alone = torch.tensor([chunk is not None and not chunk.company for chunk in request.chunks], dtype=torch.bool)
         rest = request.rows[~torch.isin(request.rows, chosen)]
-        fused = any(chunk is not None and chunk.company for chunk in request.chunks)
-        if not self.carry or fused or not len(chosen) or not len(rest):
+        seen, rest = (rows[alone[request.layout.chunk[rows]]] for rows in (chosen, rest))
+        fused = not alone.all() and not alone[1:].any()
+        if not self.carry or fused or not len(seen) or not len(rest):
             return Once().run(request, chosen, shape)
-        with request.canvas.amended(_Carried(request, chosen, rest, self.carry, self.weight)):
+        with request.canvas.amended(_Carried(request, seen, rest, self.carry, self.weight)):
             return Once().run(request, chosen, shape)
 
 
