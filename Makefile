@@ -95,6 +95,8 @@ unseen: setup  ## DATA=folder: `auto` on another set, and scales for APE and PSR
 		auto:company=prompts auto:carry=0,company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False \
 		cacheclip query_guided infoflow cacheblend \
 		prophetkv epic naive:$(MET) auto@0.2:company=use auto@0.4:company=use
+	@$(RUN)/cacheclip eval $(UNSEEN) --items 40 --out $(RESULTS)/fresh-1.5b.jsonl --ratio 0.15 --methods \
+		auto:company=prompts auto:carry=0,company=prompts infoflow
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --items 20 --no-table \
 		--out $(RESULTS)/tuned-1.5b.jsonl --methods ape:scale=1.0,temperature=0.5 psr@0.15:scale=1.0,temperature=0.9
 

@@ -36,7 +36,7 @@ BESIDE = {"naive", "cacheblend@0.15", "cacheclip@0.15", "query_guided@0.15", "in
 
 SECTIONS: list[tuple[str, list[str], Callable[[str], str] | None]] = [
     ("exact", ["exact"], None),
-    ("unseen", ["unseen"], None),
+    ("unseen", ["unseen", "fresh"], None),
     ("scales", ["scales", "tuned"], None),
     ("recipe", ["recipe"], lambda _: AUTO),
     ("neighbours", ["neighbours"], lambda system: f"{system.partition(':')[0]}:carry=0,fused=False"),
