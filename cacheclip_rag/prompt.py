@@ -242,7 +242,7 @@ def documents(
     """
     left = len(opening) if prompt.startswith(opening) else 0
     right = len(prompt) - len(closing) if prompt.endswith(closing) else len(prompt)
-    tokens = [match.span() for match in _any_of(control).finditer(prompt)] if spans else []
+    tokens = [match.span() for match in any_of(control).finditer(prompt)] if spans else []
     found = []
     for span in spans:
         start, end = max(span.start, left), min(span.end, right)
@@ -254,8 +254,8 @@ def documents(
     return found
 
 
-def _any_of(control: Collection[str]) -> re.Pattern[str]:
-    """The longest first, since one may begin with another; of none nothing matches."""
+def any_of(control: Collection[str]) -> re.Pattern[str]:
+    """Matches any of these tokens, the longest first, since one may begin with another; of none nothing."""
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
 
 
@@ -292,7 +292,7 @@ def find_question(
         return Question(known, at, at + len(known)) if at >= 0 else Question(known)
     stop = len(prompt) - len(closing) if closing and prompt.endswith(closing) else len(prompt)
     pieces = [(spans[-1].end, stop), (0, spans[0].start)] if spans else [(0, stop)]
-    pattern = _any_of(control)
+    pattern = any_of(control)
     for start, end in pieces:
         text = pattern.sub(" ", prompt[start:end]).strip()
         if any(character.isalnum() for character in text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import PromptError
+from .prompt import any_of
 
 _SENTINEL = "\u2063cacheclip\u2063"  # stands for the user's text when a chat template is cut open
 
@@ -68,8 +68,7 @@ class Texts:
         the documents that do are then tokenised by themselves. So what a document quotes changes nothing outside it,
         with tokenizers, too, that treat the beginning of a text or what stands beside a control token in their own way.
         """
-        pattern = re.compile("|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True)))
-        written = [match.span() for match in pattern.finditer(prompt)]
+        written = [match.span() for match in any_of(self.control_tokens).finditer(prompt)]
         harmless = list(prompt)
         quoting = []
         for start, end in sorted(documents):

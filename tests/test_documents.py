@@ -229,11 +229,12 @@ def test_background_work_does_not_bring_back_what_another_process_forgot(tmp_pat
     first, second = (open_engine(tmp_path) for _ in range(2))
     first.ensure(PASSAGES[:3])
     with first._turns:  # nothing can be encoded meanwhile
-        first.ensure_later(PASSAGES[:1])
+        first.ensure_later([PASSAGES[3], PASSAGES[0]])  # the second waits behind the first
+        until(lambda: first._background._busy)
         second.forget(PASSAGES[:1])
         first._follow()
     first.flush()
-    assert known(first) == [1, 2] and not traces(tmp_path, PASSAGES[0])
+    assert known(first) == [1, 2, 3] and not traces(tmp_path, PASSAGES[0])
 
 
 def test_what_is_kept_in_another_encoding_stays_known(tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ from .windows import noting_attention
 log = logging.getLogger("cacheclip_rag")
 
 AUTO = "auto"
-SDPA = (
-    "cacheclip_torch"  # a name with "sdpa" in it is refused for models whose scores transformers' own sdpa cannot cap
-)
+# Not "..._sdpa": transformers refuses such a name for models whose scores its own sdpa cannot cap.
+SDPA = "cacheclip_torch"
 REFERENCE = "cacheclip_reference"
 TRITON = "cacheclip_triton"
 NOTING = "cacheclip_noting"

@@ -154,7 +154,8 @@ def test_a_transform_that_fuses_can_be_pickled_and_copied(tiny_folder: Any) -> N
     copy.deepcopy(transform)(nodes("oak", "ash"))
     assert company(llm.engine, "ash") == [["elm"]]
     travelled = pickle.loads(pickle.dumps(transform))
-    travelled(nodes("cod"))  # it knows no engine in another process, and says nothing of errors
+    travelled(nodes("cod"))  # here the engine is open; it begins with no embeddings
+    assert company(llm.engine, "cod") == [["ash"]]
     unfusing = pickle.loads(pickle.dumps(CacheClipTransform(llm)))
     assert unfusing._fuser is None and travelled._fuser is not None
 
