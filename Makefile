@@ -12,16 +12,16 @@ export TOKENIZERS_PARALLELISM = false
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml requirements-dev.txt integrations/llama-index-llms-cacheclip/pyproject.toml \
-		integrations/langchain-cacheclip/pyproject.toml scripts/setup_torch.py
+		integrations/langchain-cacheclip/pyproject.toml tools/scripts/setup_torch.py
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	@$(RUN)/python scripts/setup_torch.py
+	@$(RUN)/python tools/scripts/setup_torch.py
 	@echo "installing cacheclip-rag and what it is developed with ..."
 	@$(RUN)/python -m pip --disable-pip-version-check install -q -r requirements-dev.txt
 	@touch $@
 
 demo: setup  ## real documents, real questions, with and without reuse
 	@$(RUN)/cacheclip pull smollm2-135m-instruct qwen2.5-coder-0.5b-instruct all-minilm-l6-v2
-	@$(RUN)/python demo/demo.py
+	@$(RUN)/python examples/demo/demo.py
 
 test: setup  ## the whole suite; the weights it needs are SmolLM2's and MiniLM's
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
@@ -29,7 +29,7 @@ test: setup  ## the whole suite; the weights it needs are SmolLM2's and MiniLM's
 
 behaviours: setup  ## try everything docs/frameworks.md lists, and write its table
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
-	@$(RUN)/python scripts/behaviours.py
+	@$(RUN)/python tools/scripts/behaviours.py
 
 torture: setup  ## break the chunk store on purpose, at length (some ten minutes; ROUNDS=20000 for a night)
 	@$(RUN)/python tests/torture.py --rounds $(or $(ROUNDS),200)
@@ -48,7 +48,7 @@ bench: setup  ## exactness, then speed with quality beside it (about forty minut
 	@$(RUN)/python benchmarks/exact.py --model qwen2.5-coder-0.5b-instruct
 	@$(RUN)/python benchmarks/speed.py --methods cacheclip
 	@$(RUN)/python benchmarks/concurrency.py
-	@$(RUN)/python -m cacheclip_rag.evaluation $(RESULTS)/quality-1.5b.jsonl
+	@$(RUN)/python -m cacheclip_eval $(RESULTS)/quality-1.5b.jsonl
 
 bench-store: setup  ## what the chunk store's promises cost against plain safetensors, and with 100,000 entries
 	@$(RUN)/python benchmarks/store.py

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cacheclip_rag.evaluation import plots, rows, summary
-from cacheclip_rag.evaluation.plots import parameter_of
+from cacheclip_eval import plots, rows, summary
+from cacheclip_eval.plots import parameter_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

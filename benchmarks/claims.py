@@ -12,8 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from analyses import table
-
-from cacheclip_rag.evaluation import paired, rows
+from cacheclip_eval import paired, rows
 
 Scores = Mapping[str, Mapping[tuple[str, str], rows.Row]]
 """The rows of each system, by data set and item."""

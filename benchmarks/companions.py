@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from cacheclip_eval.embedding import mean_pooling
+from cacheclip_eval.sources import sources
 
-from cacheclip_rag.evaluation.embedding import mean_pooling
-from cacheclip_rag.evaluation.sources import sources
-from cacheclip_rag.fusion import Neighbourhood
+from cacheclip_rag.corpus.neighbours import Neighbourhood
 
 
 def shares(prompts: list[list[str]], nearest: dict[str, list[str]], count: int) -> tuple[float, float]:

@@ -21,7 +21,7 @@ import torch
 from speed import chunks_of
 
 from cacheclip_rag import Engine
-from cacheclip_rag.pull import resolve
+from cacheclip_rag.weights.pull import resolve
 
 QUESTIONS = (
     "Which of these proposals was accepted?",

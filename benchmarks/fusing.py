@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
+from cacheclip_eval.embedding import mean_pooling
+from cacheclip_eval.sources import sources
+
 from cacheclip_rag import Engine
-from cacheclip_rag.evaluation.embedding import mean_pooling
-from cacheclip_rag.evaluation.sources import sources
-from cacheclip_rag.fusion import similar
+from cacheclip_rag.corpus.neighbours import similar
 
 SHORT = 200
 """Characters of a short chunk."""

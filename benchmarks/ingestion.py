@@ -26,7 +26,7 @@ import torch
 from speed import CORPUS
 
 from cacheclip_rag import Engine
-from cacheclip_rag.batches import batches, together
+from cacheclip_rag.corpus.batches import batches, together
 
 Run = Callable[[list[str]], Any]
 """Ingests the documents, in the order of their numbers."""

@@ -9,7 +9,100 @@ neither how many chunks a query has nor how popular they are; the rows below var
 
 from __future__ import annotations
 
-from cacheclip_rag.fusion import Workload, simulate
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cacheclip_rag.errors import ConfigurationError
+
+Path = tuple[str, ...]
+"""The chunks that a copy stands behind, and itself."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Questions as FusionRAG's simulation draws them; what the paper does not say (``chunks_each``, ``skew``) is ours.
+
+    Each of ``queries`` retrieves ``chunks_each`` chunks. A share of ``known`` comes from ``base`` chunks that are in
+    the knowledge base, one of ``shared`` from ``pool`` chunks that users bring and have in common, the rest are seen
+    once. Chunks of the first two kinds are drawn by Zipf's law with exponent ``skew``.
+    """
+
+    queries: int = 1000
+    chunks_each: int = 10
+    known: float = 0.6
+    shared: float = 0.3
+    base: int = 1000
+    pool: int = 500
+    skew: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.queries, self.chunks_each, self.base, self.pool) < 1:
+            raise ConfigurationError("queries, chunks_each, base and pool must be at least 1")
+        if min(self.known, self.shared, 1 - self.known - self.shared) < 0:
+            raise ConfigurationError("known and shared are shares: at least 0, and 1 at most together")
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """The chunks of each query, in order, none twice in one."""
+        draw = random.Random(self.seed)
+        weights = {kind: _zipf(size, self.skew) for kind, size in (("base", self.base), ("pool", self.pool))}
+        for query in range(self.queries):
+            chunks: dict[str, None] = {}
+            tries = 0
+            while len(chunks) < self.chunks_each:
+                where, tries = draw.random(), tries + 1
+                kind = "base" if where < self.known else "pool" if where < self.known + self.shared else ""
+                if kind and tries < 50 * self.chunks_each:
+                    (number,) = draw.choices(range(len(weights[kind])), cum_weights=weights[kind])
+                    chunks[f"{kind} {number}"] = None
+                else:  # unique, as is what remains when a small pool is exhausted
+                    chunks[f"query {query} chunk {len(chunks)}"] = None
+            yield list(chunks)
+
+
+@dataclass
+class Outcome:
+    """What one cache made of a workload, in chunks. ``again``: computed although it had been computed before."""
+
+    asked: int = 0
+    hit: int = 0
+    stored: int = 0
+    again: int = 0
+
+
+def simulate(workload: Workload) -> tuple[Outcome, Outcome]:
+    """An ordinary prefix cache, and the Alternative Path, over the same questions; neither evicts anything.
+
+    Both start with the knowledge base computed chunk by chunk behind the shared prefix.
+    """
+    prefix, ours = Outcome(), Outcome()
+    base = {f"base {number}" for number in range(workload.base)}
+    paths: set[Path] = {(chunk,) for chunk in base}
+    seen, copies = set(base), set(base)
+    for chunks in workload:
+        for number, chunk in enumerate(chunks):
+            prefix.asked += 1
+            ours.asked += 1
+            path = tuple(chunks[: number + 1])
+            if path in paths:
+                prefix.hit += 1
+            else:
+                paths.add(path)
+                prefix.again += chunk in seen
+            # A chunk that is not there is computed behind the shared prefix, where every later path ends.
+            if chunk in copies:
+                ours.hit += 1
+            copies.add(chunk)
+            seen.add(chunk)
+    prefix.stored, ours.stored = len(paths), len(copies)
+    return prefix, ours
+
+
+def _zipf(size: int, skew: float) -> list[float]:
+    return list(accumulate(1.0 / (rank + 1) ** skew for rank in range(size)))
+
 
 WORKLOADS = [
     Workload(),

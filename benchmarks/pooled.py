@@ -8,8 +8,7 @@ from statistics import mean, median
 
 import claims
 from analyses import table
-
-from cacheclip_rag.evaluation import paired
+from cacheclip_eval import paired
 
 
 def pooled(rows: Path, against: Callable[[str], str]) -> str:

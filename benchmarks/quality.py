@@ -1,4 +1,4 @@
-"""Quality of the methods against full prefill, on JSONL data in the format of `cacheclip_rag.evaluation.data`.
+"""Quality of the methods against full prefill, on JSONL data in the format of `cacheclip_eval.data`.
 
     python benchmarks/quality.py DATA_FOLDER --out benchmarks/results/quality-1.5b.jsonl
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cacheclip_eval import Item, System, read, run, spread, summarise
+
 from cacheclip_rag import Engine
-from cacheclip_rag.evaluation import Item, System, read, run, spread, summarise
 
 # How many items of each set, fixed before any result was seen.
 SETS = {"hotpotqa_distractor": 20, "xquad_fusion": 20, "ruler_2k": 14, "ruler_4k": 14}

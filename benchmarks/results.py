@@ -18,11 +18,10 @@ from statistics import mean
 
 import claims
 import paths
+from cacheclip_eval import plots
+from cacheclip_eval.figures import summary
+from cacheclip_eval.tables import compare, summarise
 from pooled import pooled
-
-from cacheclip_rag.evaluation import plots
-from cacheclip_rag.evaluation.figures import summary
-from cacheclip_rag.evaluation.tables import compare, summarise
 
 AUTO = "query_guided@0.1:company=prompts,layers=(0.69,0.83),normalise=chunk,window=1"
 """The selection of `auto`, among the rows about its parts."""

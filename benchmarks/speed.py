@@ -24,12 +24,12 @@ from statistics import median
 import torch
 
 from cacheclip_rag import Engine
-from cacheclip_rag.evaluation import kl
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.report import Report
 from cacheclip_rag.store import MemoryStore, TieredStore
+from cacheclip_rag.verification import kl
 
-CORPUS = Path(__file__).parent.parent / "demo" / "corpus"
+CORPUS = Path(__file__).parent.parent / "examples" / "demo" / "corpus"
 CHUNKS = 10
 STAGES = ("recognise", "tokenise", "select", "load", "place", "recompute")
 

@@ -9,32 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
     from .chunks import ChunkKV
-    from .decoding import TextStream
+    from .corpus.fusing import Ensured
     from .engine import Answer, Engine
     from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError, WeightsError
-    from .fusing import Ensured
     from .methods import METHODS, Method
+    from .model.backbone import Backbone
     from .report import ChunkUse, Report
+    from .serving.decoding import TextStream
 
 _HOMES = {
     "METHODS": "methods",
     "Answer": "engine",
-    "Backbone": "backbone",
+    "Backbone": "model.backbone",
     "CacheClipError": "errors",
     "ChunkKV": "chunks",
     "ChunkUse": "report",
     "ConfigurationError": "errors",
     "Engine": "engine",
-    "Ensured": "fusing",
+    "Ensured": "corpus.fusing",
     "Method": "methods",
     "NotComposable": "errors",
     "PromptError": "errors",
     "Report": "report",
-    "Stats": "stats",
+    "Stats": "serving.stats",
     "StoreError": "errors",
-    "TextStream": "decoding",
+    "TextStream": "serving.decoding",
     "WeightsError": "errors",
 }
 

@@ -17,30 +17,33 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from . import methods, prefill, verified
-from .auxiliary import Auxiliary
-from .backbone import Backbone
+from . import methods
 from .background import Background
-from .decoding import TextStream
-from .encode import Isolated
-from .encodings import Encodings
+from .corpus.corpus import Ingestion
+from .corpus.fusing import FUSED_AT, Task
+from .corpus.usage import Usage
 from .errors import ConfigurationError, NotComposable, PromptError
-from .exact import ExactCache, ExactReuse
-from .fusing import FUSED_AT, Task
-from .fusion import Usage
-from .hints import Hints
-from .ingestion import Ingestion
-from .library import KVDtype
+from .kv.collections import Encodings
+from .kv.encode import Isolated
+from .kv.library import KVDtype
+from .kv.prefix_caching import ExactCache, ExactReuse
 from .methods import Method
-from .prefill import Prefill
+from .methods.auxiliary import Auxiliary
+from .methods.select import Everything
+from .model.backbone import Backbone
+from .prefill import compose as prefill
+from .prefill.compose import Prefill
 from .prompt import ChunkIndex
-from .pull import resolve as resolve_weights
 from .report import Report
-from .sampling import check, decoding
-from .select import Everything
-from .stats import Stats, Tally, total
+from .serving.decoding import TextStream
+from .serving.hints import Hints
+from .serving.limit import Seats
+from .serving.lock import Turns
+from .serving.sampling import check, decoding
+from .serving.stats import Stats, Tally, total
 from .store import Place, Remote
-from .turns import Seats, Turns
+from .weights import verified
+from .weights.pull import resolve as resolve_weights
 
 log = logging.getLogger("cacheclip_rag")
 

@@ -10,13 +10,13 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from cacheclip_rag.backbone import Backbone
+from cacheclip_rag.model.backbone import Backbone
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Backbone:
     """The real SmolLM2-135M-Instruct, float32, from the package index or the hub."""
-    from cacheclip_rag.pull import resolve
+    from cacheclip_rag.weights.pull import resolve
 
     return Backbone.load(resolve("smollm2-135m-instruct"), dtype="float32")
 
@@ -27,7 +27,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from cacheclip_rag.pull import resolve
+    from cacheclip_rag.weights.pull import resolve
 
     folder = tmp_path_factory.mktemp("stand-in")
     tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))

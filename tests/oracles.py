@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cacheclip_rag import Engine
-from cacheclip_rag.layers import cache_argument
 from cacheclip_rag.methods import Method, resolve
-from cacheclip_rag.prefill import Prefill
-from cacheclip_rag.select import Request
+from cacheclip_rag.methods.request import Request
+from cacheclip_rag.model.layers import cache_argument
+from cacheclip_rag.prefill.compose import Prefill
 
 
 def distance(a: Tensor, b: Tensor) -> float:

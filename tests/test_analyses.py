@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cacheclip_eval import Item, Passage, plots
+from cacheclip_eval.analyses import _shared, agreement, deviation
+from cacheclip_eval.hits import ANYWHERE, hits
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.evaluation import Item, Passage, plots
-from cacheclip_rag.evaluation.analyses import _shared, agreement, deviation
-from cacheclip_rag.evaluation.hits import ANYWHERE, hits
 
 ITEM = Item("1", "Who built the lighthouse?", ("Ada",), tuple(Passage("", text) for text in PASSAGES))
 

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 pytest.importorskip("llama_index.readers.file")
 from cacheclip_app.embedding import MiniLM
 from cacheclip_app.folder import Library, text_of
-from cacheclip_rag import Engine, cli
+
+from cacheclip_rag import Engine
+from cacheclip_rag.cli import main as cli
 from cacheclip_rag.store.admin import Administration
 
 TOWNS = ["Arden", "Bellow", "Corwen", "Dunmore", "Elsted", "Farlow", "Glanton", "Hexley", "Ingram", "Jarvis"]

@@ -9,9 +9,10 @@ import torch
 from oracles import distance, own
 from tiny import CONFIGS, PASSAGES, tiny_backbone
 
-from cacheclip_rag import Engine, PromptError, batches
-from cacheclip_rag.attention import REFERENCE, SDPA, Sparse
-from cacheclip_rag.encode import Blanks, Encoder, Isolated, WithActivations
+from cacheclip_rag import Engine, PromptError
+from cacheclip_rag.corpus import batches
+from cacheclip_rag.kv.encode import Blanks, Encoder, Isolated, WithActivations
+from cacheclip_rag.model.attention import REFERENCE, SDPA, Sparse
 
 SIZES = [300, 64, 129, 1, 200]  # of several blocks of rows, of one, of one row
 

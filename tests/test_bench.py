@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from cacheclip_eval import bench
 from tiny import tiny_backbone
 from typer.testing import CliRunner
 
-from cacheclip_rag import Engine, cli
-from cacheclip_rag.evaluation import bench
+from cacheclip_rag import Engine
+from cacheclip_rag.cli import main as cli
 
 
 @pytest.fixture(scope="module")

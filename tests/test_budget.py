@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cacheclip_rag.select.budget import top, windows
+from cacheclip_rag.methods.select.budget import top, windows
 
 
 @pytest.fixture(autouse=True, scope="module")

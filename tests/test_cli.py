@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cacheclip_rag import cli
-from cacheclip_rag.catalogue import CATALOGUE
+from cacheclip_rag.cli import main as cli
+from cacheclip_rag.weights.catalogue import CATALOGUE
 
 runner = CliRunner()
 

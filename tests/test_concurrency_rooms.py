@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cacheclip_rag import turns as turns_module
 from cacheclip_rag.background import Background
-from cacheclip_rag.canvas import Canvas
-from cacheclip_rag.prefixes import WORTH, PrefixCache
-from cacheclip_rag.turns import Seats, Turns
+from cacheclip_rag.kv.preamble import WORTH, PrefixCache
+from cacheclip_rag.model.canvas import Canvas
+from cacheclip_rag.serving import lock as turns_module
+from cacheclip_rag.serving.limit import Seats
+from cacheclip_rag.serving.lock import Turns
 
 PATIENCE = 20.0
 

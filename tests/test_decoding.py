@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cacheclip_rag.decoding import TextStream
-from cacheclip_rag.pull import resolve
 from cacheclip_rag.report import Report
+from cacheclip_rag.serving.decoding import TextStream
+from cacheclip_rag.weights.pull import resolve
 
 MODELS = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
 

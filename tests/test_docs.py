@@ -15,9 +15,8 @@ import pytest
 from cacheclip_rag import METHODS, Engine
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("integrations/*/README.md"), *ROOT.glob("demo/*.md")]
-)
+PATTERNS = ("*.md", "docs/*.md", "integrations/*/README.md", "examples/**/*.md")
+PAGES = sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -130,7 +129,7 @@ def test_observability_snippets_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_method_has_a_page_of_its_own() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "tools" / "scripts"))
     try:
         from method_pages import pages
     finally:
@@ -145,7 +144,7 @@ def test_each_method_has_a_page_of_its_own() -> None:
 def test_every_method_and_command_is_in_the_docs() -> None:
     from typer.main import get_command
 
-    from cacheclip_rag.cli import app
+    from cacheclip_rag.cli.main import app
 
     overview = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert [name for name in METHODS if f"| `{name}` |" not in overview] == []

@@ -17,7 +17,8 @@ import pytest
 from tiny import PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
-from cacheclip_rag import Engine, StoreError, cli
+from cacheclip_rag import Engine, StoreError
+from cacheclip_rag.cli import main as cli
 from cacheclip_rag.store import DiskStore, Documents, files
 from cacheclip_rag.store.admin import Administration
 

@@ -18,19 +18,11 @@ from tiny import PASSAGES, SHAPE, byte_tokenizer, tiny_backbone, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig, VaultGemmaConfig
 
-from cacheclip_rag import (
-    METHODS,
-    Backbone,
-    ConfigurationError,
-    Engine,
-    NotComposable,
-    PromptError,
-    StoreError,
-    batches,
-    prefill,
-)
+from cacheclip_rag import METHODS, Backbone, ConfigurationError, Engine, NotComposable, PromptError, StoreError
+from cacheclip_rag.corpus import batches
 from cacheclip_rag.methods import resolve
-from cacheclip_rag.select import QueryGuided
+from cacheclip_rag.methods.select import QueryGuided
+from cacheclip_rag.prefill import compose as prefill
 
 QUESTION = "Who drove the last train?"
 
@@ -322,7 +314,7 @@ def broken(*_: object, **__: object):
     [
         lambda e, m: m.setattr(e.library.store, "get", broken),
         lambda e, m: m.setattr(e.index, "find", broken_once(e.index.find)),
-        lambda e, m: m.setattr("cacheclip_rag.prefill.align", broken_once(None)),
+        lambda e, m: m.setattr("cacheclip_rag.prefill.compose.align", broken_once(None)),
         lambda e, m: m.setattr(QueryGuided, "select", broken),
         lambda e, m: m.setattr(QueryGuided, "select", lambda self, request, budget: request.rows + 10**6),
     ],

@@ -13,21 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cacheclip_eval import Item, Passage, bootstrap, exact_match, f1, normalised_f1, paired, read, recall, spread
+from cacheclip_eval.metrics import normalise
 
-from cacheclip_rag.evaluation import (
-    Item,
-    Passage,
-    bootstrap,
-    exact_match,
-    f1,
-    kl,
-    normalised_f1,
-    paired,
-    read,
-    recall,
-    spread,
-)
-from cacheclip_rag.evaluation.metrics import normalise
+from cacheclip_rag.verification import kl
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 

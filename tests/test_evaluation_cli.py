@@ -9,13 +9,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from cacheclip_eval import Item, Passage, command, runner
+from cacheclip_eval.sources import max_new_tokens, sources
+from cacheclip_eval.systems import parse
 from tiny import PASSAGES, byte_tokenizer, tiny_backbone, tiny_model
 from typer.testing import CliRunner, Result
 
-from cacheclip_rag import ConfigurationError, cli
-from cacheclip_rag.evaluation import Item, Passage, command, runner
-from cacheclip_rag.evaluation.sources import max_new_tokens, sources
-from cacheclip_rag.evaluation.systems import parse
+from cacheclip_rag import ConfigurationError
+from cacheclip_rag.cli import main as cli
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.spec import PREFIXES
 
@@ -128,7 +129,7 @@ def test_what_is_wrong_is_said_with_what_is_valid(specs: list[str], sweeps: list
 
 def ruler(**changes: Any) -> ModuleType:
     """Stands for ``evaluation.ruler``."""
-    module = ModuleType("cacheclip_rag.evaluation.ruler")
+    module = ModuleType("cacheclip_eval.ruler")
 
     def generate(task: str, *, tokens: int, seed: int, count: Any = None) -> Item:
         text = (PASSAGES[0] * 40)[: tokens - len(str(seed))] + str(seed)
@@ -151,7 +152,7 @@ def data(folder: Path, *questions: str) -> Path:
 
 
 def test_data_are_files_folders_and_generated_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cacheclip_rag.evaluation.ruler", ruler())
+    monkeypatch.setitem(sys.modules, "cacheclip_eval.ruler", ruler())
     file = data(tmp_path / "hotpot", "Who?")
     odd = data(tmp_path / "a=b", "Who?")
     found = sources([str(file.parent), str(file), f"mine={file}", "ruler:vt:900", str(odd.parent)])
@@ -163,7 +164,7 @@ def test_data_are_files_folders_and_generated_sets(tmp_path: Path, monkeypatch: 
     "spec", ["absent.jsonl", "x=absent", ".", "ruler:nope:900", "ruler:vt", "ruler:vt:many", "ruler:vt:9:9"]
 )
 def test_data_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    monkeypatch.setitem(sys.modules, "cacheclip_rag.evaluation.ruler", ruler())
+    monkeypatch.setitem(sys.modules, "cacheclip_eval.ruler", ruler())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError, match="niah_single, vt" if "ruler" in spec else "there is no data"):
         sources([spec])
@@ -215,7 +216,7 @@ def evaluate(model: str, tmp_path: Path) -> Eval:
 
 
 def test_from_data_to_tables(evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cacheclip_rag.evaluation.ruler", ruler())
+    monkeypatch.setitem(sys.modules, "cacheclip_eval.ruler", ruler())
     file = data(tmp_path / "set", "Who?", "When?", "Where?")
     arguments = [
         str(file.parent),
@@ -283,7 +284,7 @@ def test_passages_are_embedded_once_for_all_numbers_of_neighbours(
         asked.append(texts)
         return [[1.0, len(text)] for text in texts]
 
-    monkeypatch.setattr("cacheclip_rag.evaluation.command.mean_pooling", lambda: embed)
+    monkeypatch.setattr("cacheclip_eval.command.mean_pooling", lambda: embed)
     systems = [f"naive:company=similar,neighbours={count}" for count in (1, 2)]
     done = evaluate(str(data(tmp_path / "set", "Who?")), "--methods", *systems)
     assert done.exit_code == 0, done.output
@@ -306,7 +307,7 @@ def test_answers_that_failed_are_code_1_until_they_succeed(
 ) -> None:
     file = data(tmp_path / "set", "Who?")
     with monkeypatch.context() as patch:
-        patch.setattr("cacheclip_rag.evaluation.access.ensure", lambda *_: 1 / 0)
+        patch.setattr("cacheclip_eval.access.ensure", lambda *_: 1 / 0)
         done = evaluate(str(file), "--methods", "naive")
     assert done.exit_code == 1 and "1 answers failed" in done.stderr and "| naive | 0 (1 failed) |" in done.stdout
     done = evaluate(str(file), "--methods", "naive")

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from cacheclip_eval import Item, Passage, System, access, answers, references, rows, run
+from cacheclip_eval.data import prompt
 from tiny import PASSAGES, tiny_backbone, tiny_model
 
 from cacheclip_rag import Backbone, ConfigurationError, Engine
-from cacheclip_rag.evaluation import Item, Passage, System, access, answers, kl, references, rows, run
-from cacheclip_rag.evaluation.data import prompt
 from cacheclip_rag.methods import METHODS, resolve
-from cacheclip_rag.prefill import Prefill
+from cacheclip_rag.prefill.compose import Prefill
 from cacheclip_rag.spec import describe
+from cacheclip_rag.verification import kl
 
 ITEMS = [
     Item("1", "Who drove the last train?", ("Marguerite Okafor",), tuple(Passage("", p) for p in PASSAGES[:2])),

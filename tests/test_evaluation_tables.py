@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cacheclip_eval import compare, comparison, rows, summarise, summary
 
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.evaluation import compare, comparison, rows, summarise, summary
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def test_a_baseline_without_common_items_and_an_unknown_one(tmp_path: Path) -> N
 
 def test_the_module_prints_the_tables(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", row(), row(system="clip", score=0.5))
-    command = [sys.executable, "-m", "cacheclip_rag.evaluation"]
+    command = [sys.executable, "-m", "cacheclip_eval"]
     done = subprocess.run([*command, str(path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, summarise(path))
     done = subprocess.run([*command, str(tmp_path / "absent.jsonl")], capture_output=True, text=True)

@@ -9,37 +9,38 @@ import inspect
 import json
 import os
 import pickle
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cacheclip_eval import Item, Passage, access, run
+from cacheclip_eval.company import meeting
+from cacheclip_eval.systems import parse
 from oracles import distance, own
 from tiny import CONFIGS, PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
-from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError, cli, store_cli
-from cacheclip_rag.batches import TOGETHER
-from cacheclip_rag.encode import disorder
-from cacheclip_rag.evaluation import Item, Passage, access, run
-from cacheclip_rag.evaluation.company import meeting
-from cacheclip_rag.evaluation.systems import parse
-from cacheclip_rag.fusion import (
-    LongestPath,
-    Nearest,
-    Neighbourhood,
-    Ordered,
-    Usage,
-    Workload,
-    overlap,
-    similar,
-    simulate,
-    suits,
-)
-from cacheclip_rag.fusion import variants as fusion_variants
-from cacheclip_rag.integration.fusing import Fuser
+from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
+from cacheclip_rag.cli import main as cli
+from cacheclip_rag.cli import store as store_cli
+from cacheclip_rag.corpus.batches import TOGETHER
+from cacheclip_rag.corpus.neighbours import Neighbourhood, similar
+from cacheclip_rag.corpus.usage import Usage
+from cacheclip_rag.frameworks.fuser import Fuser
+from cacheclip_rag.kv import variants as fusion_variants
+from cacheclip_rag.kv.encode import disorder
+from cacheclip_rag.kv.fit import LongestPath, Nearest, Ordered, overlap, suits
 from cacheclip_rag.methods import resolve
+
+_spec = spec_from_file_location("paths", Path(__file__).parent.parent / "benchmarks" / "paths.py")
+assert _spec is not None and _spec.loader is not None
+paths = module_from_spec(_spec)
+sys.modules["paths"] = paths  # where its dataclasses look themselves up
+_spec.loader.exec_module(paths)
 
 A, B, C, D, E = PASSAGES
 PREFIX = "Read these passages.\n"
@@ -285,7 +286,7 @@ def test_one_chunk_that_fails_does_not_stop_the_others(error: Exception, monkeyp
 
 
 def test_a_model_that_cannot_be_composed_is_not_fused_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cacheclip_rag.backbone.obstacle_of", lambda model: "a strange model")
+    monkeypatch.setattr("cacheclip_rag.model.backbone.obstacle_of", lambda model: "a strange model")
     ready = Engine(tiny_backbone(), method=FUSED, on_uncomposable="prefill")
     seen: list[int] = []
     assert ready.fuse({A: [B]}).skipped == [(A[:40], "a strange model")] and ready.fuse_used().skipped == []
@@ -570,7 +571,7 @@ def test_many_texts_are_compared_in_batches(monkeypatch: pytest.MonkeyPatch) -> 
     at_once.add(texts, vectors)
     in_batches.add(texts, vectors)
     want = at_once.nearest()
-    monkeypatch.setattr("cacheclip_rag.fusion.neighbours._BATCH", 7)
+    monkeypatch.setattr("cacheclip_rag.corpus.neighbours._BATCH", 7)
     assert in_batches.nearest() == want
     scores = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ vectors[3] / np.linalg.norm(vectors[3])
     assert want["text 3"] == [f"text {n}" for n in np.argsort(-scores) if n != 3][:5]
@@ -848,27 +849,27 @@ def test_the_longest_path_drops_chunks_from_the_front() -> None:
 def test_the_paper_s_example() -> None:
     """S+b, then S+a+b: b is found behind S; then S+b+a: a is found where the second question left it."""
 
-    class Three(Workload):
+    class Three(paths.Workload):
         def __iter__(self) -> Any:
             return iter([["b"], ["a", "b"], ["b", "a"]])
 
-    prefix, ours = simulate(Three(base=1))
+    prefix, ours = paths.simulate(Three(base=1))
     assert (prefix.hit, prefix.stored, prefix.again) == (1, 1 + 4, 2)  # only S+b comes again
     assert (ours.hit, ours.stored, ours.again) == (3, 1 + 2, 0)
 
 
 def test_one_copy_a_chunk_whatever_the_workload() -> None:
-    workload = Workload(queries=50, chunks_each=5, base=40, pool=20, seed=3)
+    workload = paths.Workload(queries=50, chunks_each=5, base=40, pool=20, seed=3)
     queries = list(workload)
     assert queries == list(workload) and all(len(set(q)) == 5 for q in queries) and len(queries) == 50
-    prefix, ours = simulate(workload)
+    prefix, ours = paths.simulate(workload)
     asked = [chunk for query in queries for chunk in query]
     assert ours.stored == len({*asked, *(f"base {n}" for n in range(40))}) < prefix.stored and ours.again == 0
     assert prefix.asked == ours.asked == 250 and ours.hit == 250 - (ours.stored - 40) > prefix.hit
     share = sum(chunk.startswith("base") for chunk in asked) / len(asked)
     assert 0.4 < share < 0.7
     with pytest.raises(ConfigurationError):
-        Workload(known=0.9, shared=0.2)
+        paths.Workload(known=0.9, shared=0.2)
 
 
 # ---- the ratio that a prompt needs ---------------------------------------------------------------------------------
@@ -1040,9 +1041,7 @@ def test_a_store_is_fused_at_the_command_line(tmp_path: Path, monkeypatch: pytes
         for _ in range(2):
             first.generate(prompt, max_new_tokens=1)
     place = {A: 0.0, B: 0.2, C: 0.9}
-    monkeypatch.setattr(
-        "cacheclip_rag.evaluation.embedding.mean_pooling", lambda: lambda texts: [[1.0, place[t]] for t in texts]
-    )
+    monkeypatch.setattr("cacheclip_eval.embedding.mean_pooling", lambda: lambda texts: [[1.0, place[t]] for t in texts])
     arguments = ["fuse", "--store", str(kept), "--model", str(folder), "--json"]
     for more, fused in ((["--least", "3"], 0), ([], 1), ([], 0), (["--similar", "--count", "1"], 2)):
         done = CliRunner().invoke(cli.app, [*arguments, *more])

@@ -7,11 +7,11 @@ import torch
 from tiny import CONFIGS, PASSAGES, tiny_backbone, tiny_model
 
 from cacheclip_rag import METHODS, Engine
-from cacheclip_rag.auxiliary import Auxiliary
-from cacheclip_rag.backbone import Backbone
 from cacheclip_rag.chunks import ChunkKV
-from cacheclip_rag.encode import Isolated
-from cacheclip_rag.library import Library
+from cacheclip_rag.kv.encode import Isolated
+from cacheclip_rag.kv.library import Library
+from cacheclip_rag.methods.auxiliary import Auxiliary
+from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.store import MemoryStore
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}

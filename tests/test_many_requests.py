@@ -10,7 +10,7 @@ import pytest
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import ConfigurationError, Engine
-from cacheclip_rag.backbone import Backbone
+from cacheclip_rag.model.backbone import Backbone
 
 
 @pytest.fixture(scope="module")

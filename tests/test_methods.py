@@ -10,8 +10,8 @@ import torch
 from tiny import CONFIGS, PASSAGES, tiny_backbone
 
 from cacheclip_rag import METHODS, Engine
-from cacheclip_rag.encode import Blanks
 from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.kv.encode import Blanks
 from cacheclip_rag.methods import resolve
 
 names = pytest.mark.parametrize("name", METHODS)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cacheclip_rag.attention.mask import BLOCK, Sparse, trailing, visible
-from cacheclip_rag.attention.probe import AttentionProbe, Normalise
-from cacheclip_rag.rotary import Rotary
+from cacheclip_rag.model.attention.mask import BLOCK, Sparse, trailing, visible
+from cacheclip_rag.model.attention.probe import AttentionProbe, Normalise
+from cacheclip_rag.model.rotary import Rotary
 
 # ---- the mask ----------------------------------------------------------------------------------------------------
 

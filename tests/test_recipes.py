@@ -15,16 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from cacheclip_rag import METHODS, Engine
-from cacheclip_rag.attention import ScaledContext, TopChunks
-from cacheclip_rag.backbone import Backbone
 from cacheclip_rag.chunks import ChunkKV
-from cacheclip_rag.encode.harvested import Harvested, Variant, Variants, contextualisation, fix_overhead
 from cacheclip_rag.errors import NotComposable
-from cacheclip_rag.exact import DocumentTree, PrefixBlocks
+from cacheclip_rag.kv.encode.harvested import Harvested, Variant, Variants, contextualisation, fix_overhead
+from cacheclip_rag.kv.prefix_caching import DocumentTree, PrefixBlocks
 from cacheclip_rag.methods import Method, resolve
-from cacheclip_rag.prefill import shared_positions
+from cacheclip_rag.methods.recompute import Once
+from cacheclip_rag.model.attention import ScaledContext, TopChunks
+from cacheclip_rag.model.backbone import Backbone
+from cacheclip_rag.prefill.compose import shared_positions
 from cacheclip_rag.prompt import Layout
-from cacheclip_rag.recompute import Once
 
 ALL = 1 - 1e-13  # everything that may be chosen, without the short cut that ratio 1 takes
 KINDS = ["llama", "qwen3", "mistral-sliding", "gemma3"]

@@ -18,8 +18,9 @@ from test_store_promises import ONE
 from tiny import PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
-from cacheclip_rag import Engine, StoreError, cli
+from cacheclip_rag import Engine, StoreError
 from cacheclip_rag.chunks import Namespace
+from cacheclip_rag.cli import main as cli
 from cacheclip_rag.store import Documents, Remote, RemoteStore, format
 from cacheclip_rag.store.remote_admin import RemoteAdministration, RemoteTexts
 

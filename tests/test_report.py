@@ -18,7 +18,8 @@ from rich.console import Console
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import ChunkUse, Engine, Report
-from cacheclip_rag.report import Fate, Fates, story
+from cacheclip_rag.report import Fate, Fates
+from cacheclip_rag.report import summary as story
 
 HOSTILE = (
     "</span></div><script>alert('owned')</script><img src=x onerror=\"alert(1)\"> & <style>*{display:none}</style> "

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cacheclip_eval import Item, read, ruler
+from cacheclip_eval.answers import score
+from cacheclip_eval.ruler import LEAST, TASKS, TOLERANCE, generate, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.evaluation import Item, read, ruler
-from cacheclip_rag.evaluation.answers import score
-from cacheclip_rag.evaluation.ruler import LEAST, TASKS, TOLERANCE, generate, write
 
 MAGIC = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
 ASSIGNMENT = re.compile(r"VAR ([A-Z]{5}) = (?:(\d{5})|VAR ([A-Z]{5}))\.")

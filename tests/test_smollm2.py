@@ -7,7 +7,7 @@ import torch
 from tiny import PASSAGES
 
 from cacheclip_rag import Backbone, Engine
-from cacheclip_rag.evaluation import kl
+from cacheclip_rag.verification import kl
 
 QUESTIONS = [
     "Who installed the paraffin burner, and when?",
@@ -101,7 +101,7 @@ def test_control_tokens_in_a_document_change_no_other_token(engine):
 
 
 def test_bfloat16_reuse_follows_bfloat16_full_prefill(smollm2):
-    from cacheclip_rag.pull import resolve
+    from cacheclip_rag.weights.pull import resolve
 
     engine = Engine(Backbone.load(resolve("smollm2-135m-instruct"), dtype="bfloat16"), method="query_guided")
     engine.ensure(PASSAGES)

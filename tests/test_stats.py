@@ -12,8 +12,8 @@ import pytest
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine, Report
-from cacheclip_rag.backbone import Backbone
-from cacheclip_rag.stats import SECONDS, Tally
+from cacheclip_rag.model.backbone import Backbone
+from cacheclip_rag.serving.stats import SECONDS, Tally
 from cacheclip_rag.store import StoreStats
 
 

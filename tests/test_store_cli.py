@@ -12,9 +12,9 @@ import pytest
 from test_store_promises import HUGE, KEYED, make
 from typer.testing import CliRunner
 
-from cacheclip_rag import store_cli
 from cacheclip_rag.chunks import Namespace
-from cacheclip_rag.cli import app
+from cacheclip_rag.cli import store as store_cli
+from cacheclip_rag.cli.main import app
 from cacheclip_rag.store import DiskStore
 
 runner = CliRunner()

@@ -11,13 +11,15 @@ import torch
 from tiny import byte_tokenizer, tiny_backbone, tiny_model
 from typer.testing import CliRunner
 
-from cacheclip_rag import Engine, cli, verified
-from cacheclip_rag.canvas import Canvas, _CanvasLayer
+from cacheclip_rag import Engine
+from cacheclip_rag.cli import main as cli
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.recompute.once import Once
-from cacheclip_rag.rotary import Rotary
+from cacheclip_rag.methods.recompute.once import Once
+from cacheclip_rag.model.canvas import Canvas, _CanvasLayer
+from cacheclip_rag.model.rotary import Rotary
 from cacheclip_rag.store import DiskStore, format
 from cacheclip_rag.verification import PASSAGES, verify
+from cacheclip_rag.weights import verified
 
 
 @pytest.fixture(autouse=True)

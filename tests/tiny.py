@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from cacheclip_rag.backbone import Backbone
+from cacheclip_rag.model.backbone import Backbone
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=260,

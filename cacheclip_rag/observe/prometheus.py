@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from ..engine import Engine
 from ..errors import ConfigurationError
-from ..stats import SECONDS, Stats, total
+from ..serving.stats import SECONDS, Stats, total
 
 _BOUNDS = [*map(str, SECONDS), "+Inf"]
 

@@ -1,6 +1,6 @@
 """What happened in a request: numbers, and how they are shown in a notebook, as a figure and at a terminal."""
 
-from .fates import Fate, Fates, Run
 from .record import ChunkUse, Report
+from .token_sources import Fate, Fates, Run
 
 __all__ = ["ChunkUse", "Fate", "Fates", "Report", "Run"]

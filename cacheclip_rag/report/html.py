@@ -11,8 +11,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import story
-from .fates import Fate, Run
+from . import summary as story
+from .token_sources import Fate, Run
 
 if TYPE_CHECKING:
     from .record import Report

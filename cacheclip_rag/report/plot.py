@@ -7,9 +7,9 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from . import story
-from .fates import Fate
+from . import summary as story
 from .html import STAGE_COLOURS
+from .token_sources import Fate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

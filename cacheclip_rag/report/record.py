@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from .fates import Fates
+from .token_sources import Fates
 
 if TYPE_CHECKING:  # how a report is shown is loaded when it is
     from matplotlib.figure import Figure

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import story
-from .fates import Fate
+from . import summary as story
 from .html import STAGE_COLOURS
 from .plot import plain
+from .token_sources import Fate
 
 if TYPE_CHECKING:
     from .record import Report

@@ -22,14 +22,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, PrivateAttr, field_validator
 
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.integration import (
-    EngineHandle,
-    EngineSettings,
-    check_fields,
-    encoding_of,
-    pump,
-    read_options,
-)
+from cacheclip_rag.frameworks import EngineHandle, EngineSettings, check_fields, encoding_of, pump, read_options
 
 from .grammar import Node
 from .guide import Guide, call_grammar

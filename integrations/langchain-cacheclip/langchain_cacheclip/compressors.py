@@ -11,7 +11,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnableLambda, run_in_executor
 from pydantic import ConfigDict, Field
 
-from cacheclip_rag.integration import EngineHandle, OnMiss, warm
+from cacheclip_rag.frameworks import EngineHandle, OnMiss, warm
 
 from .engines import handle_of
 

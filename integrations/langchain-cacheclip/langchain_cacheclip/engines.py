@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cacheclip_rag.integration import EngineHandle
+from cacheclip_rag.frameworks import EngineHandle
 
 
 def handle_of(source: Any) -> EngineHandle:

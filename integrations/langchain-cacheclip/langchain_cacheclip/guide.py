@@ -15,7 +15,7 @@ from .tools import Dialect
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cacheclip_rag.backbone import Backbone
+    from cacheclip_rag.model.backbone import Backbone
 
 _FIRST_LOOK = 64
 """The likeliest tokens, among which nearly always one is allowed."""

@@ -19,7 +19,7 @@ from langchain_core.messages import (
 from cacheclip_rag.errors import PromptError
 
 if TYPE_CHECKING:
-    from cacheclip_rag.backbone import Backbone
+    from cacheclip_rag.model.backbone import Backbone
 
 
 def render(backbone: Backbone, messages: Sequence[BaseMessage], tools: Sequence[dict[str, Any]] = ()) -> str:

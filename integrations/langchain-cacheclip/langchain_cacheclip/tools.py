@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 from langchain_core.messages import InvalidToolCall, ToolCall, ToolCallChunk
 
 if TYPE_CHECKING:
-    from cacheclip_rag.backbone import Backbone
+    from cacheclip_rag.model.backbone import Backbone
 
 _NAME, _PARAMETER, _VALUE, _TEXT = "probe_function", "probe_parameter", "probe value", "probe answer"
 _decoder = json.JSONDecoder()

@@ -11,7 +11,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import VectorStore
 
-from cacheclip_rag.integration import Fuser, Holdings, encode
+from cacheclip_rag.frameworks import Fuser, Holdings, encode
 
 from .engines import handle_of
 

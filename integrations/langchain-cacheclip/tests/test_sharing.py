@@ -18,7 +18,7 @@ from langchain_core.load import dumpd
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from cacheclip_rag import ConfigurationError, Engine
-from cacheclip_rag.integration import engines
+from cacheclip_rag.frameworks import engines
 
 
 @pytest.fixture

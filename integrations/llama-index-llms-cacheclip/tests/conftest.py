@@ -18,7 +18,7 @@ from llama_index.llms.cacheclip import CacheClipLLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cacheclip_rag import Backbone, Engine, TextStream
-from cacheclip_rag.pull import resolve
+from cacheclip_rag.weights.pull import resolve
 
 PASSAGES = {
     "lighthouse": "The lighthouse at Cape Morrow was built in 1874 by the engineer Ada Lindqvist. Its lamp burned "

@@ -10,7 +10,7 @@ from llama_index.core import VectorStoreIndex
 from llama_index.llms.cacheclip import CacheClipLLM
 
 from cacheclip_rag import Engine
-from cacheclip_rag.pull import resolve
+from cacheclip_rag.weights.pull import resolve
 
 huggingface = pytest.importorskip("llama_index.llms.huggingface")
 

@@ -15,8 +15,8 @@ from llama_index.llms.cacheclip import CacheClipLLM
 from transformers import AutoModelForCausalLM
 
 from cacheclip_rag import Backbone, ConfigurationError, Engine, PromptError
-from cacheclip_rag.integration.options import ENGINES_OWN
-from cacheclip_rag.pull import resolve
+from cacheclip_rag.frameworks.options import ENGINES_OWN
+from cacheclip_rag.weights.pull import resolve
 
 
 def test_class() -> None:

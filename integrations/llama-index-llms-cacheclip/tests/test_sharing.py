@@ -19,7 +19,7 @@ from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform
 from llama_index.postprocessor.cacheclip import CacheClipPostprocessor
 
 from cacheclip_rag import ConfigurationError, Engine
-from cacheclip_rag.integration import engines
+from cacheclip_rag.frameworks import engines
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from llama_index.core.vector_stores.types import BasePydanticVectorStore
 from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, CacheClipVectorStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
-from cacheclip_rag import Backbone, Engine, batches
+from cacheclip_rag import Backbone, Engine
+from cacheclip_rag.corpus import batches
 
 
 def text(number: int) -> str:

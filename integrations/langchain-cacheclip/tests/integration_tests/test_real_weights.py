@@ -13,7 +13,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from tiny import PASSAGES
 
-from cacheclip_rag.pull import is_pulled
+from cacheclip_rag.weights.pull import is_pulled
 
 MODEL = "qwen2.5-coder-0.5b-instruct"
 

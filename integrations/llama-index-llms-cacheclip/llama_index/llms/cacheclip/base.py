@@ -27,7 +27,7 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 
-from cacheclip_rag.integration import EngineHandle, EngineSettings, check_fields, encoding_of, pump, read_options
+from cacheclip_rag.frameworks import EngineHandle, EngineSettings, check_fields, encoding_of, pump, read_options
 
 from .closing import closes_its_stream, noted
 from .engines import restore
@@ -35,9 +35,9 @@ from .events import tell
 from .prompts import ChatTemplate, UserTurn
 
 if TYPE_CHECKING:
-    from cacheclip_rag.decoding import TextStream
     from cacheclip_rag.engine import Engine
     from cacheclip_rag.report import Report
+    from cacheclip_rag.serving.decoding import TextStream
 
 R = TypeVar("R")
 Respond: TypeAlias = "Callable[[str, str | None, Report], R]"

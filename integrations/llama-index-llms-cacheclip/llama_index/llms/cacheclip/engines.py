@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_index.core.bridge.pydantic import BaseModel
 
-from cacheclip_rag.integration import EngineHandle
+from cacheclip_rag.frameworks import EngineHandle
 
 
 def handle_of(source: Any) -> EngineHandle:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable
 
 from cacheclip_rag.errors import CacheClipError
-from cacheclip_rag.integration import EngineHandle, Holdings
+from cacheclip_rag.frameworks import EngineHandle, Holdings
 
 log = logging.getLogger("cacheclip_rag")
 

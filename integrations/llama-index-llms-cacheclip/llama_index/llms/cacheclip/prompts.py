@@ -8,7 +8,7 @@ from jinja2.exceptions import TemplateError
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
 from cacheclip_rag.errors import PromptError
-from cacheclip_rag.integration import EngineHandle
+from cacheclip_rag.frameworks import EngineHandle
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",

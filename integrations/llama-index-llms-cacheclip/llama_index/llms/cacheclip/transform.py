@@ -16,7 +16,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.embeddings import BaseEmbedding, resolve_embed_model
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
-from cacheclip_rag.integration import EngineHandle, Fuser, encode
+from cacheclip_rag.frameworks import EngineHandle, Fuser, encode
 
 from .engines import handle_of, restore
 

@@ -18,7 +18,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
-from cacheclip_rag.integration import EngineHandle, Holdings, encode
+from cacheclip_rag.frameworks import EngineHandle, Holdings, encode
 
 from .engines import handle_of
 from .forgetting import Forgetting

@@ -10,7 +10,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.llms.cacheclip.engines import handle_of, restore
 
-from cacheclip_rag.integration import EngineHandle, OnMiss, warm
+from cacheclip_rag.frameworks import EngineHandle, OnMiss, warm
 
 if TYPE_CHECKING:
     from llama_index.llms.cacheclip import CacheClipLLM

@@ -1,0 +1,5 @@
+"""The command `cacheclip`."""
+
+from .main import app
+
+__all__ = ["app"]

@@ -1,0 +1,193 @@
+"""The commands ``cacheclip ingest`` and ``cacheclip ask``: what is written on the command line and what is printed.
+
+The work is done by `cacheclip_app`, which needs LlamaIndex; it is looked up by name when a command runs, so that the
+core imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from ..errors import ConfigurationError
+
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells count it."""
+
+Home = Annotated[Path, typer.Option("--home", envvar="CACHECLIP_STORE", help="Where vectors and chunk KV are kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]
+
+
+def ingest(
+    folder: Annotated[Path, typer.Argument(help="PDF, Markdown, HTML and text files, subfolders included.")],
+    home: Home = Path(".cacheclip"),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that will answer: `cacheclip pull --list`, a hub id or a folder. "
+            "[default: last time's, else qwen2.5-coder-0.5b-instruct]"
+        ),
+    ] = None,
+    auxiliary: Annotated[
+        str | None,
+        typer.Option(
+            help='The small model that selects tokens; "none": the question\'s own attention does. '
+            "[default: last time's, else smollm2-135m-instruct]"
+        ),
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=64, help="Tokens of a chunk, about. [default: last time's, else 320]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a folder of documents once, so that answers from it start sooner.
+
+    Every file is cut into chunks, every chunk embedded and read by the model, and its KV cache kept. Run it again
+    after files changed: only what is new is read, and what is gone is forgotten. Ctrl-C loses nothing that was
+    finished. Exit code 1: some files could not be read; 2: bad input.
+
+    Then: cacheclip ask "What do the documents say about ...?"
+    """
+    with quietly(), bar() as progress:
+        app = _app("folder")  # slow to import
+        library = app.Library.given(home, model=model, auxiliary=auxiliary, chunk_size=chunk_size)
+        result = app.ingest(folder, library, _embedding(), progress)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+    else:
+        typer.echo(
+            f"{result.files} files, {result.chunks} chunks: {result.encoded} read now, "
+            f"{result.removed} forgotten, in {result.seconds:.1f} s; KV of {result.disk_bytes / 1e9:.2f} GB in {home}"
+        )
+    for name in result.unread:
+        typer.echo(f"cacheclip: nothing could be read from {name}: is it empty, damaged, locked or a scan?", err=True)
+    for text, reason in result.skipped:
+        typer.echo(f"cacheclip: no KV of {text!r}: {reason}", err=True)
+    if result.unread:
+        raise typer.Exit(1)
+
+
+def ask(
+    question: Annotated[str | None, typer.Argument(help="Without one, questions are read from the terminal.")] = None,
+    home: Home = Path(".cacheclip"),
+    top_k: Annotated[int, typer.Option(min=1, help="How many chunks are retrieved.")] = 6,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of chunk tokens to recompute: 0 plain reuse, 1 full prefill.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    method: Annotated[
+        str | None,
+        typer.Option(help='How tokens to recompute are chosen; "auto" also takes what `cacheclip fuse` made.'),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Show what happened to the prompt.")] = True,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also prefill the prompt in full, to measure what was saved.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask about the documents that `cacheclip ingest` has read.
+
+    The answer appears as it is written, then where it is from and what happened to the prompt's tokens. Without a
+    question it goes on asking until an empty line or Ctrl-D.
+    """
+    if as_json and question is None:
+        raise ConfigurationError("--json answers one question: cacheclip ask --json QUESTION")
+    console = Console(highlight=False, soft_wrap=True)
+    with quietly():
+        with bar() as progress:
+            library = _app("folder").Library.read(home)
+            progress("opening the model", 0, 0)
+            session = _app("session").Session(
+                library, _embedding().load(), top_k=top_k, ratio=ratio, tokens=tokens, method=method
+            )
+        try:
+            for asked in [question] if question is not None else _questions(console):
+                reply = session.ask(asked, _silent if as_json else _show, compare)
+                if as_json:
+                    typer.echo(
+                        json.dumps({"answer": reply.text, "sources": reply.sources, "report": reply.report.as_dict()})
+                    )
+                    continue
+                console.print(f"\n[dim]from {', '.join(reply.sources)}[/dim]")
+                if report:
+                    console.print(reply.report, soft_wrap=False)
+        finally:
+            session.close()
+
+
+def _questions(console: Console) -> Iterator[str]:
+    while True:
+        try:
+            asked = console.input("[bold]ask> [/bold]" if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not asked:
+            return
+        yield asked
+
+
+def _show(piece: str) -> None:
+    """Answers may repeat what documents say, so they do not get to steer the terminal either."""
+    sys.stdout.write("".join(c for c in piece if c.isprintable() or c in "\n\t"))
+    sys.stdout.flush()
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _app(room: str) -> Any:
+    try:
+        return importlib.import_module(f"cacheclip_app.{room}")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{error}; ingest and ask need LlamaIndex: pip install 'cacheclip-rag[app]'"
+        ) from error
+
+
+def _embedding() -> Any:
+    return _app("embedding").MiniLM()
+
+
+@contextmanager
+def bar() -> Iterator[Any]:
+    """A progress bar on stderr: ``show(what, done, total)``, a spinner where the total is not known (0)."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    off = not console.is_terminal  # in a file it would leave blank lines only
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=off) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total or None)
+
+        yield show
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Other libraries' bars and warnings would break into ours; Ctrl-C is an exit code, not a traceback."""
+    import logging
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\ncacheclip: stopped; what was finished is kept", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,350 @@
+"""The command ``cacheclip``.
+
+A new command is a function with ``@app.command()``. It lets errors of this package out: the group prints them as one
+line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ..errors import CacheClipError, ConfigurationError
+from ..weights.catalogue import CATALOGUE
+from ..weights.pull import is_pulled, resolve
+from . import documents as app_cli
+from . import store as store_cli
+
+
+class _Group(TyperGroup):
+    """Turns the errors that this package raises on purpose into one line on stderr, for every command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CacheClipError as error:
+            typer.echo(f"cacheclip: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+class _Lists(TyperCommand):
+    """Lets options that may be repeated take several values at once: ``--methods naive cacheclip``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        spread: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("-"):
+                name, value, _ = word.partition("=")
+                option, values = name if name in repeated else "", len(value)
+            elif option and (values := values + 1) > 1:
+                spread.append(option)
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
+app.add_typer(store_cli.app, name="store")
+app.command()(app_cli.ingest)
+app.command()(app_cli.ask)
+
+
+def _evaluation(module: str) -> Any:
+    """A module of `cacheclip_eval`, which loads torch and which the library does not import."""
+    return importlib.import_module(f"cacheclip_eval.{module}")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(version("cacheclip-rag"))
+        except PackageNotFoundError:  # a checkout that was never installed
+            typer.echo("0+unknown")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Reuse the KV cache of document chunks, so that answers start sooner.
+
+    To begin: `cacheclip ingest FOLDER`, then `cacheclip ask "..."`; `cacheclip bench` measures this machine.
+    """
+
+
+@app.command()
+def pull(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Catalogue names, hub ids, folders or .gguf files.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the catalogue.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Fetch model weights and print the folder of each."""
+    if list_:
+        _print_catalogue()
+    elif not names:
+        raise typer.BadParameter("give at least one NAME, or --list")
+    for name in names or ():
+        typer.echo(resolve(name, progress=not quiet))
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A catalogue name, hub id, folder or .gguf file.")],
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", "-s", help="The store whose files to try; a canary chunk stays in it. Default: none."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check that reuse can be trusted with a model on this machine. Exit code 1: it cannot; 2: bad input.
+
+    The verdict is kept for engines that require it: Engine(MODEL, require_verified=True).
+    """
+    from ..model.backbone import Backbone
+    from ..verification import verify as tried
+    from ..weights import verified
+
+    found = tried(Backbone.load(resolve(model), dtype=dtype, device=device), store)
+    if found.identity:
+        try:
+            verified.write(found.identity, found.record)
+        except OSError as error:
+            raise ConfigurationError(f"the verdict cannot be kept: {error}") from error
+    if as_json:
+        typer.echo(json.dumps({"model": model, **found.record, "identity": found.identity}, indent=1))
+    else:
+        for check in found.checks:
+            verdict = "ok" if check.passed else "FAILED"
+            typer.echo(f"{verdict:6}  {check.name}: {check.found:.2g} (limit {check.limit:.2g})")
+        typer.echo(f"{model} {found.line}")
+    if not found.trusted:
+        raise typer.Exit(1)
+
+
+@app.command("eval", cls=_Lists)
+def evaluate(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA...", help="\\[name=]FILE.jsonl, a folder with a qa.jsonl, or ruler:TASK:TOKENS."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model that answers.")] = "qwen2.5-coder-1.5b-instruct",
+    auxiliary: Annotated[
+        str, typer.Option(help="The auxiliary model, loaded where a method needs one.")
+    ] = "smollm2-135m-instruct",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD...", help="name\\[@ratio]\\[:param=value,...]; default: naive query_guided cacheclip."
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Recompute ratio of the methods that are not given one, but for auto.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PARAM=VALUE,...", help="One system a value: ratio=0.05,0.1 window=4,8 prefix=none,system."
+        ),
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="Items of each data set, spread over it.")] = 20,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 32; 64 for RULER tasks.")] = None,
+    out: Annotated[Path, typer.Option(help="Rows are appended here; what is there is not run again.")] = Path(
+        "rows.jsonl"
+    ),
+    references: Annotated[
+        Path | None, typer.Option(help="Folder of full prefill's answers; default: references/ beside the rows.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder that keeps chunk KV; default: memory only.")] = None,
+    kv_dtype: Annotated[
+        str, typer.Option(help="What chunk KV is kept in: auto, the model's dtype, or int8; then labels end in +int8.")
+    ] = "auto",
+    baseline: Annotated[str | None, typer.Option(help="Also print each system's difference from this one.")] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Answer, or only print what is there.")] = True,
+    table: Annotated[bool, typer.Option("--table/--no-table", help="Print tables at the end.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Compare methods with full prefill. Exit code 1: some answers failed; 2: bad input."""
+    command = _evaluation("command")
+
+    code = 0
+    if run:
+        plan = command.plan(
+            data or [],
+            methods or ["naive", "query_guided", "cacheclip"],
+            ratio=ratio,
+            sweeps=sweep or [],
+            model=model,
+            auxiliary=auxiliary,
+            out=out,
+            items=items,
+            length=max_new_tokens,
+            references=references,
+            store=store,
+            kv_dtype=kv_dtype,
+            baseline=baseline,
+        )
+        code = command.execute(plan)
+    if table and code != command.INTERRUPTED:
+        typer.echo(command.render(out, baseline, as_json), nl=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def analyse(
+    question: Annotated[
+        str, typer.Argument(help="agreement, deviation or hits (run a model); pareto, sweep or length (draw rows).")
+    ],
+    data: Annotated[list[str] | None, typer.Argument(metavar="DATA...", help="As for eval.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Rows of eval, for pareto, sweep and length.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The figure, .svg or .png; default: the question's name.")] = None,
+    model: Annotated[str, typer.Option(help="The model that answers.")] = "qwen2.5-coder-1.5b-instruct",
+    auxiliary: Annotated[list[str] | None, typer.Option(help="For agreement; default: smollm2-135m-instruct.")] = None,
+    method: Annotated[str, typer.Option(help="For deviation: how chunks are encoded.")] = "naive",
+    by: Annotated[str, typer.Option(help="For sweep: the parameter; for length: prompt_tokens or chunks.")] = "",
+    measure: Annotated[str, typer.Option(help="kl, score, adjusted, agree.")] = "kl",
+    items: Annotated[int, typer.Option(min=1, help="Items of each data set.")] = 10,
+) -> None:
+    """Draw one figure that answers one question, and keep its numbers beside it as JSONL."""
+    work = _evaluation("analyse")
+
+    figure = out or Path(f"{question}.svg")
+    helpers = auxiliary or ["smollm2-135m-instruct"]
+    for line in work.answer(question, data or [], rows, figure, model, helpers, method, by, measure, items):
+        typer.echo(line)
+
+
+@app.command()
+def fuse(
+    model: Annotated[str, typer.Option(help="The model whose KV it is.")],
+    store: store_cli.Folder = store_cli.DEFAULT,
+    similar: Annotated[bool, typer.Option("--similar", help="With the chunks that resemble it (by MiniLM).")] = False,
+    least: Annotated[int, typer.Option(min=1, help="Else: chunks that came in so many prompts, with those met.")] = 2,
+    count: Annotated[int, typer.Option(min=1, help="With how many others.")] = 10,
+    method: Annotated[str, typer.Option(help="The method that will use it: how chunks are encoded.")] = "auto",
+    tenant: Annotated[str, typer.Option(help="Whose chunks.")] = "",
+    secret_file: store_cli.Secret = None,
+    remote: Annotated[str, typer.Option(metavar="URL", help="The remote that the engine has beside the folder.")] = "",
+    kv_dtype: Annotated[str, typer.Option(help="What the engine keeps chunk KV in: auto or int8.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What the engine runs the model in: auto, float32, bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    cap: Annotated[
+        str | None,
+        typer.Option(
+            help="The engine's disk_bytes, as in 64GiB; default: 32GiB, or twice what is there if that is more."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compute stored chunks once more, each behind the chunks it is likely to meet in a prompt.
+
+    What is there is left alone, so it may be stopped and repeated. Methods that take fused chunks (auto, fusionrag, and
+    any with fused=True) then need less recomputed. The engine that will use them must be told the same: method, tenant,
+    secret, dtype and the like are part of what KV goes by.
+    """
+    from ..corpus.neighbours import similar as nearest
+    from ..engine import Engine  # torch is slow to import
+    from .documents import bar, quietly
+
+    with quietly(), bar() as progress:
+        progress("opening the model", 0, 0)
+        with Engine(
+            model,
+            method=method,
+            store=store,
+            disk_bytes=store_cli.room(store, cap),
+            tenant=tenant,
+            secret=store_cli.secret(secret_file),
+            remote=remote or None,
+            kv_dtype=cast(Any, kv_dtype),  # Engine checks it
+            dtype=dtype,
+            device=device,
+        ) as engine:
+            if not engine.method.ahead:
+                raise ConfigurationError(
+                    f"{method} encodes no chunk ahead, so that none can be fused: try --method auto"
+                )
+            texts = engine.index.texts()
+            if not texts:
+                raise ConfigurationError(
+                    f"{store} holds no chunks that {model} read as {method} wants them: run `cacheclip ingest FOLDER "
+                    f"--model {model}` first, or say where with --store; `cacheclip store stats` says what is there"
+                )
+            if similar:
+                mean_pooling = _evaluation("embedding").mean_pooling
+
+                progress("embedding", 0, 0)
+                neighbours = nearest(texts, mean_pooling(), count)
+            else:
+                neighbours = engine.company(least, count)
+            result = engine.fuse(neighbours, lambda done: progress("fusing chunks", done, len(neighbours)))
+    if not neighbours and not as_json:
+        typer.echo(f"no chunk came in {least} prompts yet, so nothing was fused; --similar needs no prompts")
+        return
+    if as_json:
+        typer.echo(json.dumps({"chunks": len(result.keys), "fused": result.encoded, "skipped": len(result.skipped)}))
+    else:
+        typer.echo(f"{result.encoded:,} of {len(result.keys):,} chunks fused now, {len(result.skipped):,} left out")
+        for text, reason in result.skipped[:10]:
+            typer.echo(f"  {text!r}: {reason}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="The model that answers.")] = "smollm2-135m-instruct",
+    auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,
+    method: Annotated[str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else auto.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Recompute ratio; default: the method's.")] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks in a prompt.")] = 8,
+    tokens: Annotated[int, typer.Option(min=32, help="Tokens of a chunk, about.")] = 200,
+    pairs: Annotated[int, typer.Option(min=1, help="Prompts that are measured.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure this machine: full prefill against reuse of the same chunks, with quality beside the speed.
+
+    About a minute on a CPU with the default model and prompts of 1,700 tokens. Each prompt is new; its chunks were
+    read before.
+    KL says how far the first token's distribution is from full prefill's, for this method and for plain reuse.
+    Generated prose says nothing about the quality of answers: `cacheclip eval` does.
+    """
+    work = _evaluation("bench")
+
+    from ..engine import Engine  # torch is slow to import
+    from .documents import bar, quietly
+
+    with quietly():
+        with bar() as progress:
+            progress("opening the model", 0, 0)
+            with Engine(model, auxiliary=auxiliary, method=method) as engine:
+                result = work.run(engine, chunks=chunks, tokens=tokens, pairs=pairs, ratio=ratio, progress=progress)
+        if as_json:
+            typer.echo(json.dumps(asdict(result) | {"model": model, "machine": work.machine()}))
+        else:
+            typer.echo("\n".join(work.lines(result)))
+
+
+def _print_catalogue() -> None:
+    for model in CATALOGUE.values():
+        here = "  [pulled]" if is_pulled(model.name) else ""
+        sizes = f"download {model.download_bytes / 1e6:,.0f} MB, on disk {model.disk_bytes / 1e6:,.0f} MB"
+        typer.echo(f"{model.name:28} {sizes}, {model.licence}{here}")
+        typer.echo(f"{'':28} {model.about}; on the hub: {model.hub_id}")
+
+
+if __name__ == "__main__":
+    app()

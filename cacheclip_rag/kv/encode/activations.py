@@ -1,0 +1,34 @@
+"""A chunk with the residual stream at one layer, from which recomputation can start half way through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...chunks import ChunkKV
+from ...errors import ConfigurationError
+from ...model.backbone import Backbone
+from .base import Front, Text, behind
+from .isolated import Isolated
+
+
+@dataclass(frozen=True)
+class WithActivations(Isolated):
+    """`Isolated`, and ``extra["activations"] [n, d]``: the raw residual stream that enters ``transition_layer``.
+
+    That is the last layer but one at most, so that a layer is left to compare. It costs ``d`` numbers a token beside
+    the KV's ``2 Hk D L``. Source: DroidSpeak (arXiv 2411.02820), "E cache", in the study's adaptation to chunks
+    (2603.20218).
+    """
+
+    prefix: str | None = None
+    transition_layer: int = 4
+
+    def __post_init__(self) -> None:
+        if self.transition_layer < 1:
+            raise ConfigurationError(
+                f"transition_layer must be at least 1, not {self.transition_layer}: tokens enter layer 0"
+            )
+
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
+        return behind(backbone, texts, fronts, activations=min(self.transition_layer, backbone.layers - 2))

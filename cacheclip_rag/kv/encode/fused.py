@@ -1,0 +1,43 @@
+"""Chunks behind the chunks they are likely to meet in a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...chunks import ChunkKV
+from ...model.backbone import Backbone
+from ...model.tokenizer import Tokens
+from .base import Encoder, Front
+
+
+def fused(
+    encoder: Encoder,
+    backbone: Backbone,
+    chunks: Sequence[ChunkKV],
+    companies: Sequence[Sequence[ChunkKV]],
+    prefix: Front,
+) -> list[ChunkKV]:
+    """``KV(C_i) = prefill(C_i | S, KV(C_a), KV(C_b), ...)``: each encoded anew behind its company, in one go.
+
+    ``prefix`` is the KV of S, ``[L, Hk, P, D]``; a company are chunks encoded by themselves behind it, in the order
+    they shall stand in: their KV is taken as it is (one hop), its keys rotated so that positions are contiguous. The
+    results stay at the positions they were computed at; placing rotates them from there, which spares the rounding of a
+    way back. Source: FusionRAG (arXiv 2601.12904), section 3.1, eq. 8 to 10.
+    """
+    texts = [(chunk.text, Tokens(chunk.ids, chunk.offsets)) for chunk in chunks]
+    made = encoder.encode(backbone, texts, [joined(backbone, prefix, company) for company in companies])
+    names = [tuple(other.text for other in company) for company in companies]
+    return [replace(chunk, company=company) for chunk, company in zip(made, names, strict=True)]
+
+
+def joined(backbone: Backbone, prefix: Front, chunks: Sequence[ChunkKV]) -> Front:
+    """The KV of a prefix with chunks behind it, ``[L, Hk, P + sum n, D]``: keys rotated to contiguous positions."""
+    row = 0 if prefix is None else prefix[0].shape[2]
+    canvas = backbone.canvas(row + sum(map(len, chunks)))
+    if prefix is not None:
+        canvas.write(0, *prefix)
+    for chunk in chunks:
+        canvas.place(chunk, slice(0, len(chunk)), row, backbone.rotary)
+        row += len(chunk)
+    return canvas.keys[:, 0], canvas.values[:, 0]

@@ -1,0 +1,180 @@
+"""Chunk KV taken from finished prompts, several variants of each chunk, with what it takes to choose among them."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ...chunks import ChunkKV
+from ...errors import PromptError
+from ...model.attention import visible
+from ...model.backbone import Backbone
+from ...spec import at_least
+from .base import Front, Text
+from .isolated import Isolated
+
+
+@dataclass(frozen=True)
+class Harvested(Isolated):
+    """Cache-Craft: no KV at ingestion; every full prefill leaves a variant of each of its chunks, its company in it.
+
+    ``chunks`` and ``variants``: how many chunks are kept, least recently used out first, and how many variants of each,
+    the least used out first. ``alpha`` scales the score that decides what to recompute. Only full
+    prefills are harvested: a variant taken from a repaired prompt would hand on whatever the repair left wrong.
+    Variants live in memory. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
+    """
+
+    prefix: str | None = None
+    chunks: int = 100
+    variants: int = 5
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(1, chunks=self.chunks, variants=self.variants)
+        at_least(0.0, alpha=self.alpha)
+
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
+        raise PromptError("cachecraft encodes no chunk ahead: its KV is harvested from the first prompt with it")
+
+
+@dataclass(eq=False)
+class Variant:
+    """One chunk's KV as some prompt left it: ``before`` are the chunks that stood in front of it, in order.
+
+    ``inter[j]``: the attention mass that its tokens paid to chunk j, mean over layers and heads; ``cci``: its
+    `contextualisation`; ``kv.extra["leaned"] [n]``: the mass each token paid to all chunks before.
+    """
+
+    kv: ChunkKV
+    before: tuple[str, ...]
+    inter: dict[str, float]
+    cci: float
+    uses: int = 0
+
+
+class Variants:
+    """The variants of up to ``recipe.chunks`` chunks, by the chunks' names."""
+
+    def __init__(self, recipe: Harvested) -> None:
+        self._recipe = recipe
+        self._kept: OrderedDict[str, list[Variant]] = OrderedDict()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept
+
+    def of(self, name: str) -> list[Variant]:
+        return list(self._kept.get(name, ()))
+
+    def best(self, name: str, before: Sequence[str]) -> tuple[Variant, float] | None:
+        """The variant with the lowest fix-up overhead behind these chunks, and that overhead.
+
+        Of equal ones the variant that saw most of them wins: one that had nothing before it always scores 0.
+        """
+        if name not in self._kept:
+            return None
+        self._kept.move_to_end(name)
+        alpha = self._recipe.alpha
+        scored = [(fix_overhead(v.cci, v.inter, v.before, before, alpha), v) for v in self._kept[name]]
+        overhead, chosen = min(scored, key=lambda pair: (pair[0], -len(set(before) & set(pair[1].before))))
+        chosen.uses += 1
+        return chosen, overhead
+
+    def add(self, name: str, variant: Variant) -> None:
+        known = self._kept.setdefault(name, [])
+        self._kept.move_to_end(name)
+        if any(v.before == variant.before for v in known):
+            return
+        if len(known) >= self._recipe.variants:
+            known.remove(min(known, key=lambda v: v.uses))
+        known.append(variant)
+        while len(self._kept) > self._recipe.chunks:
+            self._kept.popitem(last=False)
+
+    def forget(self, name: str) -> None:
+        """Drop a chunk's variants and everything that was harvested behind it."""
+        self._kept.pop(name, None)
+        for other, variants in list(self._kept.items()):
+            self._kept[other] = [v for v in variants if name not in v.before]
+            if not self._kept[other]:
+                del self._kept[other]
+
+
+def contextualisation(inter: float, intra: float) -> float:
+    """``CCI = 1 / (1 + exp(-a / b))``: how much a chunk leaned on others (``a``) against itself (``b``): 0.5..1.
+
+    ``a = sum_j inter(C_i, C_j) / (|C_i| |C_j|)`` and ``b = intra(C_i) / |C_i|^2``, means over layers and heads.
+    """
+    return 1.0 / (1.0 + math.exp(-min(50.0, inter / intra))) if intra > 0 else 1.0
+
+
+def fix_overhead(
+    cci: float, inter: dict[str, float], old: Sequence[str], new: Sequence[str], alpha: float = 1.0
+) -> float:
+    """``CFO = clip(alpha CCI (1 - beta'), 0, 1)``: the share of a variant's tokens to recompute behind ``new`` chunks.
+
+    ``beta' = beta (1 - gamma)``: ``beta`` is the share of the attention paid to old chunks whose receivers are in front
+    again (1 if there were none), ``gamma`` the share of their pairs that stand in the other order.
+    """
+    common = [name for name in dict.fromkeys(new) if name in inter]
+    total = sum(inter.values())
+    overlap = sum(inter[name] for name in common) / total if total > 0 else 1.0
+    return min(1.0, max(0.0, alpha * cci * (1.0 - overlap * (1.0 - disorder(old, common)))))
+
+
+def disorder(old: Sequence[str], new: Sequence[str]) -> float:
+    """``gamma``: of the pairs of what both have, the share that stands in the other order; 0 if there are none."""
+    places = [list(old).index(name) for name in dict.fromkeys(new) if name in old]
+    pairs = [(a, b) for i, a in enumerate(places) for b in places[i + 1 :]]
+    return sum(a > b for a, b in pairs) / len(pairs) if pairs else 0.0
+
+
+@dataclass(eq=False)
+class ChunkMass:
+    """A probe that sums, for every row, the attention it pays to each chunk: ``mass [T, chunks]`` float32.
+
+    ``groups [T]`` int64: the chunk of every slot, -1 for none. The mean over heads and the layers looked at.
+    Rows come in blocks, so that no whole attention matrix exists. ``window``: the layers' sliding window, if any.
+    """
+
+    groups: Tensor
+    layers: frozenset[int]
+    window: int | None = None
+    mass: Tensor = field(init=False)
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        self.mass = torch.zeros(len(self.groups), int(self.groups.max()) + 1, device=self.groups.device)
+        self._one_hot = torch.nn.functional.one_hot(self.groups + 1)[:, 1:].float()
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
+        queries = query[0].float().unflatten(0, (key.shape[1], -1))
+        keys = key[0].float().unsqueeze(1)
+        for start in range(0, len(rows), self.block):
+            mine = rows[start : start + self.block]
+            logits = queries[:, :, start : start + self.block] @ keys.mT * scaling
+            paid = (
+                logits.masked_fill_(~visible(mine, key.shape[2], self.window), float("-inf"))
+                .softmax(dim=-1)
+                .mean(dim=(0, 1))
+            )
+            self.mass[mine] += paid @ self._one_hot[: key.shape[2]] / len(self.layers)
+
+
+def harvest(kv: ChunkKV, number: int, before: Sequence[tuple[str, int]], mass: Tensor, lengths: Tensor) -> Variant:
+    """The variant of the chunk ``number``, whose tokens paid ``mass [n, chunks]``; ``before``: names and numbers of the
+    chunks in front of it, in order; ``lengths [chunks]`` in tokens.
+    """
+    inter: dict[str, float] = {}
+    for other, j in before:
+        inter[other] = inter.get(other, 0.0) + float(mass[:, j].sum())
+    n = len(kv)
+    a = sum(float(mass[:, j].sum()) / (n * float(lengths[j])) for _, j in before)
+    b = float(mass[:, number].sum()) / n**2
+    leaned = mass[:, [j for _, j in before]].sum(dim=1)
+    kv = replace(kv, extra={**kv.extra, "leaned": leaned.cpu()})
+    return Variant(kv, tuple(dict.fromkeys(other for other, _ in before)), inter, contextualisation(a, b))

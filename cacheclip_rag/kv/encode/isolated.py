@@ -1,0 +1,30 @@
+"""A chunk by itself, behind a prefix that all chunks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...chunks import ChunkKV
+from ...model.backbone import Backbone
+from .base import Front, Text, behind
+
+
+@dataclass(frozen=True)
+class Isolated:
+    """``KV(C_i) = prefill(C_i | S)``: forward ``[S; C_i]``, keep the rows of ``C_i``.
+
+    ``prefix`` is the text S: None takes what precedes the user's text in the model's chat template, "" encodes the
+    chunk bare (PromptCache). Behind a shared prefix the attention sink is there once, and the prefix's own KV serves
+    every prompt that begins with it. Source: CacheClip (arXiv 2510.10129), also APE and SEL; FusionRAG eq. 5.
+    """
+
+    prefix: str | None = None
+
+    def prefix_ids(self, backbone: Backbone) -> Tensor:
+        return backbone.tokenise_prompt(backbone.shared_prefix() if self.prefix is None else self.prefix).ids
+
+    def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
+        return behind(backbone, texts, fronts)

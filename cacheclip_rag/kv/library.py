@@ -1,0 +1,171 @@
+"""One model's chunk KV: encodes what is missing, serves what is there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..chunks import MIN_CHARS, ChunkKV, Namespace, canonical
+from ..errors import CacheClipError, PromptError, StoreError
+from ..model.backbone import Backbone
+from ..store import ChunkStore, Int8Store, MemoryStore, TieredStore
+from ..store.format import FORMAT
+from .encode import Encoder, Text
+
+KVDtype = Literal["auto", "int8"]
+"""What chunk KV is kept in: the model's dtype, or 8 bits (see `store.int8`)."""
+
+
+class Library:
+    """The chunks of one `Namespace`: a backbone, a way of encoding, and the store that keeps the results.
+
+    ``open_store(namespace)`` makes the store; the namespace is known only once the model is. ``tenant`` and ``secret``
+    set its chunks apart (see `Namespace`). ``kv_dtype`` "int8" keeps them in 8 bits: half the bytes, not quite the same
+    numbers. Who gets a chunk gets it in the model's dtype either way.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        encoder: Encoder,
+        open_store: Callable[[Namespace], ChunkStore],
+        tenant: str = "",
+        secret: bytes = b"",
+        kv_dtype: KVDtype = "auto",
+    ) -> None:
+        self.backbone, self.encoder = backbone, encoder
+        self.prefix_ids: Tensor = encoder.prefix_ids(backbone)
+        self.namespace = Namespace(
+            {
+                "format": FORMAT,
+                **backbone.fingerprint(),
+                "prefix": self.prefix_ids.tolist(),
+                "encoder": repr(encoder),
+                "tenant": tenant,
+                **({} if kv_dtype == "auto" else {"kv_dtype": kv_dtype}),
+            },
+            secret,
+        )
+        self.lossless = kv_dtype == "auto"
+        store = open_store(self.namespace)
+        self._lasting = store.tiers[-1] if isinstance(store, TieredStore) else store
+        self.store: ChunkStore = store if self.lossless else Int8Store(store)
+        self._prefix_kv: tuple[Tensor, Tensor] | None = None
+        self._lock = threading.Lock()
+
+    def key(self, text: str, company: Sequence[str] = (), joint: bool = False) -> str:
+        return self.namespace.key(text, company, joint)
+
+    def keeps(self, key: str) -> bool:
+        """Whether the chunk is where a later process finds it; what a full disk refuses is in memory only."""
+        return key in self._lasting
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may change what is kept."""
+        return not isinstance(self._lasting, MemoryStore)
+
+    def __contains__(self, text: str) -> bool:
+        return self.key(text) in self.store
+
+    @property
+    def prefix_kv(self) -> tuple[Tensor, Tensor] | None:
+        """KV of the shared prefix, ``[L, Hk, P, D]`` at positions 0.., or None for an empty prefix."""
+        if self._prefix_kv is None and len(self.prefix_ids):
+            with self._lock:
+                canvas = self.backbone.canvas(len(self.prefix_ids))
+                self.backbone.forward(self.prefix_ids, torch.arange(len(self.prefix_ids)), canvas, logits=0)
+                self._prefix_kv = canvas.read(slice(None))
+        return self._prefix_kv
+
+    def encode(self, text: str) -> ChunkKV:
+        """The chunk's KV, computed by itself and never harvested from a prompt, where it would carry its neighbours.
+
+        Raises `PromptError` for a text too short to be worth it, longer than the model's window, or not Unicode.
+        """
+        [made] = self.encode_each([text])
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def encode_each(self, texts: Sequence[str]) -> list[ChunkKV | Exception]:
+        """Like `encode` for each of them, in one forward; what it would raise stands in the chunk's place.
+
+        Where they are too much for the device together they are encoded one by one.
+        """
+        checked: list[Text | Exception] = []
+        for text in texts:
+            try:
+                checked.append(self._tokenised(text))
+            except PromptError as error:
+                checked.append(error)
+        good = [text for text in checked if not isinstance(text, Exception)]
+        made: dict[str, ChunkKV | Exception] = {}
+        try:
+            if good:
+                chunks = self.encoder.encode(self.backbone, good, [self.prefix_kv] * len(good))
+                made = {text: chunk for (text, _), chunk in zip(good, chunks, strict=True)}
+        except (CacheClipError, RuntimeError, MemoryError) as error:
+            if len(texts) == 1:
+                return [error]
+            return [self.encode_each([text])[0] for text in texts]
+        return [text if isinstance(text, Exception) else made[text[0]] for text in checked]
+
+    def _tokenised(self, text: str) -> Text:
+        text = canonical(text)
+        if len(text) < MIN_CHARS:
+            raise PromptError(
+                f"a chunk of {len(text)} characters is not kept: under {MIN_CHARS}, prefilling is as quick"
+            )
+        tokens = self.backbone.tokenise(text, plain=True)
+        longest = self.backbone.window - len(self.prefix_ids)
+        if len(tokens) > longest:
+            raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's window of {longest}; split it")
+        return text, tokens
+
+    def get(self, key: str) -> ChunkKV | None:
+        """The stored chunk, if its KV is there, whole, and of this model's shape."""
+        chunk = self.store.get(key)
+        if chunk is None:
+            return None
+        expected = (self.backbone.layers, self.backbone.kv_heads, len(chunk), self.backbone.head_dim)
+        return chunk if tuple(chunk.keys.shape) == expected and chunk.keys.dtype == self.backbone.dtype else None
+
+    def forget(self, unwanted: Collection[str]) -> None:
+        """Drop every chunk with one of these (canonical) texts, and every one that was computed in their company.
+
+        Raises `StoreError` when some of it is still there.
+        """
+        gone = [
+            entry.key
+            for entry in self.store.entries()
+            if any(canonical(text) in unwanted for text in (entry.text, *entry.company))
+        ]
+        self.store.delete(gone)
+        if left := sum(map(self.keeps, gone)):
+            raise StoreError(
+                f"{left} of {len(gone)} entries could not be removed from the chunk store: make its folder writable "
+                "and forget them again"
+            )
+
+    def ensure(self, text: str) -> ChunkKV:
+        """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that is full is no error."""
+        key = self.key(text)
+        if (kept := self.get(key)) is not None:
+            return kept
+        [made] = self.ensure_each([text])
+        if isinstance(made, Exception):
+            raise made
+        return made if self.lossless else self.get(key) or made  # what comes later is what comes first
+
+    def ensure_each(self, texts: Sequence[str]) -> list[ChunkKV | Exception]:
+        """Encode and store these in one forward: the chunks as computed, or why there is none."""
+        made = self.encode_each(texts) if texts else []
+        for text, chunk in zip(texts, made, strict=True):
+            if isinstance(chunk, ChunkKV):
+                self.store.put(self.key(text), chunk)
+        return made

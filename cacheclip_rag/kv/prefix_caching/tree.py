@@ -1,0 +1,101 @@
+"""A tree of documents, as RAGCache keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from ...model.canvas import Canvas
+from ...spec import at_least
+from .base import ExactCache
+
+
+@dataclass(frozen=True)
+class DocumentTree:
+    """Nodes are documents, each with its KV behind the documents on the way to it; the root is the prompt's head.
+
+    Leaves are evicted by PGDSF: ``priority = clock + frequency * seconds`` that a token of the node took to compute;
+    the clock is the priority of what was evicted last, so that old fame fades. Left out: two tiers, speculative
+    prefill. Source: RAGCache (arXiv 2404.12457), knowledge tree and prefix-aware Greedy-Dual-Size-Frequency.
+    """
+
+    capacity_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        at_least(1, capacity_bytes=self.capacity_bytes)
+
+    def open(self) -> ExactCache:
+        return _Tree(self.capacity_bytes)
+
+
+@dataclass(eq=False)
+class _Node:
+    ids: bytes
+    parent: _Node | None
+    kv: tuple[Tensor, Tensor] | None = None
+    frequency: int = 0
+    cost: float = 0.0  # seconds a token
+    priority: float = 0.0
+    children: dict[bytes, _Node] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kv is None else sum(t.nbytes for t in self.kv)
+
+
+class _Tree:
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._root = _Node(b"", None)
+        self._clock = 0.0
+        self.nbytes = self.written = 0
+
+    def longest(self, ids: Tensor, borders: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        node, pieces = self._root, []
+        for _, _, name in _segments(ids, borders):
+            if (child := node.children.get(name)) is None:
+                break
+            node = child
+            self._touch(node)
+            assert node.kv is not None
+            pieces.append(node.kv)
+        return pieces
+
+    def keep(self, ids: Tensor, borders: Sequence[int], canvas: Canvas, seconds_per_token: float) -> None:
+        node = self._root
+        for start, stop, name in _segments(ids, borders):
+            child = node.children.get(name)
+            if child is None:
+                child = _Node(name, node, canvas.read(slice(start, stop)), cost=seconds_per_token)
+                node.children[name] = child
+                self.nbytes += child.nbytes
+                self.written += child.nbytes
+                self._touch(child)
+            node = child
+        while self.nbytes > self._capacity:
+            leaf = min((n for n in self._nodes() if not n.children), key=lambda n: n.priority)
+            assert leaf.parent is not None
+            self._clock = max(self._clock, leaf.priority)
+            del leaf.parent.children[leaf.ids]
+            self.nbytes -= leaf.nbytes
+
+    def _touch(self, node: _Node) -> None:
+        node.frequency += 1
+        node.priority = self._clock + node.frequency * node.cost
+
+    def _nodes(self) -> Iterator[_Node]:
+        waiting = list(self._root.children.values())
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += node.children.values()
+
+
+def _segments(ids: Tensor, borders: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+    """The prompt's head, then each document with what follows it up to the next: ``(start, stop, token bytes)``."""
+    for start, stop in pairwise([0, *borders]):
+        if stop > start:
+            yield start, stop, ids[start:stop].numpy().tobytes()

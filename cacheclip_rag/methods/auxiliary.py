@@ -1,0 +1,108 @@
+"""The auxiliary model: which characters of the chunks a small model's attention finds relevant to the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..chunks import ChunkKV
+from ..errors import PromptError
+from ..kv.library import Library
+from ..model.attention import AttentionProbe
+
+
+@dataclass(frozen=True, eq=False)
+class CharacterScores:
+    """Scores of one chunk's text: ``scores [n]`` float32 for the character spans ``offsets [n, 2]`` (aux tokens)."""
+
+    text: str
+    offsets: np.ndarray
+    scores: np.ndarray
+
+    def over(self, offsets: np.ndarray) -> np.ndarray:
+        """The scores seen by another tokenizer's tokens ``offsets [m, 2]`` over the same text: ``[m]`` float32.
+
+        A token takes the highest score among the auxiliary tokens it shares a character with, so that whatever the
+        auxiliary model picked is covered however the two tokenizers cut it.
+        """
+        characters = np.zeros(len(self.text) + 1, dtype=np.float32)
+        for (start, end), score in zip(self.offsets, self.scores, strict=True):
+            span = characters[start:end]
+            np.maximum(span, score, out=span)
+        bounds = offsets.reshape(-1).clip(0, len(self.text))
+        highest = np.maximum.reduceat(characters, bounds)[::2] if len(bounds) else np.zeros(0, dtype=np.float32)
+        return np.where(offsets[:, 1] > offsets[:, 0], highest, 0.0).astype(np.float32)
+
+
+class Auxiliary:
+    """A small model that scores context tokens by the attention the question pays to them.
+
+    Its own chunk KV is kept in the store like the primary's, so a question costs it only its own tokens: the chunks are
+    placed one after another behind its shared prefix and the question runs over them in one pass, all chunks competing
+    in one softmax, on reused KV (docs/methods.md). Chunks beyond its window are scored in several passes.
+    Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.backbone = library.backbone
+        self._rotary = self.backbone.rotary
+
+    def layers(self, which: str | int) -> list[int]:
+        """``"last"``: the published choice; ``"upper"``: the upper half, averaged; a number: that layer."""
+        full = self.backbone.full_layers
+        if isinstance(which, int):
+            return [which]
+        return full[-1:] if which == "last" else full[len(full) // 2 :]
+
+    def score(self, texts: Sequence[str], question: str, layers: str | int = "last") -> list[CharacterScores]:
+        """Attention from the question to every chunk: mean over heads, question tokens and ``layers``.
+
+        Softmax probabilities over everything the question sees. Of a question longer than half of the window its
+        end is asked; chunks that do not fit beside it score 0.
+        """
+        window = self.backbone.window - len(self.library.prefix_ids)
+        asked = self.backbone.tokenise("\n\n" + question, plain=True).ids[-max(window // 2, 1) :]
+        room = window - len(asked)
+        chunks: dict[int, ChunkKV] = {}
+        for number, text in enumerate(texts):
+            try:
+                chunk = self.library.ensure(text)
+            except PromptError:
+                continue
+            if len(chunk) <= room:
+                chunks[number] = chunk
+        results = [CharacterScores(text, np.zeros((0, 2), np.int64), np.zeros(0, np.float32)) for text in texts]
+        batch: list[int] = []
+        size = 0
+        for number in [*chunks, -1]:
+            if number < 0 or size + len(chunks[number]) > room:
+                for n, scores in zip(batch, self._pass([chunks[n] for n in batch], asked, layers), strict=True):
+                    results[n] = CharacterScores(chunks[n].text, chunks[n].offsets.numpy(), scores)
+                batch, size = [], 0
+            if number >= 0:
+                batch.append(number)
+                size += len(chunks[number])
+        return results
+
+    def _pass(self, chunks: Sequence[ChunkKV], question: torch.Tensor, layers: str | int) -> list[np.ndarray]:
+        if not chunks:
+            return []
+        start = len(self.library.prefix_ids)
+        lengths = [len(chunk) for chunk in chunks]
+        stop = start + sum(lengths)
+        canvas = self.backbone.canvas(stop + len(question))
+        if self.library.prefix_kv is not None:
+            canvas.write(0, *self.library.prefix_kv)
+        row = start
+        for chunk in chunks:
+            canvas.place(chunk, slice(0, len(chunk)), row, self._rotary)
+            row += len(chunk)
+        device = self.backbone.device
+        rows = torch.arange(stop, stop + len(question), device=device)
+        probe = AttentionProbe(rows, torch.arange(start, stop, device=device), self.layers(layers))
+        self.backbone.forward(question, rows, canvas, logits=0, probe=probe)
+        return [part.numpy() for part in probe.scores.cpu().split(lengths)]

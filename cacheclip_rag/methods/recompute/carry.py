@@ -1,0 +1,86 @@
+"""The same rows in every layer, and what that changed carried over to the rest of their chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigurationError
+from ...model.attention import Shape
+from ...model.rotary import Turn
+from ..request import Request
+from .once import Once
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What recomputing changed on average in a chunk, its other tokens are changed by, too.
+
+    A chunk encoded by itself lacks what standing behind other text does to it, and much of that is the same for all
+    its tokens (docs/analyses.md): a few recomputed ones tell what it is. In every layer and KV head, after the chosen
+    rows' K' and V' are computed and before they are attended to, with C_c the chosen rows of chunk c, C those of all
+    such chunks, and R(p) the rotation to position p,
+
+        d_i = R(-p_i) (K'_i - K_i)       shortened to at most ``carry`` times the median length of all d
+        K_j += R(p_j) (sum_{i in C_c} d_i + w d) / (|C_c| + w)       for every row j of c that was not chosen
+
+    where d, the mean over C, counts for ``weight`` w of them, so that a chunk with few takes the others'
+    word for it. Values likewise, without the rotation. It costs no forward: a sum and an addition a layer.
+
+    At half the median nearly every d is shortened, so that the mean is one of directions: long where they agree, short
+    where they do not, and none counts for more than another. With the plain mean, few tokens whose KV changes wholly
+    (those that were looked at by default and no longer are) turned some right answers into wrong ones (docs/log.md).
+
+    Chunks that are fused are left as they are, and tell nothing: the company they met has moved them already. Where all
+    behind the first are fused nothing is carried at all, since what stands in front of the first is the prompt's head
+    only. ``carry=0`` is `Once`. Our own.
+    """
+
+    carry: float = 0.5
+    weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.carry >= 0.0 or not self.weight >= 0.0:
+            raise ConfigurationError(f"carry and weight must be at least 0, not {self.carry} and {self.weight}")
+
+    def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
+        alone = torch.tensor([chunk is not None and not chunk.company for chunk in request.chunks], dtype=torch.bool)
+        rest = request.rows[~torch.isin(request.rows, chosen)]
+        seen, rest = (rows[alone[request.layout.chunk[rows]]] for rows in (chosen, rest))
+        fused = not alone.all() and not alone[1:].any()
+        if not self.carry or fused or not len(seen) or not len(rest):
+            return Once().run(request, chosen, shape)
+        with request.canvas.amended(_Carried(request, seen, rest, self.carry, self.weight)):
+            return Once().run(request, chosen, shape)
+
+
+class _Carried:
+    """An `Amend`: moves the rows ``rest [m]`` of each layer by what is about to be written at ``chosen [k]``."""
+
+    def __init__(self, request: Request, chosen: Tensor, rest: Tensor, carry: float, weight: float) -> None:
+        device, layout = request.backbone.device, request.layout
+        self._chosen, self._rest = chosen.to(device), rest.to(device)
+        rotary, positions = request.backbone.rotary, request.positions
+        self._back, self._there = Turn(rotary, -positions[chosen].to(device)), Turn(rotary, positions[rest].to(device))
+        self._groups, self._targets = layout.chunk[chosen].to(device), layout.chunk[rest].to(device)
+        self._counts = torch.bincount(self._groups, minlength=len(layout.spans))[:, None]
+        self._carry, self._weight = carry, weight
+
+    def __call__(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor]) -> None:
+        mine = torch.searchsorted(rows, self._chosen)
+        change = new[0][:, mine].float() - keys[:, self._chosen].float()
+        keys[:, self._rest] += self._there(self._mean(self._back(change, layer)), layer).to(keys.dtype)
+        change = new[1][:, mine].float() - values[:, self._chosen].float()
+        values[:, self._rest] += self._mean(change).to(values.dtype)
+
+    def _mean(self, change: Tensor) -> Tensor:
+        """``[Hk, k, D]`` float32 of the chosen rows to ``[Hk, m, D]`` for the rest: their chunks' means."""
+        length = change.norm(dim=-1, keepdim=True)
+        most = self._carry * length.median(dim=1, keepdim=True).values
+        change = change * (most / length.clamp_min(1e-12)).clamp(max=1.0)
+        each = change.new_zeros(change.shape[0], len(self._counts), change.shape[2])
+        each.index_add_(1, self._groups, change)
+        each += self._weight * change.mean(dim=1, keepdim=True)
+        return (each / (self._counts + self._weight).clamp_min(1e-12))[:, self._targets]

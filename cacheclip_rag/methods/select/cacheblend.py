@@ -1,0 +1,61 @@
+"""The tokens whose KV a full prefill would change most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...model.attention import StopAt
+from ...spec import at_least
+from ..request import Request
+from .budget import top
+
+Deviation = Literal["keys", "keys squared", "values squared"]
+
+
+@dataclass(frozen=True)
+class KeyDeviation:
+    """CacheBlend: ``dK[t] = mean_h || K_fresh[h, t] - K_stored[h, t] ||_2`` at ``check_layer``.
+
+    The layers before it run over the whole prompt up to its last chunk, ``check_layer / L`` of a full prefill's work.
+    The recompute then starts again from layer 0 with the chosen rows: layer 0's KV depends on no context, so for the
+    default 1 (counted from 0) that is the computation that goes on from there.
+    ``of``: ``"keys"`` is the study's measure (arXiv 2603.20218), ``"keys squared"`` LMCache's (the sum of squares),
+    ``"values squared"`` the released CacheBlend code's. The question never competes, and the budget counts context
+    tokens only (choices of ours: docs/methods.md). Source: CacheBlend (arXiv 2405.16444), one check layer.
+    """
+
+    check_layer: int = 1
+    of: Deviation = "keys"
+
+    needs_auxiliary: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least(0, check_layer=self.check_layer)
+
+    def select(self, request: Request, budget: int) -> Tensor:
+        return request.rows[top(key_deviation(request, self.check_layer, self.of).cpu(), budget)]
+
+
+def key_deviation(request: Request, layer: int = 1, of: Deviation = "keys") -> Tensor:
+    """How far the stored KV of every row in ``request.rows`` is from a full prefill's at ``layer``: ``[N]`` float32."""
+    backbone, layout = request.backbone, request.layout
+    layer = min(layer, backbone.layers - 1)
+    rows = torch.arange(int(request.rows[-1]) + 1)
+    scratch = backbone.canvas(len(rows), layers=layer + 1)
+    positions = request.positions[rows]
+    backbone.forward(
+        layout.ids[rows], rows, scratch, positions=positions, logits=0, probe=StopAt(layer), depth=layer + 1
+    )
+    return deviation(request, scratch.keys[layer, 0], scratch.values[layer, 0], layer, of)
+
+
+def deviation(request: Request, keys: Tensor, values: Tensor, layer: int, of: Deviation = "keys") -> Tensor:
+    """``[N]`` float32 for the rows that may be chosen, from fresh ``keys``, ``values [Hk, T, D]`` of one layer."""
+    rows = request.rows.to(keys.device)
+    fresh, stored = (values, request.canvas.values) if of == "values squared" else (keys, request.canvas.keys)
+    difference = fresh[:, rows].float() - stored[layer, 0][:, rows].float()
+    return difference.norm(dim=-1).mean(dim=0) if of == "keys" else difference.square().sum(dim=(0, 2))

@@ -1,0 +1,45 @@
+"""The tokens that leaned on what is no longer there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigurationError
+from ..request import Request
+from .budget import top
+
+
+@dataclass(frozen=True)
+class LeanedTokens:
+    """Cache-Craft: of every chunk the ``ceil(CFO |C_i|)`` tokens that paid most attention to the chunks then before it.
+
+    ``budget="overhead"``: each chunk's own fix-up overhead says how many, and the ratio says nothing;
+    ``"ratio"``: the ratio says how many, over all chunks together (FusionRAG's simplified rendering of Cache-Craft).
+    Source: Cache-Craft (arXiv 2502.15734), section 4.
+    """
+
+    budget: Literal["overhead", "ratio"] = "overhead"
+
+    needs_auxiliary: ClassVar[bool] = False
+
+    def select(self, request: Request, budget: int) -> Tensor:
+        leaned, overhead = torch.zeros(len(request.rows)), torch.zeros(len(request.rows))
+        for number in request.groups.unique().tolist():
+            chunk, mine = request.chunks[number], request.groups == number
+            if chunk is None or "leaned" not in chunk.extra:
+                raise ConfigurationError('this selection needs harvested chunks, as "cachecraft" keeps them')
+            token = request.layout.token[request.rows[mine]]
+            leaned[mine] = chunk.extra["leaned"][token]
+            overhead[mine] = chunk.extra["overhead"][token]
+        if self.budget == "ratio":
+            return request.rows[top(leaned, budget)]
+        chosen = torch.zeros(len(request.rows), dtype=torch.bool)
+        for number in request.groups.unique().tolist():
+            members = (request.groups == number).nonzero()[:, 0]
+            count = int(torch.ceil(overhead[members[0]].double() * len(members) - 1e-6))
+            chosen[members[top(leaned[members], count)]] = True
+        return request.rows[chosen]

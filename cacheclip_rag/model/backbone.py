@@ -1,0 +1,206 @@
+"""A model of transformers with all that the engine needs of it: load, prefill its own way, generate."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+
+from ..errors import ConfigurationError, NotComposable, WeightsError
+from .attention import AUTO, Shape
+from .canvas import Canvas
+from .composability import obstacle_of
+from .fingerprint import fingerprint
+from .layers import Layers, cache_argument
+from .rotary import Rotary
+
+_ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
+"""What the model's own generation config may say otherwise, for loops that are not ours."""
+
+
+class Backbone(Layers):
+    """A causal language model of transformers with its tokenizer, and the few operations the engine needs of them.
+
+    Thread-safe in use: a forward keeps its state in its own `Canvas`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
+        """The model's attention becomes ours, which takes one text at a time and no padding: load another model for
+        batches. Setting it to something else afterwards makes every forward here raise `ConfigurationError`.
+        """
+        super().__init__(model, tokenizer, attention=attention)
+        self.obstacle: str | None = obstacle_of(self)
+        """Why chunks cannot be composed with this model, or None."""
+        if self.obstacle is None:
+            model.set_attn_implementation(self.attention)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "auto",
+        attention: str = AUTO,
+    ) -> Backbone:
+        """Load from a folder. ``dtype="auto"`` takes bfloat16 where the hardware multiplies it natively, else float32;
+        ``attention="auto"`` takes the Triton kernel where there is a GPU on which it runs, else PyTorch's attention.
+
+        Raises `WeightsError` when the folder holds no causal language model with a fast tokenizer.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = best_dtype(torch.device(device))
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{path} holds no causal language model that transformers can load: {error}") from error
+        if not tokenizer.is_fast:
+            raise WeightsError(f"{path} has no fast tokenizer; character offsets need one (tokenizer.json)")
+        return cls(model.to(device), tokenizer, attention=attention)
+
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        logits: Tensor,
+        step: Callable[[Tensor, int], Tensor],
+        **options: Any,
+    ) -> Iterator[int]:
+        """Decode after a prefill: yields token ids until transformers says stop.
+
+        ``prompt_ids [T]``; the prompt's last ``logits [1, V]``; ``step(id [1], row)`` computes the next ones (see
+        `on_canvas`). ``options`` are those of ``model.generate``, which prepares logits processors and stopping
+        criteria; the loop is ours (its ``custom_generate`` seam), because the first token needs no forward here and the
+        caller may pause or stop between any two. Closing the iterator ends it.
+        """
+
+        def loop(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: Any,
+            **_: Any,
+        ) -> Iterator[int]:
+            scores, row = logits, len(prompt_ids)
+            while True:
+                with torch.inference_mode():
+                    scores = logits_processor(input_ids, scores)
+                    if generation_config.do_sample:
+                        token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+                    else:
+                        token = scores.argmax(dim=-1, keepdim=True)
+                    input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)
+                    done = bool(stopping_criteria(input_ids, None).all())
+                yield int(token)
+                if done:
+                    return
+                scores, row = step(token[0], row), row + 1
+
+        return self.model.generate(
+            prompt_ids.to(self.device)[None],
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self.device),
+            custom_generate=loop,
+            **(_ONE_ANSWER | options),
+        )
+
+    def check_options(self, names: Iterable[str]) -> None:
+        """Raises ConfigurationError for names that are no options of ``model.generate``."""
+        config = self.model.generation_config
+        known = {*vars(config), *inspect.signature(self.model.generate).parameters} - {"self", "kwargs"}
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known | {"max_new_tokens"}, n=1)
+                hint = f'; did you mean "{close[0]}"?' if close else ""
+                raise ConfigurationError(f'"{name}" is no option of a request or of transformers\' generate{hint}')
+
+    def ends(self, given: int | Sequence[int] | None = None) -> frozenset[int]:
+        """The tokens that end an answer: those ``given``, else the model's own."""
+        ids = self.model.generation_config.eos_token_id if given is None else given
+        return frozenset() if ids is None else frozenset(torch.as_tensor(ids).flatten().tolist())
+
+    def on_canvas(
+        self, canvas: Canvas, *, shift: int = 0, shape: Shape | None = None
+    ) -> Callable[[Tensor, int], Tensor]:
+        """The decoding step of `generate` that appends to ``canvas``: ``step(ids [n], row)`` gives logits ``[n, V]``.
+
+        Positions are the rows plus ``shift``.
+        """
+
+        def step(tokens: Tensor, row: int) -> Tensor:
+            rows = torch.arange(row, row + len(tokens))
+            positions = rows + shift if shift else None
+            logits = self.forward(tokens, rows, canvas, positions=positions, logits=len(tokens), shape=shape)
+            assert logits is not None
+            return logits
+
+        return step
+
+    @torch.inference_mode()
+    def native_prefill(self, ids: Tensor) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
+        """Full prefill with transformers' own cache and attention, for models that cannot be composed.
+
+        Returns the last ``logits [1, V]`` and the decoding step of `generate`.
+        """
+        output = self.model(input_ids=ids.to(self.device)[None], use_cache=True, logits_to_keep=1)
+        name = cache_argument(self.model)
+        cache = getattr(output, name)
+
+        @torch.inference_mode()
+        def step(tokens: Tensor, row: int) -> Tensor:
+            ids = tokens.to(self.device)[None]
+            positions = torch.arange(row, row + len(tokens), device=self.device)[None]
+            output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache})
+            return output.logits[0].float()
+
+        return output.logits[0].float(), step
+
+    @torch.inference_mode()
+    def own_logits(self, ids: Tensor, count: int) -> Tensor:
+        """The last ``count`` tokens' logits ``[count, V]`` by transformers' eager attention, without any cache.
+
+        What everything else is measured against. The model's attention is another one meanwhile, so no request may run.
+        """
+        self.model.set_attn_implementation("eager")
+        try:
+            output = self.model(input_ids=ids.to(self.device)[None], use_cache=False, logits_to_keep=count)
+        finally:
+            self.model.set_attn_implementation(self.attention)
+        return output.logits[0].float()
+
+    # ---- composability and identity -------------------------------------------------------------------------------
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotation that moves this model's keys. Raises `NotComposable` where there is none."""
+        if self.obstacle is not None:
+            raise NotComposable(self.obstacle)
+        return Rotary(self.inverse_frequencies())
+
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies this model for stored KV (see `fingerprint.fingerprint`)."""
+        return fingerprint(self.model, self.config, self._encoder.to_str(), self.dtype)
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on accelerators and on CPUs with bfloat16 instructions, else float32."""
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16

@@ -1,0 +1,81 @@
+"""Whether chunks can be composed with a model: read off its configuration, then tried on a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheClipError
+from .attention import NOTING, windows_given
+from .layers import Layers, relative_error
+from .rotary import Rotary
+
+
+def obstacle_of(model: Layers) -> str | None:
+    """Why this model cannot be composed, or None: first by its configuration, then by trying it on a few tokens.
+
+    Trying decides: whatever an architecture is called, its keys must move by one rotation, and our attention must
+    give its own logits.
+    """
+    name = model.config.model_type
+    types = set(getattr(model.config, "layer_types", None) or [])
+    if strange := types - {"full_attention", "sliding_attention"}:
+        return f"{name} has {', '.join(sorted(strange))} layers, which keep no key per token"
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for kind in {r.get("rope_type", "default") for r in nested}:
+        if kind in ("dynamic", "longrope"):
+            return f"{name} uses {kind} RoPE scaling: its angles depend on the prompt's length, so keys cannot move"
+    try:
+        return _tried(model)
+    except (CacheClipError, AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        return f"{name} could not be tried out on a canvas: {type(error).__name__}: {error}"
+
+
+@torch.inference_mode()
+def _tried(model: Layers) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (12,), generator=generator)
+    rows, shift = torch.arange(12), 20
+    own = model.model(input_ids=ids.to(model.device)[None], use_cache=False).logits[0].float()
+    native = model.model.config._attn_implementation
+    model.model.set_attn_implementation(model.attention)
+    try:
+        here, there = model.canvas(12), model.canvas(12)
+        for canvas in (here, there):  # what no layer writes must not pass by what memory happens to hold
+            canvas.keys.fill_(float("nan"))
+            canvas.values.fill_(float("nan"))
+        ours = model.forward(ids, rows, here, logits=12)
+        # Attention is relative: the same tokens elsewhere must give the same keys up to one rotation.
+        model.forward(ids, rows, there, positions=rows + shift, logits=0)
+        rotated = Rotary(model.inverse_frequencies()).rotate(here.keys[:, 0], shift)
+        model.model.set_attn_implementation(NOTING)
+        last = model.forward(ids, rows, model.canvas(12), logits=1)  # some models narrow their last layers to it
+        given = windows_given(model.model)
+    finally:
+        model.model.set_attn_implementation(native)
+    name = model.config.model_type
+    if here.keys.isnan().any() or here.values.isnan().any():
+        return f"{name}: some layers keep no keys and values of their own"
+    # A dozen tokens lie within any window: whether a layer's is heeded shows in what its attention is given.
+    if strange := [n for n, window in enumerate(model.windows) if window is not None and window != given.get(n)]:
+        return f"{name}: its attention is not told the sliding window of layer {strange[0]}"
+    # Rounding stays far below a tenth in bfloat16; a wrong layout or an ignored argument is of order one. What is
+    # no number is not below anything.
+    if not (error := _worst([ours, last], [own, own[-1:]])) <= 0.1:
+        return f"{name}: our attention differs from the model's own by {error:.0%}"
+    if not (error := _worst(rotated, there.keys[:, 0])) <= 0.1:
+        return f"{name}: its keys do not move by a rotation (off by {error:.0%})"
+    if not (error := _worst(here.values, there.values)) <= 0.1:
+        return f"{name}: its values depend on the absolute position (off by {error:.0%})"
+    return None
+
+
+def _worst(a: Iterable[Tensor | None], b: Iterable[Tensor]) -> float:
+    """The `relative_error` of the layer that is furthest off: a layer of large numbers must not hide one of small ones.
+
+    NaN where one of them is.
+    """
+    return float(torch.tensor([relative_error(one, other) for one, other in zip(a, b, strict=True)]).max())

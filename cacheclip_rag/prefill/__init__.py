@@ -1,0 +1,1 @@
+"""From a prompt to its KV and the logits of its last token."""

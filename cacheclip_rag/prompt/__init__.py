@@ -1,0 +1,23 @@
+"""From a prompt's text to its chunks, its question, and the tokens that can take stored KV."""
+
+from ..deprecation import renamed_names
+from .documents import any_of, documents
+from .index import ANCHOR_LENGTH, MAX_CANDIDATES, MAX_TRIES, ChunkIndex, Span
+from .layout import Layout, align
+from .question import Question, find_question
+
+__all__ = [
+    "ANCHOR_LENGTH",
+    "MAX_CANDIDATES",
+    "MAX_TRIES",
+    "ChunkIndex",
+    "Layout",
+    "Question",
+    "Span",
+    "align",
+    "any_of",
+    "documents",
+    "find_question",
+]
+
+__getattr__ = renamed_names(__name__, {"WINDOW": (f"{__name__}.index", "ANCHOR_LENGTH")})

@@ -1,0 +1,145 @@
+"""What a report has to tell, in the order and the words in which every kind of picture tells it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from .token_sources import Fate, Run
+
+if TYPE_CHECKING:
+    from .record import ChunkUse, Report
+
+NAMES = {
+    Fate.PREFIX: "head",
+    Fate.EXACT: "exact",
+    Fate.REUSED: "reused",
+    Fate.RECOMPUTED: "recomputed",
+    Fate.EDGE: "edge",
+    Fate.FRESH: "fresh",
+}
+"""The fates by the name they are shown under, cached ones first."""
+
+MEANINGS = {
+    Fate.PREFIX: "the prompt's head, kept from an earlier request",
+    Fate.EXACT: "stored KV behind its own prefix: nothing to repair",
+    Fate.REUSED: "stored KV as it is",
+    Fate.RECOMPUTED: "had stored KV and was refreshed",
+    Fate.EDGE: "inside a chunk, cut differently by the tokenizer: computed",
+    Fate.FRESH: "computed: question, template, unknown text",
+}
+
+COLOURS = {
+    Fate.PREFIX: "#1b9e77",
+    Fate.EXACT: "#56b4e9",
+    Fate.REUSED: "#4477aa",
+    Fate.RECOMPUTED: "#e69f00",
+    Fate.EDGE: "#cc79a7",
+    Fate.FRESH: "#8f8f8f",
+}
+"""Told apart with any colour vision, on light and on dark ground."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the prompt: text between chunks (``use`` is None) or one known chunk, run by run."""
+
+    use: ChunkUse | None
+    runs: tuple[Run, ...]
+
+
+def headline(report: Report) -> str:
+    """The request in half a line."""
+    text = f"{report.cached_tokens:,} of {report.prompt_tokens:,} prompt tokens from cache"
+    if report.recomputed:
+        text += f", {report.recomputed:,} recomputed ({report.ratio:.0%})"
+    return f"{text}, first token after {seconds(report.ttft)}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
+
+
+def stages(report: Report) -> dict[str, float]:
+    """Seconds to the first token by stage, in order; ``other`` is what no stage accounts for. Nothing under 0.5 %."""
+    parts = dict(report.seconds)
+    parts["other"] = report.ttft - sum(parts.values())
+    least = 0.005 * max(report.ttft, sum(report.seconds.values()))
+    return {stage: value for stage, value in parts.items() if value > least}
+
+
+def full_prefill(report: Report) -> tuple[float, bool] | None:
+    """Seconds a full prefill takes, and whether they were measured; None where there is nothing to compare.
+
+    Not measured, they are what this request's own recompute stage took a token, times the prompt's tokens. On two CPU
+    cores that came out 9 and 15 % above what was measured (benchmarks/results/speed.jsonl).
+    """
+    if report.full_prefill is not None:
+        return report.full_prefill, True
+    work = report.seconds.get("recompute", 0.0)
+    if not work or not report.cached_tokens or not report.computed_tokens:
+        return None
+    return work * report.prompt_tokens / report.computed_tokens, False
+
+
+def comparison(report: Report) -> str:
+    """How much sooner than a full prefill, or nothing to say."""
+    full = full_prefill(report)
+    if full is None or not report.ttft:
+        return ""
+    times, about = full[0] / report.ttft, "" if full[1] else "about "
+    if times >= 1.05:
+        return f"{about}{times:.1f}x sooner than a full prefill ({about}{seconds(full[0])})"
+    return f"no sooner than a full prefill ({about}{seconds(full[0])})"
+
+
+def pieces(report: Report) -> Iterator[Piece]:
+    """The prompt in order, cut at the borders of its chunks. A token belongs where its first character stands."""
+    if report.fates is None:
+        return
+    uses = sorted(report.chunks, key=lambda use: use.start)
+    for use, runs in groupby(report.fates.runs(), key=lambda run: _around(uses, run)):
+        yield Piece(use, tuple(runs))
+
+
+def _around(uses: list[ChunkUse], run: Run) -> ChunkUse | None:
+    number = bisect_right(uses, run.start, key=lambda use: use.start) - 1
+    return uses[number] if number >= 0 and run.start < uses[number].end else None
+
+
+def title(report: Report, use: ChunkUse) -> str:
+    """What a chunk is called: its source where it is known, else how it begins."""
+    if use.key in report.sources:
+        return report.sources[use.key]
+    text = (
+        "" if report.fates is None else " ".join(report.fates.prompt[use.start : min(use.end, use.start + 200)].split())
+    )
+    return (text[:60] + "..." if len(text) > 60 else text) or use.key[:12]
+
+
+def remark(use: ChunkUse) -> str:
+    """What is out of the ordinary with a chunk, if anything."""
+    remarks = []
+    if use.missing:
+        remarks.append(f"prefilled: {use.missing}")
+    if not use.whole:
+        remarks.append("only a part of it stands here")
+    if use.exact:
+        remarks.append("behind its own prefix: exact")
+    return "; ".join(remarks)
+
+
+def reasons(report: Report) -> list[str]:
+    """Why tokens were computed that are not the question's, and what went wrong; empty when there is nothing to say."""
+    found = list(report.fallbacks)
+    if report.edges:
+        found.append(f"{report.edges:,} tokens at chunk edges were cut differently by the tokenizer than when stored")
+    parts = sum(not use.whole for use in report.chunks)
+    if parts:
+        found.append(f"{parts} chunks stand in the prompt only in part: what was cut off a chunk is not missed")
+    if not report.chunks and not report.cached_tokens and report.requested_ratio < 1 and not report.fallbacks:
+        found.append("no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way")
+    return found

@@ -1,0 +1,1 @@
+"""Everything between requests and the model that is not prefill: who runs when, decoding, counting."""

@@ -1,0 +1,50 @@
+"""A first-come, first-served lock on the model."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+
+
+class Turns:
+    """Hands the model to one forward at a time, in the order of asking.
+
+    It is taken for a prefill or for one decoding step and never across a ``yield``, so that streams interleave and a
+    call made while another one streams does not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+        self._busy = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._busy:
+                self._busy = True
+                return
+            mine = threading.Event()
+            self._queue.append(mine)
+        try:
+            mine.wait()
+        except BaseException:
+            with self._lock:
+                if mine in self._queue:
+                    self._queue.remove(mine)
+                    raise
+            self.__exit__(None, None, None)  # the turn came with the interrupt: pass it on
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            if self._queue:
+                self._queue.popleft().set()
+            else:
+                self._busy = False
+
+    @property
+    def idle(self) -> bool:
+        return not self._busy

@@ -1,0 +1,94 @@
+"""How a request wants its answer decoded: greedily or sampled, with the options of ``model.generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+from ..errors import ConfigurationError
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0.0 <= value <= 1.0
+
+
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "question": (lambda v: isinstance(v, str), "the question's text"),
+    "method": (lambda v: isinstance(v, str) or hasattr(v, "select"), "a method's name"),
+    "recompute_ratio": (_share, "a number from 0 (plain reuse) to 1 (full prefill)"),
+    "max_new_tokens": (lambda v: _whole(v) and v >= 1, "a whole number of at least 1"),
+    "min_new_tokens": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
+    "stop": (lambda v: isinstance(v, (list, tuple)) and all(isinstance(s, str) for s in v), "a string or several"),
+    "do_sample": (lambda v: isinstance(v, bool), "True or False"),
+    "temperature": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
+    "top_p": (_share, "a number from 0 to 1"),
+    "top_k": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
+    "min_p": (_share, "a number from 0 to 1"),
+    "typical_p": (_share, "a number from 0 to 1"),
+    "repetition_penalty": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "no_repeat_ngram_size": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
+}
+"""Options of a request, by what makes sense for each."""
+
+PASSED = {
+    *("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty"),
+    *("eos_token_id", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_eos_token_id"),
+    *("generation_config", "guidance_scale", "logits_processor", "max_length", "max_time", "num_beams"),
+    *("num_return_sequences", "prefix_allowed_tokens_fn", "remove_invalid_values", "renormalize_logits"),
+    *("sequence_bias", "stop_strings", "stopping_criteria", "suppress_tokens", "top_h", "watermarking_config"),
+}
+"""Further ones of ``model.generate`` that frameworks hand on as they are."""
+
+_ELSEWHERE: Mapping[str, tuple[Any, str]] = {
+    "num_beams": (1, "one beam is decoded on one canvas"),
+    "num_return_sequences": (1, "ask once for each answer"),
+    "penalty_alpha": (0, "answers are greedy or sampled"),
+    "dola_layers": (None, "answers are greedy or sampled"),
+    "stop_strings": (None, "give them as stop=[...]"),
+    "generation_config": (None, "give what is in it as options, each by its name"),
+    "max_length": (None, "give max_new_tokens, which counts the answer alone"),
+    "inputs": (None, "the prompt is the first argument"),
+    "input_ids": (None, "the prompt is the first argument, as text"),
+    "attention_mask": (None, "one prompt is answered at a time, all of it"),
+    "custom_generate": (None, "answers are greedy or sampled"),
+}
+"""Options that ask for another loop than ours: the value that does not, and what to do instead."""
+
+
+def check(name: str, value: Any, option: str | None = None) -> None:
+    """Raises ConfigurationError unless ``value`` makes sense for the ``option``, which the caller calls ``name``."""
+    valid, wanted = OPTIONS[option or name]
+    if not valid(value):
+        raise ConfigurationError(f"{name} must be {wanted}, not {value!r}")
+
+
+def decoding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with what they leave open: greedy unless a temperature above 0 or ``do_sample=True`` is given.
+
+    Raises ConfigurationError for options that contradict each other, or that another way of decoding needs.
+    """
+    settled = dict(options)
+    if settled.get("do_sample") is None:
+        settled.pop("do_sample", None)
+    for name, value in settled.items():
+        if name in OPTIONS and value is not None:
+            check(name, value)
+    if settled.get("temperature") and "do_sample" not in settled:
+        settled["do_sample"] = True
+    if settled.get("do_sample") and settled.get("temperature") == 0:
+        raise ConfigurationError("do_sample=True needs a temperature above 0; greedy decoding is do_sample=False")
+    if not settled.setdefault("do_sample", False):
+        settled.update(temperature=None, top_p=None, top_k=None)
+    for name, (harmless, instead) in _ELSEWHERE.items():
+        if settled.get(name) not in (None, harmless):
+            raise ConfigurationError(f"{name}={settled[name]!r} is not possible here: {instead}")
+    return settled

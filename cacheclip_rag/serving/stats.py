@@ -1,0 +1,143 @@
+"""What an engine has done since it was opened, counted once for everybody who wants to know."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..report import Report
+from ..store import StoreStats
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+"""Upper bounds of the classes of `FirstToken`, in seconds; the last class has none."""
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """Times to the first token: how many there were, their sum, and how many fell into each class of `SECONDS`."""
+
+    count: int = 0
+    seconds: float = 0.0
+    classes: tuple[int, ...] = (0,) * (len(SECONDS) + 1)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of an engine. Counts are of requests that have ended, since the engine was opened.
+
+    Prompt tokens are counted as in a `Report`: ``prompt_tokens = prefix + reused + recomputed + fresh``.
+    """
+
+    finished: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Requests by method and by finish reason (stop, length, cancelled, error)."""
+    in_flight: int = 0
+    """Requests that are being answered now."""
+    waiting: int = 0
+    """Requests that wait for one of ``max_requests`` to end."""
+    prefix: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    fresh: int = 0
+    completion_tokens: int = 0
+    chunks: int = 0
+    """Known chunks that came in prompts, each time they came."""
+    missing: int = 0
+    """Those of them whose KV was gone or damaged, so that they were prefilled."""
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Times that reuse was given up: for a ``chunk``, by a ``full prefill`` after a failure, or by a ``plain prefill``
+    because the model's KV cannot be moved."""
+    first_token: dict[str, FirstToken] = field(default_factory=dict)
+    """By method; requests that never had one are not counted."""
+    store: StoreStats = field(default_factory=StoreStats)
+    """The chunk stores of all encodings in use; bytes are with the auxiliary model's. Its hits and misses are all
+    look-ups, those of ingestion included."""
+
+    @property
+    def requests(self) -> int:
+        return sum(sum(reasons.values()) for reasons in self.finished.values())
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.cached_tokens + self.computed_tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that went through the model."""
+        return self.recomputed + self.fresh
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that did not: what was saved."""
+        return self.prefix + self.reused
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, derived numbers included."""
+        names = ("requests", "prompt_tokens", "computed_tokens", "cached_tokens")
+        return {name: getattr(self, name) for name in names} | asdict(self)
+
+
+def kind(fallback: str) -> str:
+    """What a line of `Report.fallbacks` is about: ``chunk``, ``full prefill`` or ``plain prefill``."""
+    what = fallback.partition(":")[0]
+    return "chunk" if what.startswith("chunk ") else what
+
+
+class Tally:
+    """Counts reports. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._numbers: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+        self._finished: dict[str, Counter[str]] = {}
+        self._first_token: dict[str, FirstToken] = {}
+        self._lock = threading.RLock()  # reentrant, as that of `turns.Seats` and for the same reason
+
+    def add(self, report: Report) -> None:
+        """Count a request that has ended."""
+        with self._lock:
+            self._finished.setdefault(report.method, Counter())[report.finish_reason] += 1
+            for name in ("prefix", "reused", "recomputed", "fresh", "completion_tokens"):
+                self._numbers[name] += getattr(report, name)
+            self._numbers["chunks"] += len(report.chunks)
+            self._numbers["missing"] += sum(use.missing is not None for use in report.chunks)
+            self._fallbacks.update(map(kind, report.fallbacks))
+            if report.completion_tokens:
+                known = self._first_token.get(report.method, FirstToken())
+                self._first_token[report.method] = _with(known, report.ttft)
+
+    def snapshot(self, in_flight: int, waiting: int, store: StoreStats) -> Stats:
+        with self._lock:
+            return Stats(
+                finished={method: dict(reasons) for method, reasons in self._finished.items()},
+                in_flight=in_flight,
+                waiting=waiting,
+                fallbacks=dict(self._fallbacks),
+                first_token=dict(self._first_token),
+                store=store,
+                **self._numbers,
+            )
+
+
+def total(stores: Iterable[StoreStats], aside: Iterable[StoreStats] = ()) -> StoreStats:
+    """The sum of what several stores say; of those ``aside`` only the bytes."""
+    summed = StoreStats()
+    numbers = [one.name for one in fields(StoreStats) if one.name != "rejected"]
+    for stats in stores:
+        for name in numbers:
+            setattr(summed, name, getattr(summed, name) + getattr(stats, name))
+        for reason, count in stats.rejected.items():
+            summed.rejected[reason] = summed.rejected.get(reason, 0) + count
+    for stats in aside:
+        for name in ("nbytes", "memory_bytes", "disk_bytes"):
+            setattr(summed, name, getattr(summed, name) + getattr(stats, name))
+    return summed
+
+
+def _with(known: FirstToken, seconds: float) -> FirstToken:
+    classes = list(known.classes)
+    classes[bisect_left(SECONDS, seconds)] += 1
+    return FirstToken(known.count + 1, known.seconds + seconds, tuple(classes))

@@ -1,0 +1,1 @@
+"""Model weights by name: fetched, converted, and verified on this machine."""

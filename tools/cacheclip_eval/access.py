@@ -1,0 +1,125 @@
+"""What an evaluation asks of an engine beside answers: who it is, what it keeps, what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+
+from cacheclip_rag.chunks import ChunkKV, Namespace, canonical
+from cacheclip_rag.engine import Engine
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.kv.fit import Fit, Nearest
+from cacheclip_rag.kv.library import Library
+from cacheclip_rag.methods import Method
+from cacheclip_rag.store.int8 import pack
+
+from .company import Gathering, Only
+from .data import Item, prompt
+
+_VARIANTS = 64
+"""Of a chunk: those of every system that shares the engine."""
+
+_ENCODING = {"format", "prefix", "encoder", "tenant", "kv_dtype"}
+"""What chunk KV depends on beside the model."""
+
+
+def version() -> str:
+    try:
+        return installed("cacheclip-rag")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "0+unknown"
+
+
+def identity(namespace: Namespace) -> str:
+    """Sixteen hex digits for the model (weights, configuration, tokenizer, dtype), however chunks are encoded."""
+    return Namespace({k: v for k, v in namespace.fields.items() if k not in _ENCODING}).digest[:16]
+
+
+def ensure(engine: Engine, item: Item, method: Method) -> None:
+    """Have the item's passages known as ``method`` wants them.
+
+    Most methods encode them. Those that live on earlier prompts (exact reuse, harvested variants) get one: the same
+    passages, the second half first, and another question. What they keep from the items before stays, too.
+    """
+    engine.ensure([passage.chunk for passage in item.passages], method=method)
+    if not method.ahead:
+        half = len(item.passages) // 2
+        passages = (*item.passages[half:], *item.passages[:half])
+        earlier = replace(item, passages=passages, question="What are these passages about?")
+        engine.prefill(prompt(earlier, engine.backbone), method=method)
+
+
+def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
+    """Have passages fused as gathered, without those too short to be chunks; the method that takes no other variants.
+
+    Raises ConfigurationError when some could not be fused: a row must not be about something else than it says.
+    """
+
+    def known(texts: Iterable[str]) -> tuple[str, ...]:
+        return tuple(text for text in dict.fromkeys(texts) if engine.library.key(text) in engine.index)
+
+    groups = [*gathering.neighbours.values(), *gathering.sequences]
+    engine.ensure(dict.fromkeys(text for group in groups for text in group), method=method)
+    neighbours = {text: known(company) for text, company in gathering.neighbours.items() if known([text])}
+    sequences = [known(texts) for texts in gathering.sequences]
+    done = engine.fuse(neighbours, method=method, variants=_VARIANTS)
+    done.skipped += engine.fuse_in_order(sequences, method=method, variants=_VARIANTS).skipped
+    if done.skipped:
+        raise ConfigurationError(f"not fused: {done.skipped[0]}")
+    kept = engine.library_of(method)
+    pairs = [(canonical(text), _others(text, company)) for text, company in neighbours.items()]
+    for texts in (_others("", texts) for texts in sequences):
+        pairs += [(text, texts[:number]) for number, text in enumerate(texts)]
+    for text, company in pairs:
+        if company and not any(kept.key(text, company, joint) in kept.store for joint in (True, False)):
+            raise ConfigurationError(
+                f"not fused with all of its company: {text[:40]!r}; if that is too long for the model's window, ask "
+                "for fewer neighbours"
+            )
+    companies = {company for _, company in pairs if company}
+    return replace(method, fit=Only(frozenset(companies), method.fit or Nearest()))
+
+
+def _others(text: str, texts: Iterable[str]) -> tuple[str, ...]:
+    """The canonical texts beside ``text``, each once: what a variant's company is known by."""
+    return tuple(other for other in dict.fromkeys(map(canonical, texts)) if other != canonical(text))
+
+
+def written(engine: Engine, method: Method) -> int:
+    """Bytes that exact reuse has ever kept; 0 for methods of another kind."""
+    cache = engine.exact_of(method)
+    return 0 if cache is None else cache.written
+
+
+def left(engine: Engine, method: Method, texts: Sequence[str], since: int) -> tuple[int, int] | None:
+    """Like `stored`, for a method that lives on earlier prompts.
+
+    Of harvested chunks these are the bytes of all their variants. Exact reuse keeps prompts, not chunks: all that it
+    has `written` ``since`` then.
+    """
+    names = {engine.library.key(text): text for text in texts}
+    tokens = sum(len(engine.backbone.tokenise(canonical(text), plain=True)) for text in names.values())
+    if method.exact is not None:
+        return written(engine, method) - since, tokens
+    variants = [engine.variants_of(method, text) for text in names.values()]
+    return (sum(v.kv.nbytes for each in variants for v in each), tokens) if all(variants) else None
+
+
+def stored(library: Library, texts: Sequence[str], fit: Fit | None = None) -> tuple[int, int] | None:
+    """Bytes of these chunks' KV, with the variants that ``fit`` may choose from, and the chunks' tokens, each chunk
+    once. None where some chunk is not kept.
+    """
+    alone = _kept(library, dict.fromkeys(map(library.key, texts)))
+    if None in alone:
+        return None
+    companies = fit.these if isinstance(fit, Only) else ()
+    keys = {library.key(text, company, joint) for text in texts for company in companies for joint in (True, False)}
+    held = [chunk for chunk in alone + _kept(library, keys) if chunk is not None]
+    return sum(chunk.nbytes for chunk in held), sum(len(chunk) for chunk in alone if chunk is not None)
+
+
+def _kept(library: Library, keys: Iterable[str]) -> list[ChunkKV | None]:
+    chunks = [library.get(key) if key in library.store else None for key in keys]
+    return [chunk if chunk is None or library.lossless else pack(chunk) for chunk in chunks]

@@ -1,0 +1,142 @@
+"""One item answered: by full prefill, and by every system, each measured against it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from cacheclip_rag.engine import Engine
+from cacheclip_rag.methods.auxiliary import Auxiliary
+from cacheclip_rag.prefill.compose import Prefill
+from cacheclip_rag.verification import kl
+
+from . import access, metrics, rows
+from .data import Item
+from .references import Reference, References, measured
+from .rows import Row
+from .systems import System
+
+log = logging.getLogger("cacheclip_rag")
+
+
+def answers(
+    engine: Engine,
+    item: Item,
+    text: str,
+    wanted: Sequence[Row],
+    systems: Mapping[str, System],
+    references: References,
+    own: Auxiliary | None,
+) -> Iterator[Row]:
+    """The wanted rows of one item, one after another; what fails is a row with ``error``.
+
+    ``wanted``: rows so far as they are known beforehand. ``own``: the engine's auxiliary model.
+    """
+    first = next((systems[row["system"]] for row in wanted if row["system"] in systems), None)
+    if first is not None:
+        # Full prefill, too, must know what is a document, or control tokens written in one would count for it alone.
+        # If this fails, it fails again below, where it is reported.
+        with suppress(Exception):
+            engine.ensure([passage.chunk for passage in item.passages], method=first.recipe)
+    try:
+        reference = references.of(engine, text)
+    except Exception as error:
+        for row in wanted:
+            yield _failed(row, error, "full prefill: ")
+        return
+    for row in wanted:
+        try:
+            if row["system"] == "full":
+                answer = _text(engine, reference.answer)
+                done = row | _scores(item, answer, answer, 0.0) | reference.numbers
+                done |= {"stored_bytes": 0, "stored_tokens": 0, "auxiliary_bytes": 0}
+            else:
+                system = systems[row["system"]]
+                engine.auxiliary = system.auxiliary or own
+                done = row | _measure(engine, item, text, system, reference, row["max_new_tokens"])
+        except Exception as error:
+            done = _failed(row, error)
+        yield done
+
+
+def _failed(row: Row, error: Exception, where: str = "") -> Row:
+    log.warning("%s, %s, %s failed: %s", *rows.key(row), error, exc_info=error)
+    return row | {"error": f"{where}{type(error).__name__}: {error}"}
+
+
+def _measure(
+    engine: Engine, item: Item, text: str, system: System, reference: Reference, max_new_tokens: int
+) -> dict[str, Any]:
+    chunks, method = [passage.chunk for passage in item.passages], system.recipe
+    before = access.written(engine, method)
+    access.ensure(engine, item, method)
+    if system.meet is not None:
+        method = access.fuse(engine, method, system.meet(item))
+    prefill = engine.prefill(
+        text, question=item.question, method=method, recompute_ratio=system.ratio, room=max_new_tokens + 1
+    )
+    logits = prefill.forced(reference.answer)
+    answer = _text(engine, _decode(engine, prefill, reference.answer, logits, max_new_tokens))
+    compared = logits[: len(reference.logits)].bfloat16().cpu()
+    if method.ahead:
+        size = access.stored(engine.library_of(method), chunks, method.fit)
+    else:
+        size = access.left(engine, method, chunks, before)
+    helper = engine.auxiliary if method.select.needs_auxiliary else None
+    aside = access.stored(helper.library, chunks) if helper is not None else (0, 0)
+    return {
+        **_scores(item, answer, _text(engine, reference.answer), kl(reference.logits, compared)),
+        **measured(prefill.report),
+        "stored_bytes": size and size[0],
+        "stored_tokens": size and size[1],
+        "auxiliary_bytes": aside and aside[0],
+    }
+
+
+def _decode(
+    engine: Engine, prefill: Prefill, forced: Sequence[int], logits: Tensor, max_new_tokens: int
+) -> Sequence[int]:
+    """The greedy answer. As long as it is the forced one, its steps have been taken; later ones write over the rest."""
+    start, same = len(prefill.layout), True
+
+    def step(token: Tensor, row: int) -> Tensor:
+        nonlocal same
+        place = row - start
+        same = same and place < len(forced) - 1 and int(token) == forced[place]
+        return logits[place + 1 : place + 2] if same else prefill.step(token, row)
+
+    return list(
+        engine.backbone.generate(
+            prefill.layout.ids, prefill.logits, step, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    )
+
+
+def _text(engine: Engine, ids: Sequence[int]) -> str:
+    text: str = engine.backbone.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text.strip()
+
+
+def score(item: Item, text: str) -> float:
+    """0..1: RULER's containment where the item asks for it, else F1."""
+    if item.all_answers:
+        return metrics.recall(text, item.answers)
+    if item.contained:
+        return max((metrics.recall(text, [answer]) for answer in item.answers), default=0.0)
+    return metrics.f1(text, item.answers)
+
+
+def _scores(item: Item, text: str, full: str, distance: float) -> dict[str, Any]:
+    """An answer against the item's answers, and against full prefill's."""
+    return {
+        "answer": text,
+        "chunks": len(item.passages),
+        "score": score(item, text),
+        "em": metrics.exact_match(text, item.answers),
+        "agree": 1.0 if text == full else metrics.f1(text, [full]),
+        "kl": distance,
+    }

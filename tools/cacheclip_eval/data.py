@@ -1,0 +1,152 @@
+"""Question answering data: one JSON object a line, with a question, its answers and the passages to read."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cacheclip_rag.model.backbone import Backbone
+
+log = logging.getLogger("cacheclip_rag")
+
+INSTRUCTION = (
+    "Answer the question based on the given passages. Only give me the answer and do not output any other words."
+)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """``supporting``: whether the answer needs it, as far as the data say."""
+
+    title: str
+    text: str
+    supporting: bool = False
+
+    @property
+    def chunk(self) -> str:
+        """The passage as it stands in a prompt."""
+        return f"{self.title}\n{self.text}".strip() if self.title else self.text.strip()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. ``all_answers``: the answer must contain every one of ``answers``, not any."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    passages: tuple[Passage, ...]
+    all_answers: bool = False
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def contained(self) -> bool:
+        """Whether it is scored by the answers' occurring in the output, as RULER does, and not by F1."""
+        return "all_answers_required" in self.meta
+
+
+def read(path: str | Path) -> list[Item]:
+    """The items of a JSONL file. A malformed line is reported with its number and left out."""
+    items: dict[str, Item] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = _item(json.loads(line.decode("utf-8")))
+            if item.id in items:
+                raise ValueError(f'the id "{item.id}" has come before')
+            items[item.id] = item
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            log.warning("%s, line %d left out: %s: %s", path, number, type(error).__name__, error)
+    return list(items.values())
+
+
+def passages(path: str | Path) -> list[str]:
+    """The passages of a JSONL file of ``{"title", "text"}``, as they stand in prompts. Malformed lines are left out."""
+    found = []
+    for line in _lines(path):
+        try:
+            record = json.loads(line.decode("utf-8"))
+            found.append(Passage(_text(record.get("title") or ""), _text(record["text"])).chunk)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return found
+
+
+def _lines(path: str | Path) -> list[bytes]:
+    return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+
+
+def _item(record: dict[str, Any]) -> Item:
+    """Raises KeyError, TypeError or AttributeError for a record that is no item."""
+    meta = record.get("meta") or {}
+    passages = tuple(
+        Passage(_text(p.get("title") or ""), _text(p["text"]), p.get("is_supporting") is True)
+        for p in _list(record["passages"])
+    )
+    if not isinstance(meta, dict):
+        raise TypeError("meta is no object")
+    return Item(
+        id=_id(record["id"]),
+        question=_text(record["question"]),
+        answers=tuple(_text(answer) for answer in _list(record["answers"])),
+        passages=passages,
+        all_answers=bool(meta.get("all_answers_required")),
+        meta=meta,
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text is wanted, not {type(value).__name__}")
+    return value
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"an id is text or a number, not {value!r}")
+    return str(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is wanted, not {type(value).__name__}")
+    return value
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """``count`` items spread evenly over the file, so that no run is a run of its first topics."""
+    if count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def shortened(item: Item, count: int | None) -> Item:
+    """The item with at most ``count`` of its passages, in their order: first of all those marked as supporting, then
+    those in which an answer occurs, then the first ones.
+    """
+    if count is None or count >= len(item.passages):
+        return item
+
+    def rank(number: int) -> tuple[bool, bool, int]:
+        passage = item.passages[number]
+        holds = any(answer.lower() in passage.chunk.lower() for answer in item.answers)
+        return not passage.supporting, not holds, number
+
+    kept = sorted(sorted(range(len(item.passages)), key=rank)[:count])
+    return replace(item, passages=tuple(item.passages[number] for number in kept))
+
+
+def prompt(item: Item, backbone: Backbone) -> str:
+    """LongBench's question-answering prompt, in the model's chat template."""
+    context = "\n\n".join(passage.chunk for passage in item.passages)
+    content = (
+        f"{INSTRUCTION}\n\nThe following are given passages.\n{context}\n\n"
+        f"{INSTRUCTION}\n\nQuestion: {item.question}\nAnswer:"
+    )
+    return backbone.chat([{"role": "user", "content": content}])

@@ -1,0 +1,65 @@
+"""What reuse would find over a stream of questions: counted in tokens, without computing any KV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.kv.prefix_caching import ExactReuse
+from cacheclip_rag.methods import resolve
+from cacheclip_rag.model.backbone import Backbone
+from cacheclip_rag.model.canvas import Canvas
+from cacheclip_rag.prefill.compose import document_borders
+from cacheclip_rag.prompt import ChunkIndex
+
+from .data import Item, prompt
+
+ANYWHERE = "chunks anywhere"
+"""The name of what is not exact: a chunk is found wherever it stands."""
+
+BYTES = 2
+"""Bytes a token takes on the stand-in canvas: one for its key, one for its value."""
+
+
+def hits(
+    backbone: Backbone, items: Sequence[Item], methods: Sequence[str] = ("prefix-cache", "ragcache")
+) -> Iterator[dict[str, Any]]:
+    """One row for each item and exact method, in the order asked: ``prompt_tokens``, and how many of them are ``found``
+    since an earlier prompt left them. A last row an item, `ANYWHERE`: the tokens of chunks that earlier items held.
+
+    Exact methods answer as full prefill does, so what they are worth is how often they hit. The first item finds
+    nothing, of course; capacity is the method's own, at this model's bytes a token, and none for `ANYWHERE`.
+    """
+    index = ChunkIndex()
+    per_token = 2 * backbone.layers * backbone.kv_heads * backbone.head_dim * backbone.dtype.itemsize
+    caches = {}
+    for name in methods:
+        recipe: Any = resolve(name).exact
+        if recipe is None:
+            raise ConfigurationError(f'"{name}" is not exact: its prompts are not counted but answered')
+        scaled: ExactReuse = replace(recipe, capacity_bytes=recipe.capacity_bytes * BYTES // per_token)
+        caches[name] = scaled.open()
+    seen: set[str] = set()
+    for item in items:
+        for passage in item.passages:
+            index.add(passage.chunk, passage.chunk)
+        text = prompt(item, backbone)
+        spans = index.find(text)
+        tokens = backbone.tokenise_prompt(text, [(span.start, span.end) for span in spans])
+        borders = document_borders(tokens, spans)
+        canvas = Canvas(1, 1, 1, len(tokens), dtype=torch.int8, device="cpu")
+        canvas.length = len(tokens)
+        for name, cache in caches.items():
+            found = sum(keys.shape[2] for keys, _ in cache.longest(tokens.ids, borders))
+            cache.keep(tokens.ids, borders, canvas, 1.0)
+            yield {"id": item.id, "method": name, "prompt_tokens": len(tokens), "found": min(found, len(tokens) - 1)}
+        known = torch.zeros(len(tokens), dtype=torch.bool)
+        for span in spans:
+            if span.key in seen:
+                known |= (tokens.offsets[:, 0] >= span.start) & (tokens.offsets[:, 1] <= span.end)
+        seen |= {span.key for span in spans}
+        yield {"id": item.id, "method": ANYWHERE, "prompt_tokens": len(tokens), "found": int(known.sum())}

@@ -1,0 +1,144 @@
+"""Full prefill's answers, kept: what every system is measured against is computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import xxhash
+from torch import Tensor
+
+from cacheclip_rag.engine import Engine
+from cacheclip_rag.report import Report
+from cacheclip_rag.store import files
+
+log = logging.getLogger("cacheclip_rag")
+
+ANSWER_TOKENS = 24
+"""Answer tokens (at most) that the KL is averaged over."""
+
+FORMAT = "cacheclip-rag reference/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Full prefill of one prompt: its greedy ``answer``, the bfloat16 ``logits [n, V]`` of the answer's first n tokens
+    (at most `ANSWER_TOKENS`), and the numbers of its report (`measured`).
+    """
+
+    answer: tuple[int, ...]
+    logits: Tensor
+    numbers: dict[str, Any]
+
+
+class References:
+    """A folder of them, one file (2 V bytes an answer token) for each model, prompt and ``max_new_tokens``.
+
+    Nothing here raises for a bad file or a full disk: such a reference is computed again.
+    """
+
+    def __init__(self, folder: str | Path, model: str, max_new_tokens: int) -> None:
+        self._folder, self._model, self._length = Path(folder), model, max_new_tokens
+
+    def of(self, engine: Engine, prompt: str) -> Reference:
+        """The kept reference, or a new one. Raises what `Engine.prefill` raises."""
+        kept = self.get(prompt)
+        if kept is None:
+            kept = compute(engine, prompt, self._length)
+            self.put(prompt, kept)
+        return kept
+
+    def path(self, prompt: str) -> Path:
+        return self._folder / f"{self._model}-{digest(prompt)}-{self._length}.safetensors"
+
+    def get(self, prompt: str) -> Reference | None:
+        path = self.path(prompt)
+        try:
+            return self._load(bytes(files.read(path)), prompt)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+            log.warning("reference %s is computed again: %s: %s", path.name, type(error).__name__, error)
+            return None
+
+    def put(self, prompt: str, reference: Reference) -> None:
+        tensors = {"answer": torch.tensor(reference.answer), "logits": reference.logits.cpu().contiguous()}
+        about = self._about(prompt) | {"numbers": json.dumps(reference.numbers)}
+        data = safetensors.torch.save(tensors, {**about, "checksum": _checksum(tensors, about)})
+        try:
+            files.make_directory(self._folder)
+            files.publish(self.path(prompt), data)
+        except OSError as error:
+            log.warning("reference not kept: %s", error)
+
+    def _load(self, data: bytes, prompt: str) -> Reference:
+        """Raises for anything that is not, bit for bit, what `put` wrote for this prompt."""
+        length = int.from_bytes(data[:8], "little")
+        about = json.loads(data[8 : 8 + length])["__metadata__"]
+        tensors = safetensors.torch.load(data)
+        if about.pop("checksum") != _checksum(tensors, about):
+            raise ValueError("checksum")
+        if {name: about.get(name) for name in self._about(prompt)} != self._about(prompt):
+            raise ValueError("it belongs to something else")
+        return Reference(tuple(tensors["answer"].tolist()), tensors["logits"], json.loads(about["numbers"]))
+
+    def _about(self, prompt: str) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "model": self._model,
+            "prompt": digest(prompt),
+            "max_new_tokens": str(self._length),
+            "answer_tokens": str(ANSWER_TOKENS),
+        }
+
+
+def digest(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def compute(engine: Engine, prompt: str, max_new_tokens: int) -> Reference:
+    """Full prefill and greedy decoding, whose own steps give the answer tokens' logits."""
+    full = engine.prefill(prompt, method="full", room=max_new_tokens + 1)
+    seen = [full.logits]
+
+    def step(token: Tensor, row: int) -> Tensor:
+        logits = full.step(token, row)
+        if len(seen) < ANSWER_TOKENS:
+            seen.append(logits)
+        return logits
+
+    answer = tuple(
+        engine.backbone.generate(full.layout.ids, full.logits, step, max_new_tokens=max_new_tokens, do_sample=False)
+    )
+    return Reference(answer, torch.cat(seen)[: len(answer)].bfloat16().cpu(), measured(full.report))
+
+
+def measured(report: Report) -> dict[str, Any]:
+    """What a row takes from a report. ``ratio`` is None where no stored KV was placed, so that none was recomputed."""
+    return {
+        "ratio": report.ratio if report.reused + report.recomputed else None,
+        "prompt_tokens": report.prompt_tokens,
+        "prefix": report.prefix,
+        "reused": report.reused,
+        "recomputed": report.recomputed,
+        "computed": report.computed_tokens,
+        "ttft": report.ttft,
+        "seconds": report.seconds,
+        "fallbacks": report.fallbacks,
+    }
+
+
+def _checksum(tensors: dict[str, Any], about: dict[str, str]) -> str:
+    state = xxhash.xxh3_128(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()

@@ -1,0 +1,146 @@
+"""Systems to compare, and how the command line writes them: ``name[@ratio][:parameter=value,...]``, and sweeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from cacheclip_rag import spec
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.methods import FUSED, Method, check_ratio, resolve
+from cacheclip_rag.methods.auxiliary import Auxiliary
+
+from .company import SOURCES, Meet
+
+AUXILIARY, COMPANY, NEIGHBOURS = "auxiliary", "company", "neighbours"
+"""Parameters of a system and not of its method: the auxiliary model's name, where it is not the engine's own; for a
+method that takes fused variants, whom passages are fused with (see `company.meeting`) and how many at most.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """One thing to compare: a method at a ratio, under a ``label`` that names it in rows and tables.
+
+    ``auxiliary``: another auxiliary model than the engine's, or its name in ``helper`` until it is loaded.
+    ``parameters``: the method's, by name. ``meet``: whom passages are fused with, or for short in ``company`` and
+    ``neighbours`` until the data are there.
+    """
+
+    label: str
+    method: Method | str
+    ratio: float | None = None
+    auxiliary: Auxiliary | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    helper: str = ""
+    company: str = ""
+    neighbours: int = 10
+    meet: Meet | None = None
+
+    @cached_property
+    def recipe(self) -> Method:
+        """Raises ConfigurationError for an unknown method or parameter."""
+        return resolve(self.method, **self.parameters)
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What was written: parameters still as text."""
+
+    name: str
+    ratio: float | None
+    parameters: Mapping[str, str]
+
+    @property
+    def label(self) -> str:
+        ratio = "" if self.ratio is None else f"@{self.ratio:g}"
+        parameters = ",".join(f"{name}={text}" for name, text in sorted(self.parameters.items()))
+        return f"{self.name}{ratio}{':' if parameters else ''}{parameters}"
+
+
+def parse(specs: Sequence[str], ratio: float | None = None, sweeps: Sequence[str] = ()) -> list[System]:
+    """The systems of ``specs``, labelled as they are written (parameters sorted), each once.
+
+    ``ratio`` is for the methods that recompute a share of their own and are not given one; those that find out what a
+    prompt needs go on doing so. A sweep,
+    ``name=value,value,...``, makes one system a value of every method that has the parameter and is not given it;
+    several sweeps multiply. Plain ``full`` is left out: it always runs. Values are Python's, or plain words; a prefix
+    is one of `spec.PREFIXES`, or quoted text. ``auxiliary=NAME`` takes another auxiliary model.
+
+    Raises ConfigurationError, naming what is valid.
+    """
+    written = [_spec(text) for text in specs]
+    for text in sweeps:
+        written = _swept(written, text)
+    if ratio is not None:
+        check_ratio(ratio)
+        fixed = [_takes_ratio(s) and resolve(s.name).fitted_ratio is None for s in written]
+        written = [dataclasses.replace(s, ratio=ratio) if f else s for s, f in zip(written, fixed, strict=True)]
+    systems = {one.label: _system(one) for one in written}
+    systems.pop("full", None)
+    return list(systems.values())
+
+
+def _spec(text: str) -> _Spec:
+    name, parameters = spec.parse(text)
+    name, at, ratio = name.partition("@")
+    return _Spec(name.strip(), _ratio(ratio) if at else None, parameters)
+
+
+def _swept(specs: Sequence[_Spec], text: str) -> list[_Spec]:
+    name, _, rest = text.partition("=")
+    name, values = name.strip(), spec.split(rest)
+    if not name or not values:
+        raise ConfigurationError(f'"{text}": a sweep is written name=value,value,...')
+
+    def takes(one: _Spec) -> bool:
+        if name == "ratio":
+            return _takes_ratio(one)
+        return name in _parameters(resolve(one.name)) and name not in one.parameters
+
+    def given(one: _Spec, value: str) -> _Spec:
+        if name == "ratio":
+            return dataclasses.replace(one, ratio=_ratio(value))
+        return dataclasses.replace(one, parameters={**one.parameters, name: value})
+
+    if not any(map(takes, specs)):
+        valid = ["ratio", *sorted({parameter for one in specs for parameter in _parameters(resolve(one.name))})]
+        raise ConfigurationError(f'"{text}": no method is left to sweep; their parameters are: {", ".join(valid)}')
+    return [new for one in specs for new in ([given(one, value) for value in values] if takes(one) else [one])]
+
+
+def _takes_ratio(one: _Spec) -> bool:
+    return one.ratio is None and 0.0 < resolve(one.name).recompute_ratio < 1.0
+
+
+def _system(written: _Spec) -> System:
+    values = {name: spec.value(name, text) for name, text in written.parameters.items()}
+    helper, company = str(values.pop(AUXILIARY, "")), str(values.pop(COMPANY, ""))
+    count = values.pop(NEIGHBOURS, 10)
+    if company and company not in SOURCES:
+        raise ConfigurationError(f'"{written.label}": company is one of {", ".join(SOURCES)}')
+    if not isinstance(count, int) or count < 1:
+        raise ConfigurationError(f'"{written.label}": neighbours must be at least 1, not {count!r}')
+    if company:
+        values.setdefault(FUSED, True)
+    system = System(
+        written.label, written.name, written.ratio, parameters=values, helper=helper, company=company, neighbours=count
+    )
+    recipe = system.recipe  # raises for an unknown method or parameter
+    if helper and not recipe.select.needs_auxiliary:
+        raise ConfigurationError(f'"{written.label}": {written.name} asks no auxiliary model')
+    return system
+
+
+def _parameters(method: Method) -> list[str]:
+    return spec.parameters([getattr(method, part.name) for part in dataclasses.fields(method)])
+
+
+def _ratio(text: str) -> float:
+    try:
+        return check_ratio(float(text))
+    except (ValueError, ConfigurationError) as error:
+        raise ConfigurationError(f'a ratio is a number from 0 to 1, not "{text}"') from error
