@@ -32,8 +32,8 @@ SHOWN = (
     "cacheclip@0.15",
     "query_guided@0.15",
     "infoflow@0.15",
-    "auto:company=prompts",
-    "auto:company=use",
+    "auto:context=prompts",
+    "auto:context=use",
 )
 """Of the systems in `docs/results.md` those that the figure by length has room for."""
 

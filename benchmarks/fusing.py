@@ -34,23 +34,23 @@ def seconds(work: Callable[[], object]) -> float:
 def costs(engine: Engine, nearest: Mapping[str, Sequence[str]], count: int) -> tuple[float, float]:
     """Seconds a chunk takes to be fused with ``count`` neighbours, and by how much that is more than encoding it."""
     fusing, times = [], []
-    for text, company in nearest.items():
-        engine.ensure([text, *company[:count]])
+    for text, context in nearest.items():
+        engine.ensure([text, *context[:count]])
         alone = seconds(lambda text=text: engine.library.encode(text))
-        fusing.append(seconds(lambda text=text, company=company: engine.fuse({text: company[:count]})))
+        fusing.append(seconds(lambda text=text, context=context: engine.fuse({text: context[:count]})))
         times.append(fusing[-1] / alone)
     return median(fusing[1:]), median(times[1:])  # the first one warms up
 
 
-def together(engine: Engine, texts: Sequence[str], count: int, pairs: int = 5) -> float:
+def batch_characters(engine: Engine, texts: Sequence[str], count: int, pairs: int = 5) -> float:
     """How many times sooner short chunks are fused together than one by one: the median of paired runs."""
     engine.ensure(texts)
     ratios = []
     for pair in range(pairs + 1):
         mine = texts[pair * 10 : pair * 10 + 10]
         first = {text: [other for other in mine if other != text][:count] for text in mine}
-        second = {text: company[::-1] for text, company in first.items()}
-        slow = seconds(lambda first=first: [engine.fuse({text: company}) for text, company in first.items()])
+        second = {text: context[::-1] for text, context in first.items()}
+        slow = seconds(lambda first=first: [engine.fuse({text: context}) for text, context in first.items()])
         ratios.append(slow / seconds(lambda second=second: engine.fuse(second)))
     return median(ratios[1:])
 
@@ -77,9 +77,7 @@ def main() -> None:
         fusing, times = costs(engine, chosen, count)
         print(f"| {count} | {fusing * 1000:.0f} | {times:.2f} |", flush=True)
     short = [text[at : at + SHORT] for text in texts for at in range(0, len(text) - SHORT, SHORT)]
-    print(
-        f"\n{together(engine, short, 5):.2f} times sooner together: ten chunks of {SHORT} characters, five neighbours"
-    )
+    print(f"\n{batch_characters(engine, short, 5):.2f} times faster together: ten chunks of {SHORT} characters, five")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from speed import CORPUS
 
 from cacheclip_rag import Engine
-from cacheclip_rag.corpus.batches import batches, together
+from cacheclip_rag.corpus.batches import batch_characters, batches
 
 Run = Callable[[list[str]], Any]
 """Ingests the documents, in the order of their numbers."""
@@ -81,7 +81,7 @@ FRAMEWORKS = {"llama-index": llama_index, "langchain": langchain}
 def speedup(engine: Engine, texts: list[str], pairs: int = 5) -> float:
     """How many times sooner chunks are encoded that share a forward: the median of paired runs."""
     ratios = []
-    groups = batches(texts, together(engine.backbone.device))
+    groups = batches(texts, batch_characters(engine.backbone.device))
     for _, group in zip(range(pairs + 1), groups, strict=False):
         start = time.perf_counter()
         for text in group:

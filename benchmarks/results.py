@@ -23,14 +23,14 @@ from cacheclip_eval.figures import summary
 from cacheclip_eval.tables import compare, summarise
 from pooled import pooled
 
-AUTO = "query_guided@0.1:company=prompts,layers=(0.69,0.83),normalise=chunk,window=1"
+AUTO = "query_guided@0.1:context=prompts,layers=(0.69,0.83),normalise=chunk,window=1"
 """The selection of `auto`, among the rows about its parts."""
 
 ALONE = "auto@0.15:carry=0,fused=False"
 CARRIED = "auto@0.15:fused=False"
-WITHOUT = {CARRIED: ALONE, "auto:company=prompts": "auto:carry=0,company=prompts"}
+WITHOUT = {CARRIED: ALONE, "auto:context=prompts": "auto:carry=0,context=prompts"}
 """What carries over what recomputing changed, and the same without."""
-BESIDE = {"naive", "cacheblend@0.15", "cacheclip@0.15", "query_guided@0.15", "infoflow@0.15", "auto:company=use"}
+BESIDE = {"naive", "cacheblend@0.15", "cacheclip@0.15", "query_guided@0.15", "infoflow@0.15", "auto:context=use"}
 """What they are shown beside."""
 
 SECTIONS: list[tuple[str, list[str], Callable[[str], str] | None]] = [
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "results", help="a folder")
     parser.add_argument("--items", type=int, default=20, help="of a set that is finished")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--baselines", nargs="+", default=["cacheclip@0.15", "auto:company=prompts"])
+    parser.add_argument("--baselines", nargs="+", default=["cacheclip@0.15", "auto:context=prompts"])
     args = parser.parse_args()
     figure = args.out.parent / "figures" / "pareto.svg"
     figure.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ def worked(work: Callable[[], Any]) -> float:
     return (time.thread_time() - start) * 1e3
 
 
-def both(work: Callable[[], Any]) -> tuple[float, float]:
+def merge_rows(work: Callable[[], Any]) -> tuple[float, float]:
     """Milliseconds by the clock, and of this process's processor time."""
     processor = time.process_time()
     clock = timed(work)
@@ -117,7 +117,7 @@ def many(folder: Path, count: int) -> list[str]:
     rows = []
 
     def row(what: str, work: Callable[[], Any], times: int = 1) -> None:
-        taken = [both(work) for _ in range(times)]
+        taken = [merge_rows(work) for _ in range(times)]
         cells = [
             f"{one / 1e3:.2f} s" if one >= 1000 else f"{one:.3g} ms"
             for one in map(statistics.median, zip(*taken, strict=True))

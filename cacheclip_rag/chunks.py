@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .deprecation import renamed_attribute, renamed_parameters
+
 MIN_CHARS = 64
 """Chunks shorter than this (characters) are not worth recognising: prefilling them is as quick."""
 
@@ -44,19 +46,22 @@ class Namespace:
     def digest(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
-    def key(self, text: str, company: Sequence[str] = (), joint: bool = False) -> str:
-        """The digest (hex) under which the KV of a chunk with this text is stored, computed in this company (see
+    def key(self, text: str, context: Sequence[str] = (), in_sequence: bool = False) -> str:
+        """The digest (hex) under which the KV of a chunk with this text is stored, computed in this context (see
         `ChunkKV`).
         """
         text = canonical(text)
-        if company:  # texts may hold any character, so each is preceded by its length
-            parts = "".join(f"{len(part)}:{part}" for part in (text, *company))
-            joined = self.digest.encode() + (b"\1joint:" if joint else b"\1") + parts.encode("utf-8", "surrogatepass")
+        if context:  # texts may hold any character, so each is preceded by its length
+            parts = "".join(f"{len(part)}:{part}" for part in (text, *context))
+            joined = (
+                self.digest.encode() + (b"\1joint:" if in_sequence else b"\1") + parts.encode("utf-8", "surrogatepass")
+            )
         else:
             joined = self.digest.encode() + b"\0" + text.encode("utf-8", "surrogatepass")
         return (hmac.new(self.secret, joined, hashlib.sha256) if self.secret else hashlib.sha256(joined)).hexdigest()
 
 
+@renamed_parameters(company="context", joint="in_sequence")
 @dataclass(frozen=True, eq=False)
 class ChunkKV:
     """One chunk's KV cache as it is stored.
@@ -66,9 +71,9 @@ class ChunkKV:
     are rotated: token j stands at RoPE position ``position + j``. Keeping the position they were computed at, instead
     of rotating back to 0, spares a rounding, and a chunk that is placed where it was encoded is copied bit for bit.
     ``packing`` is what a store keeps beside KV of fewer bits (`store.int8`); empty for KV that can be used.
-    ``company``: the texts of the chunks that stood before this one when its KV was computed, in their order. It holds
-    something of theirs, and goes when one of them goes. ``joint``: these had seen one another, as in a prompt; else
-    each had been computed by itself.
+    ``context``: the texts of the chunks that stood before this one when its KV was computed, in their order. It holds
+    something of theirs, and goes when one of them goes. ``in_sequence``: these were computed as one text, as in a
+    prompt; otherwise each by itself.
     """
 
     text: str
@@ -78,9 +83,12 @@ class ChunkKV:
     values: Tensor
     position: int
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    company: tuple[str, ...] = ()
-    joint: bool = False
+    context: tuple[str, ...] = ()
+    in_sequence: bool = False
     packing: Mapping[str, Tensor] = field(default_factory=dict)
+
+    company = renamed_attribute("company", "context")
+    joint = renamed_attribute("joint", "in_sequence")
 
     def __len__(self) -> int:
         return len(self.ids)

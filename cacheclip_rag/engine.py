@@ -26,7 +26,7 @@ from .errors import ConfigurationError, NotComposable, PromptError
 from .kv.collections import Encodings
 from .kv.encode import Isolated
 from .kv.library import KVDtype
-from .kv.prefix_caching import ExactCache, ExactReuse
+from .kv.prefix_caching import PrefixCache, PrefixCaching
 from .methods import Method
 from .methods.auxiliary import Auxiliary
 from .methods.select import Everything
@@ -37,8 +37,8 @@ from .prompt import ChunkIndex
 from .report import Report
 from .serving.decoding import TextStream
 from .serving.hints import Hints
-from .serving.limit import Seats
-from .serving.lock import Turns
+from .serving.limit import RequestLimit
+from .serving.lock import FairLock
 from .serving.sampling import check, decoding
 from .serving.stats import Stats, Tally, total
 from .store import Place, Remote
@@ -137,7 +137,7 @@ class Engine(Ingestion):
         self.documents = self._place.documents
         """Which chunks are of which document."""
         self._encodings = Encodings(self.backbone, self.method.encode, self.index, self._place, kv_dtype)
-        self._exact: dict[ExactReuse, ExactCache] = {}
+        self._exact: dict[PrefixCaching, PrefixCache] = {}
         self.auxiliary: Auxiliary | None = None
         if self.composable:
             self.library = self._encodings.main
@@ -151,7 +151,7 @@ class Engine(Ingestion):
         # Counts are saved now and then; a process that ends without `close` saves the last ones as it goes.
         weakref.finalize(self, self.usage.save)
         self._fuse_when_idle = fuse_when_idle
-        self._turns, self._seats = Turns(), Seats(max_requests)
+        self.lock, self.limit = FairLock(), RequestLimit(max_requests)
         self._hints = Hints()
         self._background = Background(self._do_later)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
@@ -219,7 +219,7 @@ class Engine(Ingestion):
             start = time.perf_counter()
             seated = False
             try:
-                seated = self._seats.take(cancel)
+                seated = self.limit.acquire(cancel)
                 if not seated:
                     return
                 ready = self._prefill(prompt, chosen, ratio, question, max_new_tokens, report, cancel)
@@ -251,11 +251,11 @@ class Engine(Ingestion):
                 raise
             finally:
                 if seated:
-                    self._seats.give()
+                    self.limit.release()
                 report.finish_reason = report.finish_reason or "cancelled"
                 report.total = time.perf_counter() - start
                 self.last_report = report
-                self._tell(report)
+                self._notify(report)
 
         return TextStream(run(), self.backbone.tokenizer, report, stop or ())
 
@@ -280,7 +280,7 @@ class Engine(Ingestion):
         """What was done since the engine was opened, and what it holds now. Cheap: no file is looked at."""
         stores = [reuse.library.store.stats() for reuse in self._encodings]
         aside = [self.auxiliary.library.store.stats()] if self.auxiliary is not None else []
-        return self._tally.snapshot(self._seats.taken, self._seats.waiting, total(stores, aside))
+        return self._tally.snapshot(self.limit.in_flight, self.limit.waiting, total(stores, aside))
 
     def close(self) -> None:
         """Stop background work, but for uploads, which are waited for. The engine goes on answering, and begins to work
@@ -326,7 +326,7 @@ class Engine(Ingestion):
         cancel: threading.Event | None = None,
     ) -> Prefill:
         _check_prompt(prompt)
-        with self._turns:
+        with self.lock:
             if cancel is not None and cancel.is_set():
                 raise _Cancelled  # while it waited for its turn
             if not self.composable:
@@ -336,11 +336,11 @@ class Engine(Ingestion):
                 self._follow()
             except Exception:  # what this process knows already will do
                 log.exception("what other processes stored is not known")
-            if method.exact is None and (isinstance(method.select, Everything) or ratio >= 1.0):
+            if method.prefix_cache is None and (isinstance(method.select, Everything) or ratio >= 1.0):
                 return prefill.full(self.backbone, self.index, prompt, room, report)
             hints, announced = self._hints.of(prompt)
             try:
-                if (cache := self.exact_of(method)) is not None:
+                if (cache := self.prefix_cache_of(method)) is not None:
                     return prefill.exact(self.backbone, self.index, cache, prompt, room, report)
                 result = self._encodings.reuse(method.encode)(
                     prompt,
@@ -378,7 +378,7 @@ class Engine(Ingestion):
         if gone:
             self._background.add(Task(text, method) for text in gone)
 
-    def _tell(self, report: Report) -> None:
+    def _notify(self, report: Report) -> None:
         self._tally.add(report)
         log.info("%s", report.line)
         for observer in self.observers:
@@ -389,7 +389,7 @@ class Engine(Ingestion):
 
     def _in_turn(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
         def turn(token: Tensor, row: int) -> Tensor:
-            with self._turns:
+            with self.lock:
                 return step(token, row)
 
         return turn

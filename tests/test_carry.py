@@ -101,8 +101,8 @@ def test_nothing_is_carried_to_or_from_a_fused_chunk() -> None:
     engine = known()
     engine.fuse({B: [A]})
     carried, request, seen = watch(engine, recipe(), TEXT, recompute_ratio=0.3)
-    chosen, chunk, company = seen["chosen"], request.layout.chunk, [c.company for c in request.chunks if c is not None]
-    assert company == [(), (A,), ()] and all((chunk[chosen] == number).any() for number in range(3))
+    chosen, chunk, context = seen["chosen"], request.layout.chunk, [c.context for c in request.chunks if c is not None]
+    assert context == [(), (A,), ()] and all((chunk[chosen] == number).any() for number in range(3))
     assert carried.canvas is not None
     after = carried.canvas.read(slice(len(request.layout)))
     rest = request.rows[~torch.isin(request.rows, chosen)]

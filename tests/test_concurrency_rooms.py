@@ -1,4 +1,4 @@
-"""Turns, work in the background, and the prompt heads that requests share."""
+"""FairLock, work in the background, and the prompt heads that requests share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from cacheclip_rag.background import Background
-from cacheclip_rag.kv.preamble import WORTH, PrefixCache
+from cacheclip_rag.kv.preamble import WORTH, PreambleCache
 from cacheclip_rag.model.canvas import Canvas
 from cacheclip_rag.serving import lock as turns_module
-from cacheclip_rag.serving.limit import Seats
-from cacheclip_rag.serving.lock import Turns
+from cacheclip_rag.serving.limit import RequestLimit
+from cacheclip_rag.serving.lock import FairLock
 
 PATIENCE = 20.0
 
@@ -47,7 +47,7 @@ def join(*threads: threading.Thread) -> None:
 
 
 def test_who_asked_first_goes_first() -> None:
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
 
     def take(number: int) -> None:
         with turns:
@@ -64,7 +64,7 @@ def test_who_asked_first_goes_first() -> None:
 
 
 def test_one_who_comes_back_at_once_waits_behind_the_others() -> None:
-    turns, order, ready = Turns(), [], threading.Barrier(2)
+    turns, order, ready = FairLock(), [], threading.Barrier(2)
 
     def greedy() -> None:
         with turns:
@@ -84,7 +84,7 @@ def test_one_who_comes_back_at_once_waits_behind_the_others() -> None:
 
 
 def test_there_is_only_one_turn_at_a_time() -> None:
-    turns, inside, most, count = Turns(), [0], [0], [0]
+    turns, inside, most, count = FairLock(), [0], [0], [0]
 
     def work() -> None:
         for _ in range(200):
@@ -100,7 +100,7 @@ def test_there_is_only_one_turn_at_a_time() -> None:
 
 
 def test_a_turn_ends_with_an_error() -> None:
-    turns = Turns()
+    turns = FairLock()
     for error in (ValueError, KeyboardInterrupt, GeneratorExit):
         with pytest.raises(error), turns:
             raise error
@@ -116,7 +116,7 @@ def test_a_turn_ends_with_an_error() -> None:
 
 @pytest.mark.parametrize("granted", [False, True])
 def test_an_interrupt_while_waiting_loses_no_turn(monkeypatch: pytest.MonkeyPatch, granted: bool) -> None:
-    turns = Turns()
+    turns = FairLock()
 
     class Interrupted(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
@@ -138,64 +138,64 @@ def test_an_interrupt_while_waiting_loses_no_turn(monkeypatch: pytest.MonkeyPatc
         assert not turns.idle
 
 
-# ---- seats -------------------------------------------------------------------------------------------------------
+# ---- limit -------------------------------------------------------------------------------------------------------
 
 
 def test_seats_are_given_in_the_order_of_asking() -> None:
-    seats, order = Seats(2), []
-    assert seats.take() and seats.take() and seats.taken == 2
+    limit, order = RequestLimit(2), []
+    assert limit.acquire() and limit.acquire() and limit.in_flight == 2
 
     def take(number: int) -> None:
-        assert seats.take()
+        assert limit.acquire()
         order.append(number)
-        seats.give()
+        limit.release()
 
     threads = []
     for number in range(10):
         threads.append(start(lambda number=number: take(number)))  # type: ignore[misc]
-        until(lambda number=number: len(seats._queue) == number + 1)  # type: ignore[misc]
+        until(lambda number=number: len(limit._queue) == number + 1)  # type: ignore[misc]
     assert order == []
-    seats.give()
+    limit.release()
     join(*threads)
-    assert order == list(range(10)) and seats.taken == 1
+    assert order == list(range(10)) and limit.in_flight == 1
 
 
 def test_a_caller_who_goes_away_takes_no_seat() -> None:
-    seats, cancel, results = Seats(1), threading.Event(), []
-    assert seats.take()
-    waiting = start(lambda: results.append(seats.take(cancel)))
-    until(lambda: len(seats._queue) == 1)
+    limit, cancel, results = RequestLimit(1), threading.Event(), []
+    assert limit.acquire()
+    waiting = start(lambda: results.append(limit.acquire(cancel)))
+    until(lambda: len(limit._queue) == 1)
     cancel.set()
     join(waiting)
-    assert results == [False] and not seats._queue
-    seats.give()
-    assert not seats.take(cancel) and seats.taken == 0 and seats.take()
+    assert results == [False] and not limit._queue
+    limit.release()
+    assert not limit.acquire(cancel) and limit.in_flight == 0 and limit.acquire()
 
 
 @pytest.mark.parametrize("granted", [False, True])
 def test_an_interrupt_while_waiting_loses_no_seat(monkeypatch: pytest.MonkeyPatch, granted: bool) -> None:
-    seats = Seats(1)
-    assert seats.take()
+    limit = RequestLimit(1)
+    assert limit.acquire()
 
     def interrupted(*_: Any) -> bool:
         if granted:
-            seats.give()
+            limit.release()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(seats, "_wait", interrupted)
+        patch.setattr(limit, "_wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            seats.take()
-    assert not seats._queue and seats.taken == (0 if granted else 1)
+            limit.acquire()
+    assert not limit._queue and limit.in_flight == (0 if granted else 1)
 
 
 def test_a_long_wait_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(turns_module, "_PATIENCE", 0.05)
-    seats = Seats(1)
-    assert seats.take()
-    waiting = start(seats.take)
+    limit = RequestLimit(1)
+    assert limit.acquire()
+    waiting = start(limit.acquire)
     until(lambda: "stream left open" in caplog.text)
-    seats.give()
+    limit.release()
     join(waiting)
 
 
@@ -362,36 +362,36 @@ def test_many_threads_add() -> None:
 def test_a_seat_may_come_back_from_the_garbage_collector() -> None:
     """It runs where it likes: also on a thread that has just begun to take a seat, or to give one."""
 
-    class Deque(type(Seats(1)._queue)):  # type: ignore[misc]
+    class Deque(type(RequestLimit(1)._queue)):  # type: ignore[misc]
         def append(self, waiting: Any) -> None:
             super().append(waiting)
             if abandoned:
-                abandoned.pop().give()
+                abandoned.pop().release()
 
         def popleft(self) -> Any:
             if abandoned:
-                abandoned.pop().give()
+                abandoned.pop().release()
             return super().popleft()
 
     def work() -> None:
         for _ in range(2):
-            assert seats.take()
+            assert limit.acquire()
         for _ in range(2):
-            abandoned.append(seats)
-            assert seats.take()
+            abandoned.append(limit)
+            assert limit.acquire()
         for _ in range(2):
-            seats.give()
+            limit.release()
 
-    seats, abandoned = Seats(2), list[Seats]()
-    seats._queue = Deque()
+    limit, abandoned = RequestLimit(2), list[RequestLimit]()
+    limit._queue = Deque()
     join(start(work))
-    assert seats.taken == 0 and seats.waiting == 0 and not abandoned
+    assert limit.in_flight == 0 and limit.waiting == 0 and not abandoned
 
 
 def test_heads_that_extend_one_another_are_kept_once_and_within_their_bytes() -> None:
     ids = torch.arange(64)
     one = 2 * 2 * 4 * 4  # bytes of a row on that canvas: keys and values, two layers, four numbers of four bytes
-    cache = PrefixCache(capacity_bytes=100 * one)
+    cache = PreambleCache(capacity_bytes=100 * one)
     for length in (16, 32, 64):
         cache.keep(ids, length, canvas(ids))
     assert cache.nbytes == 64 * one
@@ -412,11 +412,11 @@ def canvas(ids: Tensor) -> Canvas:
     return made
 
 
-def keep(cache: PrefixCache, ids: Tensor, length: int | None = None) -> None:
+def keep(cache: PreambleCache, ids: Tensor, length: int | None = None) -> None:
     cache.keep(ids, len(ids) if length is None else length, canvas(ids))
 
 
-def longest(cache: PrefixCache, ids: Tensor) -> int:
+def longest(cache: PreambleCache, ids: Tensor) -> int:
     """The length of what is found, which has to be the KV of these very tokens."""
     found = cache.longest(ids)
     if found is None:
@@ -433,7 +433,7 @@ def head(*parts: range) -> Tensor:
 
 
 def test_the_longest_common_head_is_found() -> None:
-    cache = PrefixCache()
+    cache = PreambleCache()
     keep(cache, head(range(20)))
     keep(cache, head(range(12), range(100, 130)))
     assert longest(cache, head(range(20), range(500, 510))) == 20
@@ -444,13 +444,13 @@ def test_the_longest_common_head_is_found() -> None:
 
 
 def test_only_the_asked_for_rows_of_a_canvas_are_kept() -> None:
-    cache = PrefixCache()
+    cache = PreambleCache()
     keep(cache, head(range(40)), length=10)
     assert longest(cache, head(range(40))) == 10
 
 
 def test_short_heads_are_not_worth_it() -> None:
-    cache = PrefixCache()
+    cache = PreambleCache()
     keep(cache, head(range(WORTH - 1)))
     assert longest(cache, head(range(WORTH - 1))) == 0
     keep(cache, head(range(50)))
@@ -459,7 +459,7 @@ def test_short_heads_are_not_worth_it() -> None:
 
 
 def test_what_is_kept_is_a_copy() -> None:
-    cache, ids = PrefixCache(), head(range(20))
+    cache, ids = PreambleCache(), head(range(20))
     made = canvas(ids)
     cache.keep(ids, 20, made)
     made.keys.zero_()
@@ -468,7 +468,7 @@ def test_what_is_kept_is_a_copy() -> None:
 
 
 def test_the_head_used_longest_ago_is_dropped() -> None:
-    cache = PrefixCache(size=3)
+    cache = PreambleCache(size=3)
     heads = [head(range(100 * n, 100 * n + 20)) for n in range(5)]
     for ids in heads[:3]:
         keep(cache, ids)
@@ -478,7 +478,7 @@ def test_the_head_used_longest_ago_is_dropped() -> None:
 
 
 def test_a_head_that_another_one_begins_with_is_not_kept_twice() -> None:
-    cache = PrefixCache(size=2)
+    cache = PreambleCache(size=2)
     other, long = head(range(500, 530)), head(range(50))
     keep(cache, other)
     keep(cache, long)
@@ -488,7 +488,7 @@ def test_a_head_that_another_one_begins_with_is_not_kept_twice() -> None:
 
 
 def test_heads_from_many_threads() -> None:
-    cache, errors = PrefixCache(size=4), []
+    cache, errors = PreambleCache(size=4), []
 
     def work(n: int) -> None:
         try:

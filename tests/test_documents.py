@@ -115,14 +115,14 @@ def test_what_was_computed_in_its_company_goes_too(engine: Engine, tmp_path: Pat
     engine.ensure(PASSAGES[:2], document="one")
     engine.ensure(PASSAGES[2:3], document="two")
     library = engine.library
-    for company in ((PASSAGES[0],), (PASSAGES[2],)):
-        kv = replace(library.encode(PASSAGES[3]), company=company)
-        assert library.store.put(library.namespace.key(PASSAGES[3], company), kv)
+    for context in ((PASSAGES[0],), (PASSAGES[2],)):
+        kv = replace(library.encode(PASSAGES[3]), context=context)
+        assert library.store.put(library.namespace.key(PASSAGES[3], context), kv)
     engine.forget_document("one")
-    assert [entry.company for entry in library.store.entries() if entry.text == PASSAGES[3]] == [(PASSAGES[2],)]
+    assert [entry.context for entry in library.store.entries() if entry.text == PASSAGES[3]] == [(PASSAGES[2],)]
     assert not traces(tmp_path / "kv", PASSAGES[0])
     engine.forget([PASSAGES[2]])
-    assert not [entry for entry in library.store.entries() if entry.company]
+    assert not [entry for entry in library.store.entries() if entry.context]
 
 
 def test_forgetting_a_text_reaches_all_encodings_of_it(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_prompt_does_not_bring_back_what_another_process_forgot(tmp_path: Path
 def test_background_work_does_not_bring_back_what_another_process_forgot(tmp_path: Path) -> None:
     first, second = (open_engine(tmp_path) for _ in range(2))
     first.ensure(PASSAGES[:3])
-    with first._turns:  # nothing can be encoded meanwhile
+    with first.lock:  # nothing can be encoded meanwhile
         first.ensure_later([PASSAGES[3], PASSAGES[0]])  # the second waits behind the first
         until(lambda: first._background._busy)
         second.forget(PASSAGES[:1])

@@ -289,7 +289,7 @@ def test_the_begin_of_sequence_token_is_no_edge_of_the_first_chunk():
 def test_a_failure_late_in_reuse_leaves_no_counts_of_it_behind(engine, monkeypatch):
     prompt = prompt_of(engine, PASSAGES)
     engine.prefill(prompt)
-    monkeypatch.setattr(prefill, "fates", broken_once(prefill.fates))
+    monkeypatch.setattr(prefill, "token_sources", broken_once(prefill.token_sources))
     report = engine.prefill(prompt).report
     assert "full prefill" in report.fallbacks[0] and report.cached_tokens == 0
     assert (report.prefix, report.reused, report.recomputed, report.edges) == (0, 0, 0, 0)
@@ -818,7 +818,7 @@ def test_closing_or_cancelling_a_stream_ends_the_request(engine):
     prompt = prompt_of(engine, PASSAGES)
     with engine.stream(prompt, max_new_tokens=500, eos_token_id=-1) as stream:
         next(stream)
-    assert stream.report.finish_reason == "cancelled" and engine._seats.taken == 0
+    assert stream.report.finish_reason == "cancelled" and engine.limit.in_flight == 0
     cancel = threading.Event()
     cancel.set()
     stream = engine.stream(prompt, cancel=cancel)
@@ -849,7 +849,7 @@ def test_an_interrupt_during_generation_leaves_the_engine_working(engine, monkey
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompt, max_new_tokens=6)
     monkeypatch.undo()
-    assert engine.generate(prompt, max_new_tokens=6).ids == expected and engine._seats.taken == 0
+    assert engine.generate(prompt, max_new_tokens=6).ids == expected and engine.limit.in_flight == 0
 
 
 def test_a_call_inside_a_stream_does_not_wait_for_it(engine):

@@ -285,7 +285,7 @@ def test_passages_are_embedded_once_for_all_numbers_of_neighbours(
         return [[1.0, len(text)] for text in texts]
 
     monkeypatch.setattr("cacheclip_eval.command.mean_pooling", lambda: embed)
-    systems = [f"naive:company=similar,neighbours={count}" for count in (1, 2)]
+    systems = [f"naive:context=similar,neighbours={count}" for count in (1, 2)]
     done = evaluate(str(data(tmp_path / "set", "Who?")), "--methods", *systems)
     assert done.exit_code == 0, done.output
     assert [row["system"] for row in evaluate.rows()] == ["full", *systems] and asked == [list(PASSAGES[:2])]

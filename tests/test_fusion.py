@@ -1,4 +1,4 @@
-"""Fused KV: what it is, which prompt gets it, and that nothing of it outlives its company. On tiny random models."""
+"""Fused KV: what it is, which prompt gets it, and that nothing of it outlives its context. On tiny random models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cacheclip_eval import Item, Passage, access, run
-from cacheclip_eval.company import meeting
+from cacheclip_eval.contexts import meeting
 from cacheclip_eval.systems import parse
 from oracles import distance, own
 from tiny import CONFIGS, PASSAGES, tiny_backbone
@@ -33,7 +33,7 @@ from cacheclip_rag.corpus.usage import Usage
 from cacheclip_rag.frameworks.fuser import Fuser
 from cacheclip_rag.kv import variants as fusion_variants
 from cacheclip_rag.kv.encode import disorder
-from cacheclip_rag.kv.fit import LongestPath, Nearest, Ordered, overlap, suits
+from cacheclip_rag.kv.fit import LongestPath, Nearest, Ordered, context_fit, context_overlap
 from cacheclip_rag.methods import resolve
 
 _spec = spec_from_file_location("paths", Path(__file__).parent.parent / "benchmarks" / "paths.py")
@@ -72,7 +72,7 @@ def test_fused_behind_one_chunk_is_what_a_full_prefill_of_both_gives(kind: str) 
     assert ready.fuse({B: [A]}).encoded == 1
     chunk, whole = variants(ready).get(B, (A,)), own(kind, ids(PREFIX, A, B))
     start = len(PREFIX) + len(A)
-    assert chunk.position == start and chunk.company == (A,) and torch.equal(chunk.ids, ids(B))
+    assert chunk.position == start and chunk.context == (A,) and torch.equal(chunk.ids, ids(B))
     assert distance(chunk.keys, whole.keys[:, :, start:]) < 1e-4
     assert distance(chunk.values, whole.values[:, :, start:]) < 1e-4
 
@@ -109,7 +109,7 @@ def test_a_prompt_in_the_company_of_fusion_is_exact_without_recompute() -> None:
     ready.fuse({B: [A]})
     result = ready.prefill(prompt)
     assert distance(result.logits, full) < 1e-4
-    assert result.report.fallbacks == [] and [use.exact for use in result.report.chunks] == [True, False]
+    assert result.report.fallbacks == [] and [use.in_place for use in result.report.chunks] == [True, False]
     # Without fusion's leave, methods take what a chunk is by itself.
     assert distance(ready.prefill(prompt, method=NAIVE).logits, full) > 1e-2
 
@@ -124,7 +124,7 @@ def test_every_way_of_encoding_can_be_fused_and_ratio_one_is_full_prefill(method
     result = ready.prefill(prompt, recompute_ratio=0.5 if ready.method.recompute_ratio else None)
     assert result.report.fallbacks == []
     assert [
-        chunk and chunk.company
+        chunk and chunk.context
         for chunk in ready._encodings.reuse(ready.method.encode)._load(keys(ready, A, B, C), ready.method)[0]
     ] == [
         (),
@@ -147,9 +147,13 @@ def test_the_variant_with_most_in_common_with_what_stands_in_front_is_taken() ->
     assert choose([(), (A,), (A, B), (C, D)], [A, B]) == (A, B)
     assert choose([(), (A,), (A, B), (C, D)], [D, E]) == (C, D)
     assert choose([(), (A,), (A, B)], []) == ()  # nothing in front: the chunk by itself
-    assert choose([(), (A,), (B,)], [E]) == (B,)  # a stranger's company still beats none; of equals the newest
+    assert choose([(), (A,), (B,)], [E]) == (B,)  # a stranger's context still beats none; of equals the newest
     assert choose([()], [A]) == ()
-    assert overlap([A, B], [B, C]) == pytest.approx(1 / 3) and overlap([], []) == 1.0 and overlap([], [A]) == 0.0
+    assert (
+        context_overlap([A, B], [B, C]) == pytest.approx(1 / 3)
+        and context_overlap([], []) == 1.0
+        and context_overlap([], [A]) == 0.0
+    )
 
 
 def test_order_counts_against_a_variant_where_it_is_asked_to() -> None:
@@ -159,8 +163,13 @@ def test_order_counts_against_a_variant_where_it_is_asked_to() -> None:
     assert Ordered().choose([alone, turned, kept], before) == kept  # two of three, in order
     assert Ordered().choose([alone, (B, A, C), (A, D)], before) == (B, A, C)  # one pair of three: 2/3 against 1/4
     assert Ordered().choose([alone, (A,)], []) == alone and Ordered().choose([alone, (D,)], [A]) == (D,)
-    assert suits((), []) == 1.0 and suits((), [A]) == 0.0 and suits((A,), [B]) == 0.5 and suits((A,), [A]) == 1.0
-    assert suits((A, B), [A]) == 0.75 and suits((A,), []) == 0.5
+    assert (
+        context_fit((), []) == 1.0
+        and context_fit((), [A]) == 0.0
+        and context_fit((A,), [B]) == 0.5
+        and context_fit((A,), [A]) == 1.0
+    )
+    assert context_fit((A, B), [A]) == 0.75 and context_fit((A,), []) == 0.5
     assert disorder([A, B, C], [C, B, A]) == 1.0 and disorder([A, B], [B]) == disorder([], [A]) == 0.0
     assert disorder([A, B, C], [B, D, A, C]) == pytest.approx(1 / 3)
     assert resolve("epic:fused=order").fit == Ordered()
@@ -174,7 +183,7 @@ def test_what_stands_in_front_is_what_the_prompt_says() -> None:
     room = ready._encodings.reuse(ready.method.encode)
 
     def taken(*texts: str) -> list[tuple[str, ...]]:
-        return [chunk.company for chunk in room._load(keys(ready, *texts), ready.method)[0]]
+        return [chunk.context for chunk in room._load(keys(ready, *texts), ready.method)[0]]
 
     assert taken(A, C) == [(), (A,)] and taken(B, C) == [(), (B,)]
     assert taken(C, B, C) == [(), (C,), (B,)]  # twice in one prompt, each time in its place
@@ -185,15 +194,15 @@ def test_a_fused_chunk_right_behind_the_prefix_is_not_taken_for_exact() -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Last:
-        def choose(self, companies: Any, before: Any) -> Any:
-            return companies[-1]
+        def choose(self, contexts: Any, before: Any) -> Any:
+            return contexts[-1]
 
     ready, prompt = engine(), PREFIX + B + TAIL
     ready.ensure([A, B])
     ready.fuse({B: [A]})
     stubborn = dataclasses.replace(FUSED, fit=Last())
     (alone,), (behind,) = ready.prefill(prompt).report.chunks, ready.prefill(prompt, method=stubborn).report.chunks
-    assert alone.exact and not behind.exact
+    assert alone.in_place and not behind.in_place
 
 
 # ---- making --------------------------------------------------------------------------------------------------------
@@ -214,7 +223,7 @@ def test_what_is_there_is_not_made_again_and_the_oldest_makes_room() -> None:
 def test_fewer_neighbours_than_wanted_and_none_at_all() -> None:
     ready = engine()
     ready.ensure([A, B])
-    assert ready.fuse({A: [A], B: []}).encoded == 0  # itself is no company
+    assert ready.fuse({A: [A], B: []}).encoded == 0  # itself is no context
     assert variants(ready).of(A) == [()]
 
 
@@ -241,19 +250,19 @@ def test_strangers_are_left_out_and_reported() -> None:
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_chunks_are_fused_together_as_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     together, alone = engine(tiny_backbone(kind)), engine(tiny_backbone(kind))
-    companies = {A: [B, C, D], B: [C], C: [], D: [B, A], f" {B} ": [C]}  # the last is B again
+    contexts = {A: [B, C, D], B: [C], C: [], D: [B, A], f" {B} ": [C]}  # the last is B again
     for ready in (together, alone):
         ready.ensure([A, B, C, D])
-    for text, company in companies.items():
-        alone.fuse({text: company})
+    for text, context in contexts.items():
+        alone.fuse({text: context})
     made: list[int] = []
     once = fusion_variants.fused
     monkeypatch.setattr(fusion_variants, "fused", lambda *args: made.append(len(args[2])) or once(*args))
     monkeypatch.setitem(TOGETHER, "cpu", 10_000)
-    assert together.fuse(companies).encoded == 3 and made == [3]
-    for text, company in {A: (B, C, D), B: (C,), D: (B, A)}.items():
-        one, other = (variants(ready).get(text, company) for ready in (together, alone))
-        assert one.company == other.company == company and one.position == other.position
+    assert together.fuse(contexts).encoded == 3 and made == [3]
+    for text, context in {A: (B, C, D), B: (C,), D: (B, A)}.items():
+        one, other = (variants(ready).get(text, context) for ready in (together, alone))
+        assert one.context == other.context == context and one.position == other.position
         assert distance(one.keys, other.keys) < 1e-5 and distance(one.values, other.values) < 1e-5
 
 
@@ -338,7 +347,7 @@ def test_of_variants_that_are_gone_the_next_best_is_taken() -> None:
     ready.fuse({C: [A, B]})
     ready.fuse({C: [A]})
     prompt = PREFIX + A + B + C + TAIL
-    gone = [ready.library.key(C, company) for company in ((A, B), ())]  # what fits best, and the chunk by itself
+    gone = [ready.library.key(C, context) for context in ((A, B), ())]  # what fits best, and the chunk by itself
     ready.library.store.delete(gone)
     result = ready.prefill(prompt)
     assert result.report.fallbacks == [] and result.report.chunks[2].reused == len(C)
@@ -354,7 +363,7 @@ def test_of_variants_that_are_gone_the_next_best_is_taken() -> None:
 def test_a_fit_that_chooses_what_there_is_not_ends_in_prefill() -> None:
     @dataclasses.dataclass(frozen=True)
     class Stubborn:
-        def choose(self, companies: list[tuple[str, ...]], before: list[str]) -> tuple[str, ...]:
+        def choose(self, contexts: list[tuple[str, ...]], before: list[str]) -> tuple[str, ...]:
             return ("nobody",)
 
     ready = engine()
@@ -370,7 +379,7 @@ def test_forgetting_a_chunk_forgets_all_that_was_fused_with_it(tmp_path: Path) -
     other.prefill(PREFIX + A + TAIL)
     ready.fuse({A: [B], B: [C], C: [D, A], D: [C]})
     other.forget([A])  # the other process has not fused anything itself
-    assert {(e.text, e.company) for e in engine(store=tmp_path).library.store.entries()} == {
+    assert {(e.text, e.context) for e in engine(store=tmp_path).library.store.entries()} == {
         (B, ()),
         (C, ()),
         (D, ()),
@@ -622,10 +631,10 @@ def test_company_by_resemblance_is_sought_in_the_whole_corpus() -> None:
 
 def test_systems_with_different_company_share_a_store_and_not_their_variants(tmp_path: Path) -> None:
     ready, items = Engine(tiny_backbone()), [item("1", A, B, C), item("2", C, A, E)]
-    systems = parse(["naive:company=use", "naive:company=use,neighbours=1", "naive:company=prompts", "naive"])
+    systems = parse(["naive:context=use", "naive:context=use,neighbours=1", "naive:context=prompts", "naive"])
     systems = [
-        dataclasses.replace(s, meet=meeting(s.company, s.neighbours, items, [], lambda texts: 1 / 0))
-        if s.company
+        dataclasses.replace(s, meet=meeting(s.context, s.neighbours, items, [], lambda texts: 1 / 0))
+        if s.context
         else s
         for s in systems
     ]
@@ -638,16 +647,16 @@ def test_systems_with_different_company_share_a_store_and_not_their_variants(tmp
         == 0
     )
     (_, row) = map(json.loads, (tmp_path / "one.jsonl").read_text().splitlines())
-    assert row["kl"] == kl["naive:company=use,neighbours=1"]
+    assert row["kl"] == kl["naive:context=use,neighbours=1"]
 
 
 def test_the_bytes_of_a_system_that_fuses_are_those_of_chunks_and_variants(tmp_path: Path) -> None:
     """With "use", one variant of each chunk; of C, A and E and of B, C and A fused as prompts, all but the first."""
     items = [item("1", A, B, C), item("2", C, A, E)]
-    for company, variants_of in {"use": [A, B, C], "prompts": [A, C, A]}.items():
-        ready, path = Engine(tiny_backbone()), tmp_path / f"{company}.jsonl"
+    for context, variants_of in {"use": [A, B, C], "prompts": [A, C, A]}.items():
+        ready, path = Engine(tiny_backbone()), tmp_path / f"{context}.jsonl"
         fusing = dataclasses.replace(
-            parse([f"naive:company={company}"])[0], meet=meeting(company, 9, items, [], lambda texts: 1 / 0)
+            parse([f"naive:context={context}"])[0], meet=meeting(context, 9, items, [], lambda texts: 1 / 0)
         )
         assert run(ready, items[:1], [*parse(["naive"]), fusing], path, dataset="set", max_new_tokens=2) == 0
         _, plain, row = map(json.loads, path.read_text().splitlines())
@@ -657,7 +666,7 @@ def test_the_bytes_of_a_system_that_fuses_are_those_of_chunks_and_variants(tmp_p
         assert row["stored_tokens"] == plain["stored_tokens"] == len(A) + len(B) + len(C)
 
 
-@pytest.mark.parametrize("spec", ["naive:company=rumour", "naive:company=use,neighbours=0", "cachecraft:company=use"])
+@pytest.mark.parametrize("spec", ["naive:context=rumour", "naive:context=use,neighbours=0", "cachecraft:context=use"])
 def test_systems_that_cannot_be_fused_are_refused(spec: str) -> None:
     with pytest.raises(ConfigurationError):
         parse([spec])
@@ -667,7 +676,7 @@ def test_a_company_that_does_not_fit_is_no_row_of_another_one(tmp_path: Path, mo
     """It would be reused by itself, or behind fewer, and the row would say otherwise."""
     ready = Engine(tiny_backbone(), method="naive")
     monkeypatch.setattr(ready.backbone, "window", 2 * len(A) + len(ready.library.prefix_ids))
-    [system] = parse(["naive:company=use"])
+    [system] = parse(["naive:context=use"])
     meet = meeting("use", 9, [item("1", A, B, C)], [], None)
     with pytest.raises(ConfigurationError, match="fewer neighbours"):
         access.fuse(ready, system.recipe, meet(item("1", A, B, C)))
@@ -684,21 +693,28 @@ def test_usage_counts_who_is_met_and_where() -> None:
         usage.note(names)
     assert [usage.uses(name) for name in "abcd"] == [3, 4, 2, 0]
     # Met a: b three times, once in front (3 * 2/5), c twice, once in front (2 * 1/2).
-    assert usage.company("a", 5) == ["b", "c"] and usage.company("b", 1) == ["a"] and usage.company("d", 3) == []
+    assert (
+        usage.expected_context("a", 5) == ["b", "c"]
+        and usage.expected_context("b", 1) == ["a"]
+        and usage.expected_context("d", 3) == []
+    )
     assert usage.hot(3) == ["b", "a"] and usage.hot(9) == []
     usage.forget(["b"])
-    assert usage.company("a", 5) == ["c"] and usage.hot(1) == ["a", "c"]
+    assert usage.expected_context("a", 5) == ["c"] and usage.hot(1) == ["a", "c"]
 
 
 def test_who_stood_behind_may_come_in_front_unless_the_order_is_fixed() -> None:
     usage = Usage()
     usage.note(["a", "b", "c"])
     # All were met once: those in front are expected there with 2/3, those behind with 1/3.
-    assert usage.company("a", 5) == ["b", "c"] and usage.company("b", 5) == ["a", "c"]
+    assert usage.expected_context("a", 5) == ["b", "c"] and usage.expected_context("b", 5) == ["a", "c"]
     usage.note(["a", "b"])
-    assert usage.company("a", 5) == ["c"] and usage.company("b", 5) == ["a", "c"]  # b came behind a both times
+    assert usage.expected_context("a", 5) == ["c"] and usage.expected_context("b", 5) == [
+        "a",
+        "c",
+    ]  # b came behind a both times
     usage.note(["b", "a"])
-    assert usage.company("a", 5) == ["b", "c"]  # 3 * 2/5 and 1 * 1/3
+    assert usage.expected_context("a", 5) == ["b", "c"]  # 3 * 2/5 and 1 * 1/3
 
 
 def test_usage_is_bounded_and_keeps_what_counts() -> None:
@@ -706,7 +722,7 @@ def test_usage_is_bounded_and_keeps_what_counts() -> None:
     for number in range(200):
         usage.note(["often", f"once {number}", "hub"])
     assert len(usage._seen) == 10 and max(map(len, usage._seen.values())) <= 2 * 4 + 1
-    assert usage.uses("hub") == usage.uses("often") == 200 and usage.company("hub", 1) == ["often"]
+    assert usage.uses("hub") == usage.uses("often") == 200 and usage.expected_context("hub", 1) == ["often"]
 
 
 def test_usage_of_two_processes_adds_up_and_survives(tmp_path: Path) -> None:
@@ -717,9 +733,9 @@ def test_usage_of_two_processes_adds_up_and_survives(tmp_path: Path) -> None:
     two.note(["c"])
     one.save(), two.save(), one.save()
     again = Usage(path)
-    assert [again.uses(name) for name in "abc"] == [2, 2, 1] and again.company("b", 3) == ["a"]
+    assert [again.uses(name) for name in "abc"] == [2, 2, 1] and again.expected_context("b", 3) == ["a"]
     two.forget(["a"])
-    assert Usage(path).company("b", 3) == [] and '"a"' not in path.read_text()
+    assert Usage(path).expected_context("b", 3) == [] and '"a"' not in path.read_text()
     path.write_text("{damaged")
     assert Usage(path).hot(1) == []
     one.note(["a"])
@@ -736,7 +752,7 @@ def test_a_usage_file_that_cannot_be_true_is_not_read(tmp_path: Path, count: str
     kept.save()
     path.write_text(path.read_text().replace('"a": 1', f'"a": {count}', 1))
     again = Usage(path)
-    assert again.hot(1) == [] and again.company("b", 3) == []
+    assert again.hot(1) == [] and again.expected_context("b", 3) == []
 
 
 def test_counts_that_cannot_be_kept_are_not_tried_at_every_prompt(tmp_path: Path) -> None:
@@ -759,7 +775,7 @@ def test_chunks_are_fused_with_those_they_come_with(tmp_path: Path) -> None:
     again = engine(store=tmp_path)
     assert again.fuse_used(least=1).encoded == 1 and fused_of(again)(B) == [(), (A, C)]
     again.forget([A])
-    assert again.usage.company(again.library.key(B), 9) == [again.library.key(C)]
+    assert again.usage.expected_context(again.library.key(B), 9) == [again.library.key(C)]
 
 
 def test_counts_of_an_engine_that_was_never_closed_are_kept(tmp_path: Path) -> None:
@@ -815,10 +831,10 @@ def test_a_sequence_whose_kv_is_gone_is_computed_again_and_kept() -> None:
     ready = engine()
     ready.ensure([A, B])
     assert ready.fuse_in_order([[A, B]]).encoded == 1
-    key = ready.library.key(B, (A,), joint=True)
+    key = ready.library.key(B, (A,), in_sequence=True)
     ready.library.store.delete([key])
     assert ready.fuse_in_order([[A, B]]).encoded == 1 and key in ready.library.store
-    assert variants(ready).get(B, (A,)).company == (A,)
+    assert variants(ready).get(B, (A,)).context == (A,)
 
 
 def test_sequences_share_what_they_have_in_common_and_know_no_strangers(tmp_path: Path) -> None:
@@ -830,8 +846,8 @@ def test_sequences_share_what_they_have_in_common_and_know_no_strangers(tmp_path
     ]
     again = engine(store=tmp_path)
     assert fused_of(again)(C) == [(), (A, B)]
-    (entry,) = [e for e in again.library.store.entries() if e.text == C and e.company]
-    assert entry.joint and again.library.get(entry.key).joint
+    (entry,) = [e for e in again.library.store.entries() if e.text == C and e.context]
+    assert entry.in_sequence and again.library.get(entry.key).in_sequence
     again.forget([A])
     assert fused_of(again)(C) == [()]
 
@@ -886,7 +902,7 @@ def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
     both = len(B + C)  # A's KV is exact: it stands right behind the prefix it was computed behind
     alone = answered()
     assert alone.fit == 0.0 and alone.requested_ratio == 0.4 and alone.recomputed == int(0.4 * both)
-    ready.fuse({C: [D]})  # a stranger's company counts half
+    ready.fuse({C: [D]})  # a stranger's context counts half
     half = answered()
     assert half.fit == pytest.approx(len(C) / 2 / both, abs=1e-3) and half.ratio < alone.ratio
     ready.fuse({B: [A]})
@@ -944,7 +960,7 @@ def test_what_another_process_forgets_while_it_is_fused_is_not_kept(
     result = ready.fuse_in_order([[A, B]])
     assert result.encoded == 0 and "forgotten meanwhile" in result.skipped[0][1]
     monkeypatch.undo()
-    assert not any(entry.company for entry in engine(store=tmp_path).library.store.entries())
+    assert not any(entry.context for entry in engine(store=tmp_path).library.store.entries())
 
 
 def test_chunks_without_a_known_neighbour_are_said_not_to_be_fused() -> None:
@@ -1006,7 +1022,7 @@ def test_a_variant_that_is_gone_is_made_again() -> None:
     ready.fuse({B: [A]})
     ready.library.store.delete([ready.library.key(B, (A,))])
     assert ready.fuse({B: [A]}).encoded == 1 and ready.fuse({B: [A]}).encoded == 0
-    assert variants(ready).get(B, (A,)).company == (A,)
+    assert variants(ready).get(B, (A,)).context == (A,)
 
 
 def test_of_too_many_variants_the_one_unused_for_longest_goes_after_a_restart(tmp_path: Path) -> None:
@@ -1015,7 +1031,7 @@ def test_of_too_many_variants_the_one_unused_for_longest_goes_after_a_restart(tm
         first.ensure(texts)
         for number, other in enumerate(texts[1:4]):
             first.fuse({texts[0]: [other]})
-            [new] = [e for e in first.library.store.entries() if e.company == (other,)]
+            [new] = [e for e in first.library.store.entries() if e.context == (other,)]
             [path] = tmp_path.rglob(f"{new.key}.safetensors")
             os.utime(path, (1_000 - number, 1_000 - number))  # what came last was used least recently
     with engine(store=tmp_path) as again:

@@ -189,7 +189,7 @@ def test_a_chunk_behind_its_prefix_is_not_taken_for_exact() -> None:
     engine.ensure(PASSAGES[:1])
     prompt = engine.backbone.shared_prefix() + PASSAGES[0] + "\n\nWho?<|im_end|>\n<|im_start|>assistant\n"
     report = engine.prefill(prompt, recompute_ratio=0.5).report
-    assert not report.chunks[0].exact and report.recomputed == len(PASSAGES[0]) // 2
+    assert not report.chunks[0].in_place and report.recomputed == len(PASSAGES[0]) // 2
 
 
 def test_the_first_use_gives_what_later_ones_give() -> None:

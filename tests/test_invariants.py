@@ -199,7 +199,7 @@ def test_a_prompt_that_begins_with_the_shared_prefix_and_one_chunk_is_exact_with
     prompt = engine.backbone.shared_prefix() + PASSAGES[0] + "\n\nWho?<|im_end|>\n<|im_start|>assistant\n"
     naive = engine.prefill(prompt, method="naive")
     full = engine.prefill(prompt, method="full")
-    assert naive.report.chunks[0].exact and naive.report.reused == len(PASSAGES[0])
+    assert naive.report.chunks[0].in_place and naive.report.reused == len(PASSAGES[0])
     assert distance(naive.logits, full.logits) < 1e-4
     # Nothing of an exact chunk is worth recomputing.
     assert engine.prefill(prompt, method="query_guided", recompute_ratio=0.5).report.recomputed == 0

@@ -34,7 +34,7 @@ def test_fifty_at_once_get_the_answers_of_one_after_another(backbone: Backbone) 
         most, taken = [0], engine._prefill
 
         def watched(*arguments: Any) -> Any:
-            most[0] = max(most[0], engine._seats.taken)
+            most[0] = max(most[0], engine.limit.in_flight)
             return taken(*arguments)
 
         engine._prefill = watched  # type: ignore[method-assign]
@@ -42,7 +42,7 @@ def test_fifty_at_once_get_the_answers_of_one_after_another(backbone: Backbone) 
             answers = list(pool.map(lambda prompt: engine.generate(prompt, max_new_tokens=6), asked))
         assert [answer.ids for answer in answers] == expected
         assert all(len(answer.report.chunks) == 2 and not answer.report.fallbacks for answer in answers)
-        assert 1 < most[0] <= 8 and engine._seats.taken == 0
+        assert 1 < most[0] <= 8 and engine.limit.in_flight == 0
 
 
 def test_requests_interleave_at_decoding_steps(backbone: Backbone) -> None:
@@ -63,12 +63,12 @@ def test_a_stream_keeps_its_seat_until_it_is_closed(backbone: Backbone) -> None:
         answers: list[Any] = []
         waiting = threading.Thread(target=lambda: answers.append(engine.generate("Next.", max_new_tokens=2)))
         waiting.start()
-        while not engine._seats._queue:
+        while not engine.limit._queue:
             waiting.join(0.001)
         assert not answers
         first.close()
         waiting.join(60)
-        assert answers[0].ids == expected and engine._seats.taken == 0
+        assert answers[0].ids == expected and engine.limit.in_flight == 0
 
 
 def test_a_request_that_waits_can_be_cancelled(backbone: Backbone) -> None:
@@ -79,12 +79,12 @@ def test_a_request_that_waits_can_be_cancelled(backbone: Backbone) -> None:
             results: list[Any] = []
             waiting = threading.Thread(target=lambda: results.append(engine.generate("Next.", cancel=cancel)))
             waiting.start()
-            while not engine._seats._queue:
+            while not engine.limit._queue:
                 waiting.join(0.001)
             cancel.set()
             waiting.join(60)
             assert results[0].text == "" and results[0].report.finish_reason == "cancelled"
-        assert engine._seats.taken == 0 and engine.generate("Next.", max_new_tokens=2).ids
+        assert engine.limit.in_flight == 0 and engine.generate("Next.", max_new_tokens=2).ids
 
 
 def test_an_error_gives_the_seat_back(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_an_error_gives_the_seat_back(backbone: Backbone, monkeypatch: pytest.Mo
             patch.setattr(engine.backbone, "generate", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("gone")))
             with pytest.raises(RuntimeError, match="gone"):
                 engine.generate("First.")
-        assert engine._seats.taken == 0 and engine.generate("Next.", max_new_tokens=2).ids
+        assert engine.limit.in_flight == 0 and engine.generate("Next.", max_new_tokens=2).ids
 
 
 def test_no_seats_at_all_make_no_engine(backbone: Backbone) -> None:

@@ -181,7 +181,7 @@ def test_a_chunk_that_is_exact_where_it_stands_moves_as_well(engine):
     moved = set()
     for texts in permutations(PASSAGES[:3]):
         asked = engine.backbone.chat([{"role": "user", "content": "\n\n".join(texts) + "\n\nWho built it?"}])
-        assert engine.prefill(asked, method="naive").report.chunks[0].exact
+        assert engine.prefill(asked, method="naive").report.chunks[0].in_place
         result = engine.prefill(asked, method="infoflow:reorder=True")
         moved.add(min(range(3), key=lambda n: result.layout.prompt.index(texts[n])))
     assert moved > {0}  # before, what stood first stayed first whatever the question pointed at

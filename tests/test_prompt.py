@@ -221,7 +221,7 @@ def test_of_equal_matches_the_hinted_one_wins() -> None:
 
 
 def test_of_equal_matches_the_chunk_that_is_there_whole_wins() -> None:
-    """Its KV is of nothing but what is there; the longer chunk's would be as good, and its company another's."""
+    """Its KV is of nothing but what is there; the longer chunk's would be as good, and its context another's."""
     index, text = ChunkIndex(), "The ferry to Senn leaves from the old quay at seven, at noon and once more at six. "
     longer = text + "In winter it does not go at all."
     index.add("longer", longer)

@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 from cacheclip_rag import METHODS, Engine
 from cacheclip_rag.chunks import ChunkKV
 from cacheclip_rag.errors import NotComposable
-from cacheclip_rag.kv.encode.harvested import Harvested, Variant, Variants, contextualisation, fix_overhead
+from cacheclip_rag.kv.encode.harvested import (
+    Harvested,
+    HarvestedVariant,
+    HarvestedVariants,
+    contextualisation,
+    fix_overhead,
+)
 from cacheclip_rag.kv.prefix_caching import DocumentTree, PrefixBlocks
 from cacheclip_rag.methods import Method, resolve
 from cacheclip_rag.methods.recompute import Once
@@ -304,21 +310,21 @@ def test_contextualisation_and_overhead_on_cases_by_hand():
     assert fix_overhead(0.8, inter, "abc", "", alpha=3.0) == 1.0
 
 
-def variant(before: str, **inter: float) -> Variant:
+def variant(before: str, **inter: float) -> HarvestedVariant:
     empty = torch.empty(0)
-    return Variant(ChunkKV("", empty, empty, empty, empty, 0), tuple(before), inter, cci=0.8)
+    return HarvestedVariant(ChunkKV("", empty, empty, empty, empty, 0), tuple(before), inter, cci=0.8)
 
 
 def test_the_variant_with_the_lowest_overhead_is_taken_and_caps_hold():
-    variants = Variants(Harvested(chunks=2, variants=3))
+    variants = HarvestedVariants(Harvested(chunks=2, variants=3))
     first, second, third = variant("ab", a=1.0, b=1.0), variant("ac", a=3.0, c=1.0), variant("")
     for v in (first, second, second):
         variants.add("x", v)
     assert variants.best("x", "ac") == (second, 0.0)
     assert variants.best("x", "a")[0] is second and variants.best("x", "b")[0] is first
     variants.add("x", third)
-    assert variants.best("x", "c")[0] is third, "it leaned on nobody"
-    assert variants.best("x", "ac")[0] is second, "just as low, and it has seen this company"
+    assert variants.best("x", "c")[0] is third, "it paid attention to no other chunk"
+    assert variants.best("x", "ac")[0] is second, "just as low, and it was computed behind this chunk"
     variants.add("x", variant("d", d=1.0))  # a fourth: the least used goes
     assert len(variants._kept["x"]) == 3 and first not in variants._kept["x"]
     variants.add("y", variant(""))
@@ -346,8 +352,8 @@ def test_harvested_masses_are_transformers_attentions(kind):
         assert v.before == tuple(names[:i]) and v.inter == pytest.approx(
             {names[j]: float(p.sum()) for j, p in enumerate(paid)}, rel=1e-3
         )
-        leaned = sum((p.sum(dim=1) for p in paid), torch.zeros(size[i]))
-        assert torch.allclose(v.kv.extra["leaned"], leaned, atol=1e-5)
+        inter_attention = sum((p.sum(dim=1) for p in paid), torch.zeros(size[i]))
+        assert torch.allclose(v.kv.extra["inter_attention"], inter_attention, atol=1e-5)
         a = sum(float(p.sum()) / (size[i] * size[j]) for j, p in enumerate(paid))
         b = float(attention[parts[i], parts[i]].sum()) / size[i] ** 2
         assert v.cci == pytest.approx(1 / (1 + math.exp(-a / b)), rel=1e-4)
@@ -364,7 +370,7 @@ def test_cachecraft_recomputes_the_tokens_that_leaned_most():
         before = [engine.library.key(PASSAGES[j]) for j in (2, 0, 1)[:number]]
         count = math.ceil(fix_overhead(v.cci, v.inter, v.before, before) * len(PASSAGES[i]))
         rows = (request.layout.chunk == number).nonzero()[:, 0]
-        expected += rows[sorted_top(v.kv.extra["leaned"], count)].tolist()
+        expected += rows[sorted_top(v.kv.extra["inter_attention"], count)].tolist()
     assert seen["chosen"].tolist() == expected and len(expected) > len(PASSAGES[2]) / 2
 
 

@@ -95,13 +95,13 @@ def open_engine(folder: Path, remote: Remote, **options: Any) -> Engine:
 
 
 def left_alone_at(remote: Remote, folder: Path, **options: Any) -> None:
-    """Two documents' chunks and a variant in company, at the remote only, with the notes of whose they are."""
+    """Two documents' chunks and a variant behind other chunks, at the remote only, with the notes of whose they are."""
     with open_engine(folder, remote, **options) as engine:
         engine.ensure(PASSAGES[:2], document="one")
         engine.ensure(PASSAGES[1:3], document="two")
         library = engine.library
-        kv = replace(library.encode(PASSAGES[3]), company=(PASSAGES[0],))
-        library.store.put(library.namespace.key(PASSAGES[3], kv.company), kv)
+        kv = replace(library.encode(PASSAGES[3]), context=(PASSAGES[0],))
+        library.store.put(library.namespace.key(PASSAGES[3], kv.context), kv)
     for path in folder.rglob("*.safetensors"):
         path.unlink()
 
@@ -113,7 +113,7 @@ def test_a_document_that_only_the_remote_holds_is_forgotten(remote: Remote, tmp_
     with open_engine(tmp_path / "one", remote) as engine:
         assert not engine.knows(PASSAGES[0])
         engine.forget_document("one")
-        assert there(remote)[:2] == sorted(("", text) for text in PASSAGES[1:3]), "and what was in its company"
+        assert there(remote)[:2] == sorted(("", text) for text in PASSAGES[1:3]), "and what was in its context"
         assert len(there(remote)) == 6, "another tenant's"
         engine.forget_document("two")
     assert {tenant for tenant, _ in there(remote)} == {"acme"}

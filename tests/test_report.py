@@ -18,8 +18,7 @@ from rich.console import Console
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import ChunkUse, Engine, Report
-from cacheclip_rag.report import Fate, Fates
-from cacheclip_rag.report import summary as story
+from cacheclip_rag.report import TokenSource, TokenSources, summary
 
 HOSTILE = (
     "</span></div><script>alert('owned')</script><img src=x onerror=\"alert(1)\"> & <style>*{display:none}</style> "
@@ -42,11 +41,13 @@ def ask(engine: Engine, *texts: str, **options: object) -> Report:
 def made(runs: int, chunks: int = 0) -> Report:
     """A report with this many runs of two tokens of four characters, by turns reused, recomputed and fresh."""
     tokens = 2 * runs
-    kinds = np.repeat(np.resize([Fate.REUSED, Fate.RECOMPUTED, Fate.FRESH], runs), 2)
+    kinds = np.repeat(np.resize([TokenSource.REUSED, TokenSource.RECOMPUTED, TokenSource.FRESH], runs), 2)
     report = Report("naive", 0.1, prompt_tokens=tokens, ttft=1.0, seconds={"recompute": 0.9})
-    report.fates = Fates.of("word" * tokens, 4 * np.arange(tokens), kinds)
-    counts = report.fates.counts()
-    report.reused, report.recomputed, report.fresh = (counts[f] for f in (Fate.REUSED, Fate.RECOMPUTED, Fate.FRESH))
+    report.token_sources = TokenSources.of("word" * tokens, 4 * np.arange(tokens), kinds)
+    counts = report.token_sources.counts()
+    report.reused, report.recomputed, report.fresh = (
+        counts[f] for f in (TokenSource.REUSED, TokenSource.RECOMPUTED, TokenSource.FRESH)
+    )
     report.chunks = [ChunkUse(f"key{n}", 8 * n, 8 * n + 8, 2, 0, 0, True, False) for n in range(chunks)]
     return report
 
@@ -56,35 +57,35 @@ def test_every_token_has_the_fate_it_was_counted_under(engine: Engine, method: s
     engine.ensure(PASSAGES, method=method)
     for texts in (PASSAGES[:3], PASSAGES[:2], ["Nobody has read this yet, and yet it is long enough to be a chunk."]):
         report = ask(engine, *texts, method=method)
-        assert report.fates is not None
-        counts = report.fates.counts()
-        assert sum(counts.values()) == report.fates.tokens == report.prompt_tokens
-        assert counts[Fate.PREFIX] == report.prefix
-        assert counts[Fate.REUSED] + counts[Fate.EXACT] == report.reused
-        assert counts[Fate.RECOMPUTED] == report.recomputed
-        assert counts[Fate.FRESH] + counts[Fate.EDGE] == report.fresh
+        assert report.token_sources is not None
+        counts = report.token_sources.counts()
+        assert sum(counts.values()) == report.token_sources.tokens == report.prompt_tokens
+        assert counts[TokenSource.PREFIX] == report.prefix
+        assert counts[TokenSource.REUSED] + counts[TokenSource.IN_PLACE] == report.reused
+        assert counts[TokenSource.RECOMPUTED] == report.recomputed
+        assert counts[TokenSource.FRESH] + counts[TokenSource.EDGE] == report.fresh
 
 
 def test_runs_are_the_whole_prompt_cut_at_chunks(engine: Engine) -> None:
     report = ask(engine, *PASSAGES[:3])
-    assert report.fates is not None
-    pieces = list(story.pieces(report))
-    prompt = report.fates.prompt
+    assert report.token_sources is not None
+    pieces = list(summary.pieces(report))
+    prompt = report.token_sources.prompt
     assert "".join(prompt[run.start : run.end] for piece in pieces for run in piece.runs) == prompt
     inside = [piece for piece in pieces if piece.use is not None]
     assert [prompt[p.runs[0].start : p.runs[-1].end] for p in inside] == PASSAGES[:3]
     for piece in inside:  # and each chunk's own counts are those of its runs
         assert piece.use is not None
-        reused = sum(run.tokens for run in piece.runs if run.fate in (Fate.REUSED, Fate.EXACT))
-        recomputed = sum(run.tokens for run in piece.runs if run.fate is Fate.RECOMPUTED)
+        reused = sum(run.tokens for run in piece.runs if run.source in (TokenSource.REUSED, TokenSource.IN_PLACE))
+        recomputed = sum(run.tokens for run in piece.runs if run.source is TokenSource.RECOMPUTED)
         assert (reused, recomputed) == (piece.use.reused, piece.use.recomputed)
 
 
 def test_a_chunk_behind_its_own_prefix_is_exact(engine: Engine) -> None:
     head = engine.backbone.shared_prefix()
     report = engine.generate(head + PASSAGES[3] + "\n\nWho won?", max_new_tokens=1, method="naive").report
-    assert report.chunks[0].exact and report.fates is not None
-    assert report.fates.counts()[Fate.EXACT] == report.chunks[0].reused > 0
+    assert report.chunks[0].in_place and report.token_sources is not None
+    assert report.token_sources.counts()[TokenSource.IN_PLACE] == report.chunks[0].reused > 0
 
 
 def test_numbers_carry_no_text(engine: Engine) -> None:
@@ -135,19 +136,21 @@ def test_html_is_escaped(engine: Engine) -> None:
     page = Page(report._repr_html_())
     assert not {"script", "img"} & set(page.tags) and page.tags.count("style") == 1
     assert not any(name.startswith("on") for name in page.attributes)
-    assert report.fates is not None and page.text == report.fates.prompt
+    assert report.token_sources is not None and page.text == report.token_sources.prompt
 
 
 def test_html_is_made_of_runs() -> None:
     report = made(runs=4000, chunks=20)
     page = report._repr_html_()
-    assert report.fates is not None and report.fates.tokens == 8000 and len(report.fates) == 4000
+    assert (
+        report.token_sources is not None and report.token_sources.tokens == 8000 and len(report.token_sources) == 4000
+    )
     assert page.count("<span") < 4000 + 100
-    assert page.count("<path") == 4  # one for each fate there is, and the ticks
+    assert page.count("<path") == 4  # one for each source there is, and the ticks
     assert len(page) < 400_000
     quiet = made(runs=1)
-    assert quiet.fates is not None
-    quiet.fates = Fates.of("word" * 8000, 4 * np.arange(8000), np.full(8000, Fate.REUSED))
+    assert quiet.token_sources is not None
+    quiet.token_sources = TokenSources.of("word" * 8000, 4 * np.arange(8000), np.full(8000, TokenSource.REUSED))
     assert len(quiet._repr_html_()) < 8000 * 4 + 10_000
 
 
@@ -172,7 +175,7 @@ def test_terminal_tells_the_same_and_is_not_steered(engine: Engine) -> None:
     assert "\x1b[2J" not in text and "\x1b]0;" not in text
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert "\x1b" not in plain
-    assert "100.0x sooner than a full prefill" in plain
+    assert "100.0x faster to the first token than a full prefill" in plain
     assert f"{report.cached_tokens:,} of {report.prompt_tokens:,} prompt tokens from cache" in plain
     assert f"recomputed {report.recomputed:,}" in plain
     assert "The lighthouse at Cape Morrow" in plain
@@ -192,22 +195,22 @@ def test_plot_draws_every_token_once(engine: Engine) -> None:
 
 
 def test_a_full_prefill_is_estimated_or_measured() -> None:
-    report = made(runs=30)  # 20 of each fate, so 40 of 60 were computed in 0.9 s
-    estimate = story.full_prefill(report)
+    report = made(runs=30)  # 20 of each source, so 40 of 60 were computed in 0.9 s
+    estimate = summary.full_prefill(report)
     assert estimate is not None and estimate == (pytest.approx(0.9 * 60 / 40), False)
-    assert "about 1.4x sooner" in story.comparison(report)
+    assert "about 1.4x faster" in summary.comparison(report)
     report.full_prefill = 0.5
-    assert story.comparison(report) == "no sooner than a full prefill (0.50 s)"
-    assert story.full_prefill(Report("full", 1.0, prompt_tokens=9, fresh=9, seconds={"recompute": 1.0})) is None
+    assert summary.comparison(report) == "no faster to the first token than a full prefill (0.50 s)"
+    assert summary.full_prefill(Report("full", 1.0, prompt_tokens=9, fresh=9, seconds={"recompute": 1.0})) is None
 
 
 def test_what_was_missed_is_explained(engine: Engine) -> None:
     unknown = ask(engine, "This text was never ingested, but it is as long as any chunk that is worth keeping.")
-    assert any("not ingested" in reason for reason in story.reasons(unknown))
+    assert any("not ingested" in reason for reason in summary.reasons(unknown))
     part = ask(engine, PASSAGES[0][:150])
-    assert any("only in part" in reason for reason in story.reasons(part))
-    assert "only a part" in story.remark(part.chunks[0])
-    assert story.reasons(ask(engine, *PASSAGES[:2])) == []
+    assert any("only in part" in reason for reason in summary.reasons(part))
+    assert "only a part" in summary.remark(part.chunks[0])
+    assert summary.reasons(ask(engine, *PASSAGES[:2])) == []
 
 
 # ---- in a real browser ----------------------------------------------------------------------------------------------
@@ -243,8 +246,8 @@ def test_it_looks_right_in_a_browser(engine: Engine, tmp_path: Path) -> None:
     light, dark = screenshot(page, dark=False), screenshot(page, dark=True)
     for image, ground in ((light, "#ffffff"), (dark, "#17191d")):
         assert share(image, ground) > 0.2
-        for fate in (Fate.REUSED, Fate.RECOMPUTED, Fate.FRESH):
-            assert share(image, story.COLOURS[fate]) > 0.0005, fate  # in the strip and the legend
+        for source in (TokenSource.REUSED, TokenSource.RECOMPUTED, TokenSource.FRESH):
+            assert share(image, summary.COLOURS[source]) > 0.0005, source  # in the strip and the legend
         # something is written, in a colour that stands out: the hostile <style> hid nothing
         brightness = image.mean(axis=-1)
         assert ((brightness > 160) if image is dark else (brightness < 90)).mean() > 0.01

@@ -1,4 +1,4 @@
-"""Chunk KV at rest: what a store promises, in the face of crashes, damage, full disks and company."""
+"""Chunk KV at rest: what a store promises, in the face of crashes, damage, full disks and context."""
 
 from __future__ import annotations
 

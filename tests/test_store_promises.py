@@ -632,35 +632,35 @@ def test_no_memory_is_left_behind(tmp_path: Path) -> None:
     assert [path.name for path in store.path.iterdir()] == ["namespace.json"]
 
 
-# ---- company -----------------------------------------------------------------------------------------------------
+# ---- context -----------------------------------------------------------------------------------------------------
 
 
 def test_the_company_a_chunk_was_computed_in_is_part_of_what_it_is(tmp_path: Path) -> None:
     store = open_disk(tmp_path)
-    alone, fused = make("text"), replace(make("text", seed=1), company=("one", "two"))
-    keys = [ONE.key("text", company) for company in ((), ("one", "two"), ("two", "one"), ("onetwo",))]
+    alone, fused = make("text"), replace(make("text", seed=1), context=("one", "two"))
+    keys = [ONE.key("text", context) for context in ((), ("one", "two"), ("two", "one"), ("onetwo",))]
     assert len(set(keys)) == 4
     assert store.put(keys[0], alone) and store.put(keys[1], fused)
     again = open_disk(tmp_path)
     assert same(again.get(keys[0]), alone) and same(again.get(keys[1]), fused)
-    assert {entry.key: entry.company for entry in again.entries()} == {keys[0]: (), keys[1]: ("one", "two")}
+    assert {entry.key: entry.context for entry in again.entries()} == {keys[0]: (), keys[1]: ("one", "two")}
     got = again.get(keys[1])
-    assert got is not None and got.company == ("one", "two")
-    path_of(store, keys[2]).write_bytes(path_of(store, keys[1]).read_bytes())  # under the name of another company
+    assert got is not None and got.context == ("one", "two")
+    path_of(store, keys[2]).write_bytes(path_of(store, keys[1]).read_bytes())  # under the name of another context
     assert open_disk(tmp_path).get(keys[2]) is None
-    assert not store.put(keys[3], replace(alone, company=("\ud800",)))  # no valid Unicode: not kept, nothing raised
+    assert not store.put(keys[3], replace(alone, context=("\ud800",)))  # no valid Unicode: not kept, nothing raised
 
 
-@pytest.mark.parametrize("company", ["[1]", "{}", "[", '"one"'])
-def test_a_company_that_is_no_list_of_texts_is_damage(company: str) -> None:
+@pytest.mark.parametrize("context", ["[1]", "{}", "[", '"one"'])
+def test_a_company_that_is_no_list_of_texts_is_damage(context: str) -> None:
     with pytest.raises(format.Rejected, match="damaged header"):
-        format.company({"company": company})
+        format.context({"company": context})
 
 
 def test_forgetting_a_text_forgets_what_was_computed_with_it(tmp_path: Path) -> None:
     store = open_disk(tmp_path)
-    for text, company in (("a", ()), ("b", ("a secret", "c")), ("c", ("b",)), ("a secret", ())):
-        assert store.put(ONE.key(text, company), replace(make(text), company=company))
+    for text, context in (("a", ()), ("b", ("a secret", "c")), ("c", ("b",)), ("a secret", ())):
+        assert store.put(ONE.key(text, context), replace(make(text), context=context))
     gone = Administration(tmp_path).forget(lambda text: "secret" in text)
     assert {stored.text for stored in gone} == {"a secret", "b"}
     assert {stored.text for stored in Administration(tmp_path).entries()} == {"a", "c"}

@@ -24,7 +24,7 @@ from . import store as store_cli
 
 
 class _Group(TyperGroup):
-    """Turns the errors that this package raises on purpose into one line on stderr, for every command."""
+    """FairLock the errors that this package raises on purpose into one line on stderr, for every command."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -291,7 +291,7 @@ def fuse(
                 progress("embedding", 0, 0)
                 neighbours = nearest(texts, mean_pooling(), count)
             else:
-                neighbours = engine.company(least, count)
+                neighbours = engine.context(least, count)
             result = engine.fuse(neighbours, lambda done: progress("fusing chunks", done, len(neighbours)))
     if not neighbours and not as_json:
         typer.echo(f"no chunk came in {least} prompts yet, so nothing was fused; --similar needs no prompts")

@@ -82,7 +82,7 @@ def list_(
     found = sorted(_open(store, remote).entries(namespace), key=lambda stored: -stored.used)
     if as_json:
         return _print(
-            [{k: v for k, v in asdict(stored).items() if text or k not in ("text", "company")} for stored in found]
+            [{k: v for k, v in asdict(stored).items() if text or k not in ("text", "context")} for stored in found]
         )
     for stored in found:
         shown = stored.text if text else stored.text[:60]

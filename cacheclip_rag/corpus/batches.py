@@ -13,7 +13,7 @@ MOST = 64
 """How many chunks at most, so that progress shows where all of them are there already."""
 
 
-def together(device: torch.device) -> int:
+def batch_characters(device: torch.device) -> int:
     """`TOGETHER` of this device."""
     return TOGETHER["cpu" if device.type == "cpu" else "gpu"]
 
@@ -32,7 +32,7 @@ def batches(texts: Iterable[str], characters: int, weight: Callable[[str], int] 
         yield batch
 
 
-def reported(groups: Iterable[Sequence[str]], progress: Callable[[int], None] | None) -> Iterator[Sequence[str]]:
+def with_progress(groups: Iterable[Sequence[str]], progress: Callable[[int], None] | None) -> Iterator[Sequence[str]]:
     """The groups; once one is done with, ``progress`` is told of each of its texts how many there were so far."""
     done = 0
     for group in groups:

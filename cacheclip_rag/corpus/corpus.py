@@ -9,17 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..chunks import canonical
 from ..errors import CacheClipError, StoreError
-from ..kv.encode import Variant
+from ..kv.encode import HarvestedVariant
 from ..kv.library import Library
-from ..kv.prefix_caching import ExactCache
+from ..kv.prefix_caching import PrefixCache
 from ..methods import Method
 from ..methods.auxiliary import Auxiliary
 from ..prefill.harvest import Harvesting
 from ..serving.hints import Hints
-from ..serving.limit import Seats
+from ..serving.limit import RequestLimit
 from ..store import Documents, Place
-from .batches import batches, reported, together
-from .fusing import Ensured, Fusing, Task, several
+from .batches import batch_characters, batches, with_progress
+from .fusing import Ensured, Fusing, Task, require_list
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -33,7 +33,7 @@ class Ingestion(Fusing):
     auxiliary: Auxiliary | None
     documents: Documents
     _place: Place
-    _seats: Seats
+    limit: RequestLimit
     _hints: Hints
     _threads: ThreadPoolExecutor
 
@@ -41,14 +41,14 @@ class Ingestion(Fusing):
         """Where the chunks are kept that are encoded as ``method`` wants them."""
         return self._encodings.reuse(self.recipe(method).encode).library
 
-    def variants_of(self, method: str | Method, text: str) -> list[Variant]:
+    def variants_of(self, method: str | Method, text: str) -> list[HarvestedVariant]:
         """What finished prompts left of a chunk, for a method that harvests them; for another nothing."""
         reuse = self._encodings.reuse(self.recipe(method).encode)
         return reuse.variants.of(self.library.key(text)) if isinstance(reuse, Harvesting) else []
 
-    def exact_of(self, method: str | Method) -> ExactCache | None:
+    def prefix_cache_of(self, method: str | Method) -> PrefixCache | None:
         """What a method that reuses prompts' beginnings only has kept of them; None for another method."""
-        exact = self.recipe(method).exact
+        exact = self.recipe(method).prefix_cache
         if exact is not None and exact not in self._exact:
             self._exact[exact] = exact.open()
         return None if exact is None else self._exact[exact]
@@ -72,7 +72,7 @@ class Ingestion(Fusing):
 
         Raises `ConfigurationError` for one text instead of several, and for an unknown method.
         """
-        result, texts = Ensured(), several(texts)
+        result, texts = Ensured(), require_list(texts)
         if document is not None:
             texts = list(texts)
             try:
@@ -81,7 +81,7 @@ class Ingestion(Fusing):
                 result.skipped += [(text[:40], str(error)) for text in texts]
                 return result
         chosen = self.recipe(method)
-        for batch in reported(batches(texts, together(self.backbone.device)), progress):
+        for batch in with_progress(batches(texts, batch_characters(self.backbone.device)), progress):
             self._ensure_batch(batch, chosen, result)
         return result
 
@@ -111,7 +111,7 @@ class Ingestion(Fusing):
         if all(self._settled(key, text, library) for key, text in zip(keys, texts, strict=True)):
             result.keys += keys
             return
-        with self._turns:  # nothing of it can be forgotten meanwhile
+        with self.lock:  # nothing of it can be forgotten meanwhile
             if not wanted():
                 return
             missing = {
@@ -146,7 +146,7 @@ class Ingestion(Fusing):
 
     def ensure_later(self, texts: Iterable[str]) -> None:
         """Like `ensure`, in the background, while no request is being served."""
-        texts = several(texts)
+        texts = require_list(texts)
         if self.composable:
             self._background.add(Task(text) for text in texts)
 
@@ -157,13 +157,13 @@ class Ingestion(Fusing):
         self._place.settle()
 
     def forget(self, texts: Iterable[str]) -> None:
-        """Drop the KV of these chunks, whatever was computed in their company, the auxiliary model's included, and all
+        """Drop the KV of these chunks, whatever was computed behind them, the auxiliary model's included, and all
         that exact reuse keeps of prompts; whichever documents have them, for all models in the store's folder.
 
         It reads the beginning of every file of other models and encodings in the folder. Interrupted, it can be
         repeated. Raises `StoreError` when something cannot be removed: repeat it then.
         """
-        if gone := list(several(texts)):
+        if gone := list(require_list(texts)):
             self._forget(gone)
             opened = [library.namespace for library in self._libraries()]
             self._place.forget_elsewhere(set(map(self.documents.text, gone)), opened)
@@ -188,7 +188,7 @@ class Ingestion(Fusing):
                 self.index.remove(text)
             return
         self._background.drop(lambda task: canonical(task[0]) in unwanted)
-        with self._turns:  # a prompt on its way would leave behind what it harvests
+        with self.lock:  # a prompt on its way would leave behind what it harvests
             self._exact.clear()
             self.usage.forget([self.library.key(text) for text in gone])
             try:
@@ -210,7 +210,7 @@ class Ingestion(Fusing):
         around it. Wrong or missing advice costs nothing but time. Raises `ConfigurationError` for one text instead of
         several.
         """
-        texts = list(several(texts))
+        texts = list(require_list(texts))
         if not self.composable:
             return
         keys = frozenset(self.library.key(text) for text in texts)
@@ -226,10 +226,10 @@ class Ingestion(Fusing):
 
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up
-        while self._seats.taken and time.monotonic() < patience:
+        while self.limit.in_flight and time.monotonic() < patience:
             time.sleep(0.02)
         if task.fuse:
-            met = map(self.index.text, self.usage.company(self.library.key(task.text), 10))
+            met = map(self.index.text, self.usage.expected_context(self.library.key(task.text), 10))
             self.fuse({task.text: [text for text in met if text is not None]}, method=task.method)
         else:
             self._ensure_batch([task.text], task.method or self.method, Ensured(), wanted=self._background.wanted)

@@ -1,4 +1,4 @@
-"""Chunks in company: their KV computed behind others, and kept beside what they are by themselves."""
+"""Chunks behind other chunks: their KV computed behind others, and kept beside what they are by themselves."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..chunks import canonical
 from ..errors import CacheClipError, ConfigurationError
 from ..kv.collections import Encodings
 from ..kv.library import Library
-from ..kv.prefix_caching import ExactCache, ExactReuse
+from ..kv.prefix_caching import PrefixCache, PrefixCaching
 from ..methods import Method
 from ..model.backbone import Backbone
 from ..prefill.compose import Reuse
 from ..prompt import ChunkIndex
-from ..serving.lock import Turns
+from ..serving.lock import FairLock
 from ..spec import at_least
-from .batches import batches, reported, together
+from .batches import batch_characters, batches, with_progress
 from .usage import Usage
 
 log = logging.getLogger("cacheclip_rag")
@@ -31,7 +31,7 @@ _UNKNOWN = "the chunk is not known: ensure it first"
 _UNKNOWN_COMPANY = "none of its neighbours is known: ensure them first"
 
 FUSED_AT = (2, 8, 32, 128, 512, 2048)
-"""How often a chunk must have come in prompts to be fused in idle time, and then again: its company becomes clearer."""
+"""How often a chunk must have come in prompts to be fused in idle time, and then again: its context becomes clearer."""
 
 
 class Task(NamedTuple):
@@ -62,16 +62,16 @@ class Fusing:
     index: ChunkIndex
     usage: Usage
     _encodings: Encodings
-    _exact: dict[ExactReuse, ExactCache]
+    _exact: dict[PrefixCaching, PrefixCache]
     _prefix: str | None
-    _turns: Turns
+    lock: FairLock
     _background: Background[Task]
 
     def recipe(self, method: str | Method | None = None) -> Method:
         """What a request that names this method is served by; None is the engine's own. Chunks stand behind the
         engine's ``prefix``, if it was given one, unless the method names another. Raises `ConfigurationError`.
         """
-        return self.method if method is None else methods.behind(method, self._prefix)
+        return self.method if method is None else methods.with_prefix(method, self._prefix)
 
     def fuse(
         self,
@@ -93,8 +93,10 @@ class Fusing:
         neighbours = _companies(neighbours)
         chosen = self.recipe(method)
         reason = self._unfusable(chosen, variants)
-        groups = batches(neighbours, together(self.backbone.device), lambda text: _weight(text, neighbours[text]))
-        for batch in reported(groups, progress):
+        groups = batches(
+            neighbours, batch_characters(self.backbone.device), lambda text: _weight(text, neighbours[text])
+        )
+        for batch in with_progress(groups, progress):
             try:
                 if reason is not None:
                     result.skipped += [(text[:40], reason) for text in batch]
@@ -126,7 +128,7 @@ class Fusing:
         result = Ensured()
         chosen = self.recipe(method)
         reason = self._unfusable(chosen, variants)
-        for done, texts in enumerate(map(list, map(several, several(sequences))), start=1):
+        for done, texts in enumerate(map(list, map(require_list, require_list(sequences))), start=1):
             try:
                 if reason is not None:
                     result.skipped += [(text[:40], reason) for text in texts]
@@ -143,21 +145,21 @@ class Fusing:
         self, least: int = 2, count: int = 10, progress: Callable[[int], None] | None = None, **options: Any
     ) -> Ensured:
         """Fuse the chunks that came in ``least`` prompts or more, each with the ``count`` others that will stand in
-        front of it most often (`Usage.company`). ``options`` are those of `fuse`, and so is the rest.
+        front of it most often (`Usage.context`). ``options`` are those of `fuse`, and so is the rest.
         """
-        return self.fuse(self.company(least, count), progress, **options)
+        return self.fuse(self.context(least, count), progress, **options)
 
-    def company(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
+    def context(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
         """What `fuse_used` fuses: chunks that came in ``least`` prompts or more, and whom each met, for `fuse`."""
         neighbours = {}
-        for name, others in self.usage.companies(self.usage.hot(least), count).items():
+        for name, others in self.usage.expected_contexts(self.usage.hot(least), count).items():
             texts = [self.index.text(other) for other in (name, *others)]
-            if texts[0] is not None and (company := [text for text in texts[1:] if text is not None]):
-                neighbours[texts[0]] = company
+            if texts[0] is not None and (context := [text for text in texts[1:] if text is not None]):
+                neighbours[texts[0]] = context
         return neighbours
 
     def fused(self, text: str, method: str | Method | None = None) -> list[tuple[str, ...]]:
-        """In whose company the kept KV of this chunk was computed, besides that of the chunk by itself: the texts that
+        """In whose context the kept KV of this chunk was computed, besides that of the chunk by itself: the texts that
         stood in front of it, a tuple for each variant. ``method`` says how chunks are encoded.
         """
         return self._encodings.reuse(self.recipe(method).encode).fused.held(text) if self.composable else []
@@ -171,9 +173,9 @@ class Fusing:
             self._background.drop(lambda task: canonical(task.text) in lost)
 
     def _fuse(self, neighbours: Mapping[str, Sequence[str]], reuse: Reuse, keep: int, result: Ensured) -> None:
-        with self._turns:  # nothing of the companies can be forgotten meanwhile
+        with self.lock:  # nothing of the contexts can be forgotten meanwhile
             self._follow()
-            known = {t: self._known(company, reuse) for t, company in neighbours.items() if self._known([t], reuse)}
+            known = {t: self._known(context, reuse) for t, context in neighbours.items() if self._known([t], reuse)}
             result.skipped += [(text[:40], _UNKNOWN) for text in neighbours if text not in known]
             for text, done in zip(known, reuse.fused.fuse(known, keep), strict=True):
                 if neighbours[text] and not known[text]:
@@ -186,7 +188,7 @@ class Fusing:
                     result.keys.append(reuse.library.key(text))
 
     def _fuse_in_order(self, texts: Sequence[str], reuse: Reuse, keep: int, result: Ensured) -> None:
-        with self._turns:
+        with self.lock:
             self._follow()
             known = self._known(texts, reuse)
             result.skipped += [(text[:40], _UNKNOWN) for text in texts if text not in known]
@@ -208,7 +210,7 @@ class Fusing:
         return self.backbone.obstacle or (None if method.ahead else f"{method.name} encodes nothing ahead")
 
 
-def several(texts: Iterable[T]) -> Iterable[T]:
+def require_list(texts: Iterable[T]) -> Iterable[T]:
     """These; raises `ConfigurationError` for one text, whose characters would be taken for texts."""
     if isinstance(texts, str):
         raise ConfigurationError("chunks are given as several texts, not as one: [text]")
@@ -216,20 +218,20 @@ def several(texts: Iterable[T]) -> Iterable[T]:
 
 
 def _companies(neighbours: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """These; raises `ConfigurationError` for what is no mapping, or whose companies are no texts."""
+    """These; raises `ConfigurationError` for what is no mapping, or whose contexts are no texts."""
     if not isinstance(neighbours, Mapping):
         raise ConfigurationError(
             "neighbours are given by chunk, {text: [neighbour, ...]}, as fusion.similar finds them, not as "
             f"{type(neighbours).__name__}"
         )
-    for text, company in neighbours.items():
-        if isinstance(company, str) or not isinstance(company, Iterable):
-            raise ConfigurationError(f"the neighbours of {text[:40]!r} are several texts, [text], not {company!r:.60}")
-    return {text: list(company) for text, company in neighbours.items()}
+    for text, context in neighbours.items():
+        if isinstance(context, str) or not isinstance(context, Iterable):
+            raise ConfigurationError(f"the neighbours of {text[:40]!r} are several texts, [text], not {context!r:.60}")
+    return {text: list(context) for text, context in neighbours.items()}
 
 
-def _weight(text: str, company: Sequence[str]) -> int:
-    """Characters that a chunk counts for where it is fused together with others. Its company is not computed and takes
+def _weight(text: str, context: Sequence[str]) -> int:
+    """Characters that a chunk counts for where it is fused together with others. Its context is not computed and takes
     memory only, but for ten neighbours ten times its own.
     """
-    return len(text) + sum(map(len, company)) // 8
+    return len(text) + sum(map(len, context)) // 8

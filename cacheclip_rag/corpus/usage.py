@@ -49,17 +49,17 @@ class Usage:
         with self._lock:
             return self._seen[name][name] if name in self._seen else 0
 
-    def company(self, name: str, count: int) -> list[str]:
+    def expected_context(self, name: str, count: int) -> list[str]:
         """The ``count`` chunks that will stand in front of this one most often, the most frequent first.
 
         A chunk met ``n`` times, ``f`` times in front, is taken to stand there the next time with probability
         ``(f + 1) / (n + 2)`` (Laplace's rule of succession): retrieved chunks come in any order, so one that stood
         behind may well come in front. Where it stood behind each of two times or more, the order is taken to be fixed.
         """
-        return self.companies([name], count)[name]
+        return self.expected_contexts([name], count)[name]
 
-    def companies(self, names: Collection[str], count: int) -> dict[str, list[str]]:
-        """The `company` of each of these chunks; for many it is sooner than one by one."""
+    def expected_contexts(self, names: Collection[str], count: int) -> dict[str, list[str]]:
+        """The `context` of each of these chunks; for many it is sooner than one by one."""
         wanted = set(names)
         behind: dict[str, dict[str, int]] = {name: {} for name in names}
         with self._lock:

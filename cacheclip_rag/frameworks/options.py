@@ -27,7 +27,7 @@ ENGINES_OWN = {
 }
 """Options of `Engine` that are no field of the frameworks' models."""
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def read_options(given: Mapping[str, Any], foreign: Collection[str] = ()) -> dict[str, Any]:
@@ -82,6 +82,6 @@ def refuse_misspelling(name: str, known: Iterable[str], foreign: Collection[str]
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     if close:
         raise ConfigurationError(f'unknown option "{name}"; did you mean "{close[0]}"?')
-    if name not in _told:
-        _told.add(name)
+    if name not in _warned:
+        _warned.add(name)
         log.warning("there is no option %r: it is left out", name)

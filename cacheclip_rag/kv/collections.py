@@ -89,7 +89,7 @@ class Encodings:
         return lost
 
     def forget(self, texts: Iterable[str], unwanted: Collection[str]) -> None:
-        """Drop these chunks from all that are open, with whatever was computed in the company of one of the canonical
+        """Drop these chunks from all that are open, with whatever was computed behind one of the canonical
         texts ``unwanted``. Raises `StoreError` when some of it is still there, after having tried all.
         """
         for text in texts:

@@ -57,8 +57,8 @@ class Library:
         self._prefix_kv: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
 
-    def key(self, text: str, company: Sequence[str] = (), joint: bool = False) -> str:
-        return self.namespace.key(text, company, joint)
+    def key(self, text: str, context: Sequence[str] = (), in_sequence: bool = False) -> str:
+        return self.namespace.key(text, context, in_sequence)
 
     def keeps(self, key: str) -> bool:
         """Whether the chunk is where a later process finds it; what a full disk refuses is in memory only."""
@@ -136,14 +136,14 @@ class Library:
         return chunk if tuple(chunk.keys.shape) == expected and chunk.keys.dtype == self.backbone.dtype else None
 
     def forget(self, unwanted: Collection[str]) -> None:
-        """Drop every chunk with one of these (canonical) texts, and every one that was computed in their company.
+        """Drop every chunk with one of these (canonical) texts, and every one that was computed behind them.
 
         Raises `StoreError` when some of it is still there.
         """
         gone = [
             entry.key
             for entry in self.store.entries()
-            if any(canonical(text) in unwanted for text in (entry.text, *entry.company))
+            if any(canonical(text) in unwanted for text in (entry.text, *entry.context))
         ]
         self.store.delete(gone)
         if left := sum(map(self.keeps, gone)):

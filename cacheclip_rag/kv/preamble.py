@@ -13,7 +13,7 @@ from ..model.canvas import Canvas
 WORTH = 8  # tokens; a shorter head is not worth a look-up
 
 
-class PrefixCache:
+class PreambleCache:
     """The latest ``size`` heads (system prompt and instructions before the first chunk), least recently used out first,
     and never more than ``capacity_bytes`` of them. A head that another one begins with is not kept beside it.
 

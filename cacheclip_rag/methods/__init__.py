@@ -1,5 +1,8 @@
 """Methods by name: how chunks are encoded, which tokens are recomputed, and how the question attends."""
 
-from .table import FUSED, METHODS, Method, Positions, behind, check_ratio, resolve
+from ..deprecation import renamed_names
+from .table import FUSED, METHODS, Method, Positions, check_ratio, resolve, with_prefix
 
-__all__ = ["FUSED", "METHODS", "Method", "Positions", "behind", "check_ratio", "resolve"]
+__getattr__ = renamed_names(__name__, {"behind": (f"{__name__}.table", "with_prefix")})
+
+__all__ = ["FUSED", "METHODS", "Method", "Positions", "check_ratio", "resolve", "with_prefix"]

@@ -11,15 +11,15 @@ from .. import spec
 from ..errors import ConfigurationError
 from ..kv.encode import Blanks, Encoder, Harvested, Isolated, WithActivations
 from ..kv.fit import Fit, LongestPath, Nearest, Ordered
-from ..kv.prefix_caching import DocumentTree, ExactReuse, PrefixBlocks
+from ..kv.prefix_caching import DocumentTree, PrefixBlocks, PrefixCaching
 from .attend import Attend, Plain, Scaled, SelectedChunks
 from .recompute import Carry, EarlyStop, Once, Recompute, Reselect
 from .select import (
     CacheClip,
-    ChunkHeads,
     Everything,
+    InterAttentionTokens,
     KeyDeviation,
-    LeanedTokens,
+    LeadingTokens,
     Nothing,
     QueryGuided,
     Random,
@@ -35,12 +35,12 @@ class Method:
 
     ``positions``: ``"global"``, every token at its place in the prompt; ``"shared"``, all chunks from the same position
     on, and the question behind the longest (APE). ``exact``: reuse only what stood in the same place behind the same
-    tokens, and compute the rest; the other parts are then idle. ``fit``: take the fused variant of a chunk that suits
-    the prompt; None takes its KV computed by itself. ``reorder``: put the chunks the question attends to
+    tokens, and compute the rest; the other parts are then idle. ``fit``: take the fused variant of a chunk that fits
+    the prompt best; None takes its KV computed by itself. ``reorder``: put the chunks the question attends to
     most next to it before anything is recomputed (InfoFlow's option; which end is our reading). ``recompute_ratio``:
     the share of context tokens to recompute unless a request asks for another; with a ``fitted_ratio``, the share for a
     prompt all of whose chunks were computed by themselves, and ``fitted_ratio`` that for one all of whose chunks stand
-    in the company they were computed in; between the two in proportion to how well it suits (`fusion.suits`).
+    in the context they were computed in; between the two in proportion to `context_fit`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Method:
     recompute: Recompute = field(default_factory=Once)
     attend: Attend = field(default_factory=Plain)
     positions: Positions = "global"
-    exact: ExactReuse | None = None
+    prefix_cache: PrefixCaching | None = None
     fit: Fit | None = None
     reorder: bool = False
     recompute_ratio: float = 0.2
@@ -58,7 +58,7 @@ class Method:
     @property
     def ahead(self) -> bool:
         """Whether chunks are encoded ahead of the prompts they come in."""
-        return self.exact is None and not isinstance(self.encode, Harvested)
+        return self.prefix_cache is None and not isinstance(self.encode, Harvested)
 
 
 FUSED = "fused"
@@ -72,24 +72,24 @@ _FITS: dict[Any, Fit | None] = {
     "path": LongestPath(),
 }
 
-_PARTS = ("select", "encode", "recompute", "attend", "exact", "fit")
+_PARTS = ("select", "encode", "recompute", "attend", "prefix_cache", "fit")
 _OWN = ("fitted_ratio", "positions", "recompute_ratio", "reorder")
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in [
         Method("full", Everything(), recompute_ratio=1.0),
-        Method("prefix-cache", Everything(), exact=PrefixBlocks(), recompute_ratio=0.0),
-        Method("ragcache", Everything(), exact=DocumentTree(), recompute_ratio=0.0),
+        Method("prefix-cache", Everything(), prefix_cache=PrefixBlocks(), recompute_ratio=0.0),
+        Method("ragcache", Everything(), prefix_cache=DocumentTree(), recompute_ratio=0.0),
         Method("naive", Nothing(), recompute_ratio=0.0),
         Method("promptcache", Nothing(), Isolated(prefix=""), recompute_ratio=0.0),
         Method("link0", Nothing(), Blanks(), recompute_ratio=0.0),
         Method("random", Random(), recompute_ratio=0.15),
-        Method("epic", ChunkHeads(), Isolated(prefix=""), recompute_ratio=0.15),
-        Method("legolink", ChunkHeads(tokens=16), Isolated(prefix=""), recompute_ratio=0.15),
+        Method("epic", LeadingTokens(), Isolated(prefix=""), recompute_ratio=0.15),
+        Method("legolink", LeadingTokens(tokens=16), Isolated(prefix=""), recompute_ratio=0.15),
         Method("cacheblend", KeyDeviation(), Isolated(prefix=""), recompute_ratio=0.15),
         Method("droidspeak", KeyDeviation(), WithActivations(prefix=""), Reselect(), recompute_ratio=0.15),
-        Method("cachecraft", LeanedTokens(), Harvested(), EarlyStop()),
+        Method("cachecraft", InterAttentionTokens(), Harvested(), EarlyStop()),
         Method("cacheclip", CacheClip()),
         Method("query_guided", QueryGuided()),
         Method("fusionrag_selection", QueryGuided("last", "chunk", window=1), recompute_ratio=0.15),
@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def behind(method: str | Method, prefix: str | None) -> Method:
+def with_prefix(method: str | Method, prefix: str | None) -> Method:
     """The recipe called ``method`` with its chunks behind the text ``prefix``, unless it names another itself, as in
     ``"cacheblend:prefix=none"``, puts tokens of its own there, or is a `Method`, which says all. None changes nothing.
     Raises as `resolve` does.

@@ -39,7 +39,7 @@ class Rotary:
         return out
 
 
-class Turn:
+class PerTokenRotation:
     """One layer's keys ``[Hk, n, D]`` float32, each moved by positions of its own, ``by [n]`` (may be negative).
 
     Keys that are turned back to position 0 can be added up, whatever `Rotary` moved them.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..chunks import ChunkKV, canonical
 from ..errors import ConfigurationError, PromptError
-from ..kv.fit import suits
+from ..kv.fit import context_fit
 from ..kv.library import Library
-from ..kv.preamble import PrefixCache
-from ..kv.prefix_caching import ExactCache
+from ..kv.preamble import PreambleCache
+from ..kv.prefix_caching import PrefixCache
 from ..kv.variants import FusedVariants
 from ..methods import Method
 from ..methods.auxiliary import Auxiliary, CharacterScores
@@ -26,7 +26,7 @@ from ..model.backbone import Backbone
 from ..model.canvas import Canvas
 from ..model.tokenizer import Tokens
 from ..prompt import ChunkIndex, Layout, Span, align, documents, find_question
-from ..report import ChunkUse, Fate, Fates, Report
+from ..report import ChunkUse, Report, TokenSource, TokenSources
 
 _GONE = "its stored KV is gone or damaged"
 _OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name}") does so ahead'
@@ -73,7 +73,7 @@ def native(backbone: Backbone, index: ChunkIndex, prompt: str, report: Report) -
     logits, step = backbone.native_prefill(tokens.ids)
     report.prompt_tokens = report.fresh = len(tokens)
     layout = align(prompt, tokens.ids, tokens.offsets, [], [])
-    report.fates = fates(layout)
+    report.token_sources = token_sources(layout)
     return Prefill(layout, None, logits, report, step)
 
 
@@ -89,11 +89,11 @@ def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: 
     report.prompt_tokens = report.fresh = len(tokens)
     report.canvas_bytes = canvas.nbytes
     layout = align(prompt, tokens.ids, tokens.offsets, [], [])
-    report.fates = fates(layout)
+    report.token_sources = token_sources(layout)
     return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
 
-def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str, room: int, report: Report) -> Prefill:
+def exact(backbone: Backbone, index: ChunkIndex, cache: PrefixCache, prompt: str, room: int, report: Report) -> Prefill:
     """Full prefill behind the longest beginning that an earlier prompt left in ``cache``: the same KV."""
     with report.timed("recognise"):
         spans = recognise(backbone, index, prompt)
@@ -115,26 +115,28 @@ def exact(backbone: Backbone, index: ChunkIndex, cache: ExactCache, prompt: str,
         cache.keep(tokens.ids, borders, canvas, report.seconds["recompute"] / (count - known))
     report.prompt_tokens, report.prefix, report.fresh = count, known, count - known
     report.canvas_bytes = canvas.nbytes
-    report.fates = fates(layout, known)
+    report.token_sources = token_sources(layout, known)
     return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
 
-def fates(layout: Layout, prefix: int = 0, recomputed: Tensor | None = None, exact: Tensor | None = None) -> Fates:
+def token_sources(
+    layout: Layout, prefix: int = 0, recomputed: Tensor | None = None, exact: Tensor | None = None
+) -> TokenSources:
     """What became of each token: the first ``prefix`` came from an earlier request.
 
     Where chunks were reused, ``recomputed [n]`` (rows) were refreshed, and those in ``exact [T]`` (bool) needed no
     repair.
     """
-    kinds = torch.where(layout.edge, int(Fate.EDGE), int(Fate.FRESH))
+    kinds = torch.where(layout.edge, int(TokenSource.EDGE), int(TokenSource.FRESH))
     if recomputed is not None and exact is not None:
-        kinds[layout.reusable] = int(Fate.REUSED)
-        kinds[exact] = int(Fate.EXACT)
-        kinds[recomputed] = int(Fate.RECOMPUTED)
+        kinds[layout.reusable] = int(TokenSource.REUSED)
+        kinds[exact] = int(TokenSource.IN_PLACE)
+        kinds[recomputed] = int(TokenSource.RECOMPUTED)
         if layout.reusable[-1]:
-            kinds[-1] = int(Fate.FRESH)  # the last token is always computed
-    kinds[:prefix] = int(Fate.PREFIX)
+            kinds[-1] = int(TokenSource.FRESH)  # the last token is always computed
+    kinds[:prefix] = int(TokenSource.PREFIX)
     borders = [border for span in layout.spans for border in (span.start, span.end)]
-    return Fates.of(layout.prompt, layout.offsets[:, 0].numpy(), kinds.numpy(), borders)
+    return TokenSources.of(layout.prompt, layout.offsets[:, 0].numpy(), kinds.numpy(), borders)
 
 
 def document_borders(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
@@ -151,7 +153,7 @@ class Reuse:
         self.library, self.fused, self._index = library, FusedVariants(library), index
         self._backbone = library.backbone
         self._rotary = library.backbone.rotary
-        self._prefixes = PrefixCache()
+        self._prefixes = PreambleCache()
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
 
     def __call__(
@@ -240,7 +242,7 @@ class Reuse:
         report.reused = count - prefix - len(chosen) - len(fresh)
         report.edges = int(layout.edge.sum())
         report.canvas_bytes = canvas.nbytes
-        report.fates = fates(layout, prefix, chosen, exact)
+        report.token_sources = token_sources(layout, prefix, chosen, exact)
         report.chunks = [self._use(layout, n, chosen, held, exact, missing) for n in range(len(spans))]
         report.fallbacks += [f"chunk {key[:12]} prefilled: {reason}" for key, reason in missing.items()]
         step = backbone.on_canvas(canvas, shift=int(positions.max()) + 1 - count, shape=shape)
@@ -249,7 +251,7 @@ class Reuse:
     def forget(self, text: str, name: str) -> None:
         """Drop what is kept of a chunk; ``name`` is its key in the index."""
         self.library.store.delete([self.library.key(text)])
-        self._prefixes = PrefixCache()  # a chunk whose KV was missing was part of a prompt's head
+        self._prefixes = PreambleCache()  # a chunk whose KV was missing was part of a prompt's head
 
     def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:
         """Each span's chunk, if it is there, and by key the reason why others are not."""
@@ -266,9 +268,9 @@ class Reuse:
         return chunks, missing
 
     def _fits(self, spans: Sequence[Span], chunks: Sequence[ChunkKV | None]) -> list[float]:
-        """How well each span's KV suits what stands in front of it, 0..1 (see `fusion.suits`)."""
+        """How well each span's KV context_fit what stands in front of it, 0..1 (see `fusion.context_fit`)."""
         texts = [canonical(self._index.text(span.key) or "") for span in spans]
-        return [0.0 if c is None else suits(c.company, texts[:number]) for number, c in enumerate(chunks)]
+        return [0.0 if c is None else context_fit(c.context, texts[:number]) for number, c in enumerate(chunks)]
 
     def _place_prefix(self, layout: Layout, canvas: Canvas) -> int:
         """Put the KV of the prompt's head on the canvas, where an earlier request left it; the number of its rows."""
@@ -287,7 +289,7 @@ class Reuse:
             return exact
         prefix = self.library.prefix_ids
         for number, row, part in layout.runs()[:1]:
-            alone = (chunk := chunks[number]) is not None and not chunk.company
+            alone = (chunk := chunks[number]) is not None and not chunk.context
             if alone and part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
                 exact[row : row + part.stop] = True
         return exact
@@ -323,7 +325,7 @@ class Reuse:
             recomputed=recomputed,
             computed=int(inside.sum()) - placed,
             whole=len(span) == len(self._index.text(span.key) or ""),
-            exact=bool((exact & mine).any()),
+            in_place=bool((exact & mine).any()),
             missing=missing.get(span.key),
         )
 

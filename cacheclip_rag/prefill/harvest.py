@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ..chunks import ChunkKV
-from ..kv.encode import Harvested, Variants
+from ..kv.encode import Harvested, HarvestedVariants
 from ..kv.encode.harvested import ChunkMass, harvest
 from ..kv.library import Library
 from ..methods import Method
 from ..prompt import ChunkIndex, Span, align
 from ..report import Report
-from .compose import Prefill, Reuse, fates, fitting, recognise, slots
+from .compose import Prefill, Reuse, fitting, recognise, slots, token_sources
 
 
 class Harvesting(Reuse):
@@ -23,7 +23,7 @@ class Harvesting(Reuse):
 
     def __init__(self, library: Library, index: ChunkIndex, recipe: Harvested) -> None:
         super().__init__(library, index)
-        self.variants = Variants(recipe)
+        self.variants = HarvestedVariants(recipe)
 
     def __call__(self, prompt: str, method: Method, ratio: float, room: int, report: Report, **options: Any) -> Prefill:
         spans = recognise(self._backbone, self._index, prompt, options.get("hints", ()))
@@ -63,7 +63,7 @@ class Harvesting(Reuse):
             self.variants.add(span.key, harvest(kv, number, before, probe.mass[rows].cpu(), lengths))
         report.prompt_tokens = report.fresh = len(tokens)
         report.canvas_bytes = canvas.nbytes
-        report.fates = fates(layout)
+        report.token_sources = token_sources(layout)
         return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
 
     def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:

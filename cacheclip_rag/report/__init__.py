@@ -1,6 +1,12 @@
 """What happened in a request: numbers, and how they are shown in a notebook, as a figure and at a terminal."""
 
+from ..deprecation import renamed_names
 from .record import ChunkUse, Report
-from .token_sources import Fate, Fates, Run
+from .token_sources import Run, TokenSource, TokenSources
 
-__all__ = ["ChunkUse", "Fate", "Fates", "Report", "Run"]
+__all__ = ["ChunkUse", "Report", "Run", "TokenSource", "TokenSources"]
+
+__getattr__ = renamed_names(
+    __name__,
+    {"Fate": (f"{__name__}.token_sources", "TokenSource"), "Fates": (f"{__name__}.token_sources", "TokenSources")},
+)

@@ -11,8 +11,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import summary as story
-from .token_sources import Fate, Run
+from . import summary
+from .token_sources import Run, TokenSource
 
 if TYPE_CHECKING:
     from .record import Report
@@ -22,8 +22,8 @@ STAGE_COLOURS = ("#56b4e9", "#cc79a7", "#1b9e77", "#f0e442", "#d55e00", "#4477aa
 
 def html(report: Report) -> str:
     """The whole picture. Some 100 bytes a run of tokens, however many tokens the prompt has."""
-    body = [f"<h4>{escape(report.method)}: {escape(story.headline(report))}</h4>"]
-    if told := story.comparison(report):
+    body = [f"<h4>{escape(report.method)}: {escape(summary.headline(report))}</h4>"]
+    if told := summary.comparison(report):
         body.append(f"<p>{escape(told)}</p>")
     body += [_times(report), _strip(report), _legend(report), _why(report), _chunks(report), _prompt(report)]
     return f'<div class="ccr"><style>{_style()}</style>{"".join(body)}</div>'
@@ -31,33 +31,33 @@ def html(report: Report) -> str:
 
 @cache
 def _style() -> str:
-    fates = "".join(
-        f".ccr .f{int(fate)}{{background:color-mix(in srgb,{colour} var(--mix),transparent)}}"
-        for fate, colour in story.COLOURS.items()
-        if fate is not Fate.FRESH
+    token_sources = "".join(
+        f".ccr .f{int(source)}{{background:color-mix(in srgb,{colour} var(--mix),transparent)}}"
+        for source, colour in summary.COLOURS.items()
+        if source is not TokenSource.FRESH
     )
     lines = ".ccr .f3{text-decoration:underline #e69f00}.ccr .f1{text-decoration:underline dotted #cc79a7}"
-    return Path(__file__).with_name("report.css").read_text(encoding="utf-8") + fates + lines
+    return Path(__file__).with_name("report.css").read_text(encoding="utf-8") + token_sources + lines
 
 
 def _times(report: Report) -> str:
     """Two bars on one scale: this request by stage, and a full prefill."""
-    parts, full = story.stages(report), story.full_prefill(report)
+    parts, full = summary.stages(report), summary.full_prefill(report)
     if not parts:
         return ""
     longest = max(sum(parts.values()), full[0] if full else 0.0)
     bars = [
         f'<i style="width:{100 * value / longest:.2f}%;background:{colour}" '
-        f'title="{escape(stage)} {story.seconds(value)}"></i>'
+        f'title="{escape(stage)} {summary.seconds(value)}"></i>'
         for (stage, value), colour in zip(parts.items(), cycle(STAGE_COLOURS), strict=False)
     ]
-    text = _row("this request", "".join(bars), story.seconds(report.ttft))
+    text = _row("this request", "".join(bars), summary.seconds(report.ttft))
     if full:
         label = "full prefill" if full[1] else "full prefill, est."
         bar = f'<i style="width:{100 * full[0] / longest:.2f}%;background:#8f8f8f"></i>'
-        text += _row(label, bar, story.seconds(full[0]))
+        text += _row(label, bar, summary.seconds(full[0]))
     keys = "".join(
-        f'<span class="key"><b style="background:{colour}"></b>{escape(stage)} {story.seconds(value)}</span>'
+        f'<span class="key"><b style="background:{colour}"></b>{escape(stage)} {summary.seconds(value)}</span>'
         for (stage, value), colour in zip(parts.items(), cycle(STAGE_COLOURS), strict=False)
     )
     return f"{text}<div>{keys}</div>"
@@ -70,15 +70,15 @@ def _row(label: str, bars: str, number: str) -> str:
 
 
 def _strip(report: Report) -> str:
-    """All tokens in a row: one path a fate, and a tick where a chunk begins."""
-    if report.fates is None or not report.fates.tokens:
+    """All tokens in a row: one path a source, and a tick where a chunk begins."""
+    if report.token_sources is None or not report.token_sources.tokens:
         return ""
-    paths: dict[Fate, list[str]] = {fate: [] for fate in story.NAMES}
-    for run in report.fates.runs():
-        paths[run.fate].append(f"M{run.row} 0h{run.tokens}v20h-{run.tokens}z")
-    drawn = [f'<path fill="{story.COLOURS[fate]}" d="{"".join(d)}"/>' for fate, d in paths.items() if d]
-    starts = [next(iter(piece.runs)) for piece in story.pieces(report) if piece.use is not None]
-    width = report.fates.tokens
+    paths: dict[TokenSource, list[str]] = {source: [] for source in summary.NAMES}
+    for run in report.token_sources.runs():
+        paths[run.source].append(f"M{run.row} 0h{run.tokens}v20h-{run.tokens}z")
+    drawn = [f'<path fill="{summary.COLOURS[source]}" d="{"".join(d)}"/>' for source, d in paths.items() if d]
+    starts = [next(iter(piece.runs)) for piece in summary.pieces(report) if piece.use is not None]
+    width = report.token_sources.tokens
     ticks = "".join(f"M{run.row} 0v24" for run in starts)
     return (
         f'<svg viewBox="0 0 {width} 24" preserveAspectRatio="none" role="img" aria-label="the prompt, token by token">'
@@ -87,23 +87,24 @@ def _strip(report: Report) -> str:
 
 
 def _legend(report: Report) -> str:
-    if report.fates is None:
+    if report.token_sources is None:
         return ""
-    counts = report.fates.counts()
+    counts = report.token_sources.counts()
     return (
         "<div>"
         + "".join(
-            f'<span class="key" title="{escape(story.MEANINGS[fate])}"><b style="background:{story.COLOURS[fate]}"></b>'
-            f"{name} {counts[fate]:,}</span>"
-            for fate, name in story.NAMES.items()
-            if counts[fate]
+            f'<span class="key" title="{escape(summary.MEANINGS[source])}">'
+            f'<b style="background:{summary.COLOURS[source]}"></b>'
+            f"{name} {counts[source]:,}</span>"
+            for source, name in summary.NAMES.items()
+            if counts[source]
         )
         + "</div>"
     )
 
 
 def _why(report: Report) -> str:
-    found = story.reasons(report)
+    found = summary.reasons(report)
     if not found:
         return ""
     return f'<div class="why"><ul>{"".join(f"<li>{escape(reason)}</li>" for reason in found)}</ul></div>'
@@ -113,9 +114,9 @@ def _chunks(report: Report) -> str:
     if not report.chunks:
         return ""
     rows = "".join(
-        f'<tr><td class="num">{number}</td><td class="src">{escape(story.title(report, use))}</td>'
+        f'<tr><td class="num">{number}</td><td class="src">{escape(summary.title(report, use))}</td>'
         f"{''.join(_number(count) for count in (use.reused, use.recomputed, use.computed))}"
-        f"<td>{escape(story.remark(use))}</td></tr>"
+        f"<td>{escape(summary.remark(use))}</td></tr>"
         for number, use in enumerate(report.chunks, start=1)
     )
     head = "<th></th><th>chunk</th>" + "".join(
@@ -129,20 +130,22 @@ def _number(count: int) -> str:
 
 
 def _prompt(report: Report) -> str:
-    if report.fates is None:
+    if report.token_sources is None:
         return ""
-    prompt, parts, number = report.fates.prompt, [], 0
-    for piece in story.pieces(report):
+    prompt, parts, number = report.token_sources.prompt, [], 0
+    for piece in summary.pieces(report):
         text = "".join(_span(prompt, run) for run in piece.runs)
         if piece.use is None:
             parts.append(text)
             continue
         number += 1
-        name = escape(f"{number}. {story.title(report, piece.use)}")
+        name = escape(f"{number}. {summary.title(report, piece.use)}")
         parts.append(f'<span class="chunk"><small>{name}</small>{text}</span>')
     return f'<details open><summary>the prompt</summary><div class="text">{"".join(parts)}</div></details>'
 
 
 def _span(prompt: str, run: Run) -> str:
     text = escape(prompt[run.start : run.end])
-    return f"<span>{text}</span>" if run.fate is Fate.FRESH else f'<span class="f{int(run.fate)}">{text}</span>'
+    return (
+        f"<span>{text}</span>" if run.source is TokenSource.FRESH else f'<span class="f{int(run.source)}">{text}</span>'
+    )

@@ -7,9 +7,9 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from . import summary as story
+from . import summary
 from .html import STAGE_COLOURS
-from .token_sources import Fate
+from .token_sources import TokenSource
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def figure(report: Report) -> Figure:
     heights = [1.1, 0.7, 0.4 + 0.28 * len(report.chunks)]
     drawn = Shown(figsize=(9, sum(heights) + 1.4), layout="constrained")
     times, strip, chunks = drawn.subplots(3, 1, height_ratios=heights)
-    drawn.suptitle(f"{report.method}: {story.headline(report)}", fontsize=10)
+    drawn.suptitle(f"{report.method}: {summary.headline(report)}", fontsize=10)
     _times(times, report)
     _strip(strip, report)
     _chunks(chunks, report)
@@ -46,9 +46,9 @@ def figure(report: Report) -> Figure:
 
 
 def _times(axis: Any, report: Report) -> None:
-    left, full = 0.0, story.full_prefill(report)
-    for (stage, value), colour in zip(story.stages(report).items(), cycle(STAGE_COLOURS), strict=False):
-        axis.barh("this request", value, left=left, color=colour, label=f"{stage} {story.seconds(value)}")
+    left, full = 0.0, summary.full_prefill(report)
+    for (stage, value), colour in zip(summary.stages(report).items(), cycle(STAGE_COLOURS), strict=False):
+        axis.barh("this request", value, left=left, color=colour, label=f"{stage} {summary.seconds(value)}")
         left += value
     if full:
         axis.barh("full prefill" if full[1] else "full prefill, est.", full[0], color="#8f8f8f")
@@ -63,17 +63,17 @@ def _strip(axis: Any, report: Report) -> None:
     axis.set_yticks([])
     axis.tick_params(labelsize=8)
     axis.set_xlabel("prompt token", fontsize=8)
-    if report.fates is None:
+    if report.token_sources is None:
         return
-    bars: dict[Fate, list[tuple[float, float]]] = {}
-    for run in report.fates.runs():
-        bars.setdefault(run.fate, []).append((run.row, run.tokens))
-    counts = report.fates.counts()
-    for fate in (fate for fate in story.NAMES if fate in bars):
-        label = f"{story.NAMES[fate]} {counts[fate]:,}"
-        axis.broken_barh(bars[fate], (0, 1), facecolors=story.COLOURS[fate], label=label)
-    axis.set_xlim(0, report.fates.tokens)
-    for piece in story.pieces(report):
+    bars: dict[TokenSource, list[tuple[float, float]]] = {}
+    for run in report.token_sources.runs():
+        bars.setdefault(run.source, []).append((run.row, run.tokens))
+    counts = report.token_sources.counts()
+    for source in (source for source in summary.NAMES if source in bars):
+        label = f"{summary.NAMES[source]} {counts[source]:,}"
+        axis.broken_barh(bars[source], (0, 1), facecolors=summary.COLOURS[source], label=label)
+    axis.set_xlim(0, report.token_sources.tokens)
+    for piece in summary.pieces(report):
         if piece.use is not None:
             axis.axvline(piece.runs[0].row, color="black", linewidth=0.8)
     axis.legend(fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.75), frameon=False)
@@ -84,14 +84,14 @@ def _chunks(axis: Any, report: Report) -> None:
         axis.set_axis_off()
         return
     # mathtext and control characters in a document's text are not for matplotlib to interpret
-    names = [f"{n}. {plain(story.title(report, use))[:44]}" for n, use in enumerate(report.chunks, start=1)]
+    names = [f"{n}. {plain(summary.title(report, use))[:44]}" for n, use in enumerate(report.chunks, start=1)]
     left = [0] * len(names)
-    for fate, counts in (
-        (Fate.REUSED, [use.reused for use in report.chunks]),
-        (Fate.RECOMPUTED, [use.recomputed for use in report.chunks]),
-        (Fate.FRESH, [use.computed for use in report.chunks]),
+    for source, counts in (
+        (TokenSource.REUSED, [use.reused for use in report.chunks]),
+        (TokenSource.RECOMPUTED, [use.recomputed for use in report.chunks]),
+        (TokenSource.FRESH, [use.computed for use in report.chunks]),
     ):
-        axis.barh(range(len(names)), counts, left=left, color=story.COLOURS[fate])
+        axis.barh(range(len(names)), counts, left=left, color=summary.COLOURS[source])
         left = [a + b for a, b in zip(left, counts, strict=True)]
     axis.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     axis.invert_yaxis()

@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from .token_sources import Fates
+from ..deprecation import renamed_attribute, renamed_parameters
+from .token_sources import TokenSources
 
 if TYPE_CHECKING:  # how a report is shown is loaded when it is
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
 
 
+@renamed_parameters(exact="in_place")
 @dataclass(frozen=True)
 class ChunkUse:
     """One known chunk in the prompt: characters ``[start, end)``, and its tokens by what became of them.
 
-    ``whole`` says whether all of the stored chunk stood there; ``exact`` whether its KV needed no repair.
+    ``whole`` says whether all of the stored chunk stood there; ``in_place`` whether it stood right behind the prefix it
+    was encoded behind, so that its KV needed no repair.
     """
 
     key: str
@@ -29,16 +32,19 @@ class ChunkUse:
     recomputed: int
     computed: int
     whole: bool
-    exact: bool
+    in_place: bool
     missing: str | None = None
     """Why its KV was not used, or None."""
 
+    exact = renamed_attribute("exact", "in_place")
 
+
+@renamed_parameters(fates="token_sources")
 @dataclass
 class Report:
     """One request. Tokens are counted once each: ``prompt_tokens = prefix + reused + recomputed + fresh``.
 
-    ``prefix``: KV of the prompt's head, exact, kept from an earlier request; ``reused``: stored chunk KV as it is;
+    ``prefix``: KV of the prompt's beginning, kept from an earlier request; ``reused``: stored chunk KV as it is;
     ``recomputed``: chunk tokens that had stored KV and were refreshed; ``fresh``: everything else (question, template,
     unknown text, chunk edges that the tokenizer cut differently). ``ratio`` is recomputed / (reused + recomputed), as
     it came out; ``requested_ratio`` as it was asked for. ``seconds`` breaks the time to first token down by stage.
@@ -55,7 +61,7 @@ class Report:
     """Fresh tokens inside known chunks."""
     completion_tokens: int = 0
     fit: float | None = None
-    """How well chunk KV that was not exact suited what stood in front of it, 0..1, where the ratio hangs on it."""
+    """How well the placed chunk KV fits what stands in front of it, 0..1, where the ratio depends on it."""
     chunks: list[ChunkUse] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     """Why reuse was given up, wholly or for a chunk; empty when all went well."""
@@ -65,12 +71,14 @@ class Report:
     total: float = 0.0
     finish_reason: str = ""
     canvas_bytes: int = 0
-    fates: Fates | None = field(default=None, repr=False, compare=False)
+    token_sources: TokenSources | None = field(default=None, repr=False, compare=False)
     """What became of each token, and the prompt: for showing. Not part of `as_dict`, so of no log, row or response."""
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """What people call the chunks, by key: to be filled by who knows. Chunks without are shown by how they begin."""
     full_prefill: float | None = field(default=None, compare=False)
     """Seconds to the first token of a full prefill of this prompt, where somebody measured it."""
+
+    fates = renamed_attribute("fates", "token_sources")
 
     @property
     def ratio(self) -> float:
@@ -83,7 +91,7 @@ class Report:
 
     @property
     def bound(self) -> float:
-        """How many times sooner than a full prefill the rows alone allow: prompt tokens / computed tokens."""
+        """How many times faster than a full prefill the rows alone allow: prompt tokens / computed tokens."""
         return self.prompt_tokens / max(1, self.computed_tokens)
 
     @property
@@ -103,7 +111,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, derived numbers included; no text of the prompt."""
-        kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("fates", "sources")}
+        kept = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("token_sources", "sources")
+        }
         return {
             **kept,
             "chunks": [asdict(use) for use in self.chunks],
@@ -135,7 +145,7 @@ class Report:
         return figure(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: every token coloured by its fate, where the time went, why anything missed."""
+        """What a notebook shows: every token coloured by its source, where the time went, why anything missed."""
         from .html import html
 
         return html(self)

@@ -8,37 +8,37 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .token_sources import Fate, Run
+from .token_sources import Run, TokenSource
 
 if TYPE_CHECKING:
     from .record import ChunkUse, Report
 
 NAMES = {
-    Fate.PREFIX: "head",
-    Fate.EXACT: "exact",
-    Fate.REUSED: "reused",
-    Fate.RECOMPUTED: "recomputed",
-    Fate.EDGE: "edge",
-    Fate.FRESH: "fresh",
+    TokenSource.PREFIX: "prefix",
+    TokenSource.IN_PLACE: "in place",
+    TokenSource.REUSED: "reused",
+    TokenSource.RECOMPUTED: "recomputed",
+    TokenSource.EDGE: "edge",
+    TokenSource.FRESH: "fresh",
 }
-"""The fates by the name they are shown under, cached ones first."""
+"""The token_sources by the name they are shown under, cached ones first."""
 
 MEANINGS = {
-    Fate.PREFIX: "the prompt's head, kept from an earlier request",
-    Fate.EXACT: "stored KV behind its own prefix: nothing to repair",
-    Fate.REUSED: "stored KV as it is",
-    Fate.RECOMPUTED: "had stored KV and was refreshed",
-    Fate.EDGE: "inside a chunk, cut differently by the tokenizer: computed",
-    Fate.FRESH: "computed: question, template, unknown text",
+    TokenSource.PREFIX: "the beginning of the prompt, kept from an earlier request",
+    TokenSource.IN_PLACE: "stored KV right behind the prefix it was encoded behind: nothing to repair",
+    TokenSource.REUSED: "stored KV as it is",
+    TokenSource.RECOMPUTED: "had stored KV and was refreshed",
+    TokenSource.EDGE: "inside a chunk, cut differently by the tokenizer: computed",
+    TokenSource.FRESH: "computed: question, template, unknown text",
 }
 
 COLOURS = {
-    Fate.PREFIX: "#1b9e77",
-    Fate.EXACT: "#56b4e9",
-    Fate.REUSED: "#4477aa",
-    Fate.RECOMPUTED: "#e69f00",
-    Fate.EDGE: "#cc79a7",
-    Fate.FRESH: "#8f8f8f",
+    TokenSource.PREFIX: "#1b9e77",
+    TokenSource.IN_PLACE: "#56b4e9",
+    TokenSource.REUSED: "#4477aa",
+    TokenSource.RECOMPUTED: "#e69f00",
+    TokenSource.EDGE: "#cc79a7",
+    TokenSource.FRESH: "#8f8f8f",
 }
 """Told apart with any colour vision, on light and on dark ground."""
 
@@ -86,22 +86,22 @@ def full_prefill(report: Report) -> tuple[float, bool] | None:
 
 
 def comparison(report: Report) -> str:
-    """How much sooner than a full prefill, or nothing to say."""
+    """How many times faster to the first token than a full prefill, or nothing to say."""
     full = full_prefill(report)
     if full is None or not report.ttft:
         return ""
     times, about = full[0] / report.ttft, "" if full[1] else "about "
     if times >= 1.05:
-        return f"{about}{times:.1f}x sooner than a full prefill ({about}{seconds(full[0])})"
-    return f"no sooner than a full prefill ({about}{seconds(full[0])})"
+        return f"{about}{times:.1f}x faster to the first token than a full prefill ({about}{seconds(full[0])})"
+    return f"no faster to the first token than a full prefill ({about}{seconds(full[0])})"
 
 
 def pieces(report: Report) -> Iterator[Piece]:
     """The prompt in order, cut at the borders of its chunks. A token belongs where its first character stands."""
-    if report.fates is None:
+    if report.token_sources is None:
         return
     uses = sorted(report.chunks, key=lambda use: use.start)
-    for use, runs in groupby(report.fates.runs(), key=lambda run: _around(uses, run)):
+    for use, runs in groupby(report.token_sources.runs(), key=lambda run: _around(uses, run)):
         yield Piece(use, tuple(runs))
 
 
@@ -115,7 +115,9 @@ def title(report: Report, use: ChunkUse) -> str:
     if use.key in report.sources:
         return report.sources[use.key]
     text = (
-        "" if report.fates is None else " ".join(report.fates.prompt[use.start : min(use.end, use.start + 200)].split())
+        ""
+        if report.token_sources is None
+        else " ".join(report.token_sources.prompt[use.start : min(use.end, use.start + 200)].split())
     )
     return (text[:60] + "..." if len(text) > 60 else text) or use.key[:12]
 
@@ -127,8 +129,8 @@ def remark(use: ChunkUse) -> str:
         remarks.append(f"prefilled: {use.missing}")
     if not use.whole:
         remarks.append("only a part of it stands here")
-    if use.exact:
-        remarks.append("behind its own prefix: exact")
+    if use.in_place:
+        remarks.append("in place: right behind the prefix it was encoded behind")
     return "; ".join(remarks)
 
 

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import summary as story
+from . import summary
 from .html import STAGE_COLOURS
 from .plot import plain
-from .token_sources import Fate
+from .token_sources import TokenSource
 
 if TYPE_CHECKING:
     from .record import Report
@@ -24,19 +24,19 @@ WIDTH = 60
 
 def renderables(report: Report) -> Iterator[RenderableType]:
     """Headline, bars, chunks, and why anything missed. The prompt itself is left to the notebook."""
-    yield Text(f"{report.method}: {story.headline(report)}", style="bold")
-    if told := story.comparison(report):
+    yield Text(f"{report.method}: {summary.headline(report)}", style="bold")
+    if told := summary.comparison(report):
         yield Text(told)
     yield from _times(report)
     yield from _strip(report)
     if report.chunks:
         yield _chunks(report)
-    for reason in story.reasons(report):
+    for reason in summary.reasons(report):
         yield Text(f"! {plain(reason)}", style="magenta")
 
 
 def _times(report: Report) -> Iterator[Text]:
-    parts, full = story.stages(report), story.full_prefill(report)
+    parts, full = summary.stages(report), summary.full_prefill(report)
     if not parts:
         return
     longest = max(sum(parts.values()), full[0] if full else 0.0)
@@ -44,34 +44,34 @@ def _times(report: Report) -> Iterator[Text]:
     for (stage, value), colour in zip(parts.items(), cycle(STAGE_COLOURS), strict=False):
         bar.append("█" * max(1, round(WIDTH * value / longest)), style=colour)
         keys.append("█ ", style=colour)
-        keys.append(f"{stage} {story.seconds(value)}  ")
-    yield bar.append(f" {story.seconds(report.ttft)}")
+        keys.append(f"{stage} {summary.seconds(value)}  ")
+    yield bar.append(f" {summary.seconds(report.ttft)}")
     if full:
         filled = "█" * max(1, round(WIDTH * full[0] / longest))
         label = "" if full[1] else " estimated"
-        yield Text("full prefill  ").append(filled, style="#8f8f8f").append(f" {story.seconds(full[0])}{label}")
+        yield Text("full prefill  ").append(filled, style="#8f8f8f").append(f" {summary.seconds(full[0])}{label}")
     yield keys
 
 
 def _strip(report: Report) -> Iterator[Text]:
-    """The prompt in `WIDTH` cells, each in the colour of the fate that most of its tokens had."""
-    if report.fates is None or not report.fates.tokens:
+    """The prompt in `WIDTH` cells, each in the colour of the source that most of its tokens had."""
+    if report.token_sources is None or not report.token_sources.tokens:
         return
-    cells: list[dict[Fate, float]] = [{} for _ in range(WIDTH)]
-    scale = WIDTH / report.fates.tokens
-    for run in report.fates.runs():
+    cells: list[dict[TokenSource, float]] = [{} for _ in range(WIDTH)]
+    scale = WIDTH / report.token_sources.tokens
+    for run in report.token_sources.runs():
         left, right = run.row * scale, (run.row + run.tokens) * scale
         for cell in range(int(left), min(WIDTH, int(right) + 1)):
             share = min(right, cell + 1) - max(left, cell)
-            cells[cell][run.fate] = cells[cell].get(run.fate, 0.0) + share
+            cells[cell][run.source] = cells[cell].get(run.source, 0.0) + share
     strip = Text("prompt        ")
     for shares in cells:
-        strip.append("█", style=story.COLOURS[max(shares, key=lambda fate: shares[fate])])
-    yield strip.append(f" {report.fates.tokens:,} tokens")
-    counts, keys = report.fates.counts(), Text("              ")
-    for fate, name in story.NAMES.items():
-        if counts[fate]:
-            keys.append("█ ", style=story.COLOURS[fate]).append(f"{name} {counts[fate]:,}  ")
+        strip.append("█", style=summary.COLOURS[max(shares, key=lambda source: shares[source])])
+    yield strip.append(f" {report.token_sources.tokens:,} tokens")
+    counts, keys = report.token_sources.counts(), Text("              ")
+    for source, name in summary.NAMES.items():
+        if counts[source]:
+            keys.append("█ ", style=summary.COLOURS[source]).append(f"{name} {counts[source]:,}  ")
     yield keys
 
 
@@ -85,6 +85,6 @@ def _chunks(report: Report) -> Table:
     for number, use in enumerate(report.chunks, start=1):
         counts = (f"{count:,}" for count in (use.reused, use.recomputed, use.computed))
         table.add_row(
-            str(number), Text(plain(story.title(report, use))), *counts, Text(plain(story.remark(use)), style="dim")
+            str(number), Text(plain(summary.title(report, use))), *counts, Text(plain(summary.remark(use)), style="dim")
         )
     return table

@@ -8,8 +8,10 @@ from enum import IntEnum
 
 import numpy as np
 
+from ..deprecation import renamed_attribute
 
-class Fate(IntEnum):
+
+class TokenSource(IntEnum):
     """What became of a token. Of several that fit, the last."""
 
     FRESH = 0
@@ -20,32 +22,35 @@ class Fate(IntEnum):
     """The stored KV as it is, moved to its place."""
     RECOMPUTED = 3
     """Had stored KV and was refreshed."""
-    EXACT = 4
-    """Stored KV behind the very prefix it was computed behind: nothing to repair."""
+    IN_PLACE = 4
+    """Stored KV right behind the prefix it was computed behind: nothing to repair."""
+    EXACT = 4  # the former name of IN_PLACE
     PREFIX = 5
-    """The prompt's head, exact, kept from an earlier request."""
+    """The beginning of the prompt, kept from an earlier request (prefix caching)."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens of one fate, in or outside of one chunk.
+    """Neighbouring tokens of one source, in or outside of one chunk.
 
     Characters ``[start, end)`` of the prompt; ``tokens`` of them, from ``row`` on.
     """
 
-    fate: Fate
+    source: TokenSource
     start: int
     end: int
     row: int
     tokens: int
 
+    fate = renamed_attribute("fate", "source")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Fates:
-    """The fates of a prompt's tokens, run by run, and the prompt itself, by reference.
+class TokenSources:
+    """The token_sources of a prompt's tokens, run by run, and the prompt itself, by reference.
 
     ``rows [R]`` int32: the first token of each run; ``characters [R]`` int32: where in the prompt it begins;
-    ``kinds [R]`` uint8: its `Fate`; ``tokens``: how many the prompt has. Some ten bytes a run.
+    ``kinds [R]`` uint8: its `TokenSource`; ``tokens``: how many the prompt has. Some ten bytes a run.
     """
 
     prompt: str
@@ -55,8 +60,8 @@ class Fates:
     tokens: int
 
     @classmethod
-    def of(cls, prompt: str, starts: np.ndarray, kinds: np.ndarray, borders: Sequence[int] = ()) -> Fates:
-        """From ``starts [T]`` (the first character of each token) and ``kinds [T]`` (its `Fate`).
+    def of(cls, prompt: str, starts: np.ndarray, kinds: np.ndarray, borders: Sequence[int] = ()) -> TokenSources:
+        """From ``starts [T]`` (the first character of each token) and ``kinds [T]`` (its `TokenSource`).
 
         No run goes on past one of ``borders``: characters at which a chunk begins or ends.
         """
@@ -71,7 +76,7 @@ class Fates:
 
     def __repr__(self) -> str:
         """Without the prompt: it may be long, and none of a log's business."""
-        return f"Fates({self.tokens} tokens in {len(self)} runs)"
+        return f"TokenSources({self.tokens} tokens in {len(self)} runs)"
 
     def runs(self) -> Iterator[Run]:
         """In order; together they are the whole prompt and all its tokens."""
@@ -79,10 +84,10 @@ class Fates:
         edges = [0, *self.characters[1:].tolist(), len(self.prompt)]
         for number, kind in enumerate(self.kinds.tolist()):
             row, stop = rows[number], rows[number + 1]
-            yield Run(Fate(kind), edges[number], edges[number + 1], row, stop - row)
+            yield Run(TokenSource(kind), edges[number], edges[number + 1], row, stop - row)
 
-    def counts(self) -> dict[Fate, int]:
-        """Tokens of each fate, every fate named."""
+    def counts(self) -> dict[TokenSource, int]:
+        """Tokens of each source, every source named."""
         sizes = np.diff(self.rows, append=self.tokens)
-        totals = np.bincount(self.kinds, weights=sizes, minlength=len(Fate))
-        return {fate: int(totals[fate]) for fate in Fate}
+        totals = np.bincount(self.kinds, weights=sizes, minlength=len(TokenSource))
+        return {source: int(totals[source]) for source in TokenSource}

@@ -14,7 +14,7 @@ _PATIENCE = 60.0
 """Seconds of waiting after which the log says so."""
 
 
-class Seats:
+class RequestLimit:
     """How many requests may be in flight, each with a canvas in memory; the others wait, in the order of asking.
 
     A seat is held from before the prefill to the end of the answer, so a stream that is neither read to its end nor
@@ -30,14 +30,14 @@ class Seats:
         """Locks that are released when it is their owner's turn; an Event has a lock inside that is not reentrant."""
 
     @property
-    def taken(self) -> int:
+    def in_flight(self) -> int:
         return self.limit - self._free
 
     @property
     def waiting(self) -> int:
         return len(self._queue)
 
-    def take(self, cancel: threading.Event | None = None) -> bool:
+    def acquire(self, cancel: threading.Event | None = None) -> bool:
         """Wait for a seat. False, and no seat, if ``cancel`` is set before there is one."""
         mine = threading.Lock()
         mine.acquire()
@@ -54,13 +54,13 @@ class Seats:
                 self._leave(mine)
         return seated
 
-    def give(self) -> None:
+    def release(self) -> None:
         with self._lock:
             self._free += 1
             self._call()
 
     def _call(self) -> None:
-        """Seats that are free go to those who wait."""
+        """RequestLimit that are free go to those who wait."""
         while self._free and self._queue:
             self._free -= 1
             try:
@@ -84,4 +84,4 @@ class Seats:
             if mine in self._queue:
                 self._queue.remove(mine)
                 return
-        self.give()
+        self.release()

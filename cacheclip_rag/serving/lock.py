@@ -7,7 +7,7 @@ from collections import deque
 from types import TracebackType
 
 
-class Turns:
+class FairLock:
     """Hands the model to one forward at a time, in the order of asking.
 
     It is taken for a prefill or for one decoding step and never across a ``yield``, so that streams interleave and a

@@ -94,7 +94,7 @@ class Tally:
         self._fallbacks: Counter[str] = Counter()
         self._finished: dict[str, Counter[str]] = {}
         self._first_token: dict[str, FirstToken] = {}
-        self._lock = threading.RLock()  # reentrant, as that of `turns.Seats` and for the same reason
+        self._lock = threading.RLock()  # reentrant, as that of `turns.RequestLimit` and for the same reason
 
     def add(self, report: Report) -> None:
         """Count a request that has ended."""

@@ -7,27 +7,31 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..chunks import ChunkKV
+from ..deprecation import renamed_attribute
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored chunk as the index knows it, without its KV. ``nbytes`` is what it takes up in the store; ``company``
-    and ``joint`` are the `ChunkKV`'s.
+    """A stored chunk as the index knows it, without its KV. ``nbytes`` is what it takes up in the store; ``context``
+    and ``in_sequence`` are the `ChunkKV`'s.
     """
 
     key: str
     text: str
     nbytes: int
-    company: tuple[str, ...] = ()
-    joint: bool = False
+    context: tuple[str, ...] = ()
+    in_sequence: bool = False
+
+    company = renamed_attribute("company", "context")
+    joint = renamed_attribute("joint", "in_sequence")
 
 
 @dataclass
 class StoreStats:
     """Counts since the store was opened; ``entries`` and bytes are what it holds now.
 
-    Of ``entries``, ``fused`` were computed in company. ``nbytes`` is what all entries take where they are kept, copies
-    elsewhere not counted; ``memory_bytes`` and ``disk_bytes`` is what there is in memory and on disk.
+    Of ``entries``, ``fused`` were computed behind other chunks. ``nbytes`` is what all entries take where they are
+    kept, copies elsewhere not counted; ``memory_bytes`` and ``disk_bytes`` is what there is in memory and on disk.
     """
 
     entries: int = 0

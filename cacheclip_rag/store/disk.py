@@ -30,8 +30,8 @@ _TICK = 2_000_000_000  # nanoseconds between two times of change that a file sys
 @dataclass
 class _Known:
     text: str
-    company: tuple[str, ...]
-    joint: bool
+    context: tuple[str, ...]
+    in_sequence: bool
     nbytes: int
     used: float
     stamped: float
@@ -239,12 +239,12 @@ class DiskStore:
         self.refresh()
         with self._lock:
             snapshot = sorted(self._index.items(), key=lambda item: item[1].used)
-        return (Entry(key, known.text, known.nbytes, known.company, known.joint) for key, known in snapshot)
+        return (Entry(key, known.text, known.nbytes, known.context, known.in_sequence) for key, known in snapshot)
 
     def stats(self) -> StoreStats:
         with self._lock:
             stats, known = replace(self._stats, rejected=dict(self._stats.rejected)), list(self._index.values())
-        stats.entries, stats.fused = len(known), sum(bool(one.company) for one in known)
+        stats.entries, stats.fused = len(known), sum(bool(one.context) for one in known)
         stats.nbytes = stats.disk_bytes = sum(one.nbytes for one in known)
         return stats
 
@@ -281,7 +281,7 @@ class DiskStore:
         try:
             status = files.status(self._name(key))
             head = self._head(key)
-            text, company = head["text"], format.company(head)
+            text, context = head["text"], format.context(head)
         except format.Rejected as reason:
             self._set_aside(key, str(reason), status)
         except FileNotFoundError:
@@ -291,7 +291,7 @@ class DiskStore:
         else:
             with self._lock:
                 self._index[key] = _Known(
-                    text, company, "joint" in head, status.st_size, status.st_mtime, status.st_mtime
+                    text, context, "joint" in head, status.st_size, status.st_mtime, status.st_mtime
                 )
             return True
         return False

@@ -3,9 +3,9 @@
 Tensors: ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` and ``offsets [n, 2]`` int64; ``extra.NAME [n, ...]``, what an
 encoder keeps beside them; ``int8.NAME``, what it takes to read KV in 8 bits (see `int8`). Metadata (strings):
 ``format``, ``key`` (the digest that names the file), ``namespace`` (JSON of everything the KV depends on), ``text``,
-``position``; where the KV was computed in company ``company`` (a JSON list of those chunks' texts) and, if these had
-seen one another, ``joint``; and ``checksum``, the xxh3-128 of all that and the tensors' bytes, or their HMAC-SHA256
-where the namespace has a secret. One file alone suffices to rebuild the index.
+``position``; where the KV was computed behind other chunks, ``company`` (a JSON list of those chunks' texts, `ChunkKV.
+context`) and, if these were computed as one text, ``joint``; and ``checksum``, the xxh3-128 of all that and the
+tensors' bytes, or their HMAC-SHA256 where the namespace has a secret. One file alone suffices to rebuild the index.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def dump(key: str, chunk: ChunkKV, namespace: Namespace) -> bytes:
         "position": str(chunk.position),
     }
     chunk.text.encode()
-    if chunk.company:
-        "".join(chunk.company).encode()
-        metadata["company"] = json.dumps(chunk.company)
-        if chunk.joint:
+    if chunk.context:
+        "".join(chunk.context).encode()
+        metadata["company"] = json.dumps(chunk.context)
+        if chunk.in_sequence:
             metadata["joint"] = "true"
     placed = {
         name: Placed(tensor, _bytes(tensor), tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
@@ -112,7 +112,7 @@ def fields(head: Data) -> dict[str, Any]:
     return found
 
 
-def company(metadata: dict[str, str]) -> tuple[str, ...]:
+def context(metadata: dict[str, str]) -> tuple[str, ...]:
     """The texts a chunk's KV was computed with. Raises `Rejected`."""
     if "company" not in metadata:
         return ()
@@ -135,9 +135,9 @@ def load(data: Data, key: str, namespace: Namespace) -> ChunkKV:
     metadata = dict(found.pop("__metadata__"))
     if metadata["namespace"] != namespace.json:
         raise Rejected("other model")
-    text, checksum, others = metadata["text"], metadata.pop("checksum"), company(metadata)
-    joint = "joint" in metadata
-    if metadata["key"] != key or namespace.key(text, others, joint) != key:
+    text, checksum, others = metadata["text"], metadata.pop("checksum"), context(metadata)
+    in_sequence = "joint" in metadata
+    if metadata["key"] != key or namespace.key(text, others, in_sequence) != key:
         raise Rejected("other key")
     try:
         position = int(metadata["position"])
@@ -154,7 +154,7 @@ def load(data: Data, key: str, namespace: Namespace) -> ChunkKV:
         raise Rejected("damaged")
     _check_shapes(placed, extra, packing)
     kv: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
-    about: dict[str, Any] = {"company": others, "joint": joint}
+    about: dict[str, Any] = {"context": others, "in_sequence": in_sequence}
     return ChunkKV(text=text, position=position, extra=extra, packing=packing, **about, **kv)
 
 

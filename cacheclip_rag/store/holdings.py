@@ -34,12 +34,12 @@ class Stored:
     nbytes: int
     bytes_per_token: int
     used: float
-    company: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
     tenant: str = ""
 
     def holds(self, unwanted: Callable[[str], bool]) -> bool:
         """Whether it, or a chunk it was computed with, has such a text."""
-        return unwanted(self.text) or any(map(unwanted, self.company))
+        return unwanted(self.text) or any(map(unwanted, self.context))
 
 
 class Look(NamedTuple):
@@ -142,7 +142,7 @@ class Holdings(ABC):
         return result
 
     def forget(self, unwanted: Callable[[str], bool], namespace: str = "", tenant: str | None = None) -> list[Stored]:
-        """Remove every chunk with such a text, and every one whose KV was computed in the company of one, in all
+        """Remove every chunk with such a text, and every one whose KV was computed behind one, in all
         namespaces whose names begin so, of this tenant where one is named; what was removed.
 
         Files whose beginning is damaged may hold such a text as well, and so may unfinished ones and those set aside:
@@ -242,12 +242,12 @@ def describe(file: Found, read: Callable[[int], bytes]) -> Look:
         layers, heads, tokens, dim = map(int, found["keys"]["shape"])
         per_token = 2 * layers * heads * dim * _BYTES.get(found["keys"]["dtype"], 4)
         per_token += 4 * layers * heads * ("int8.value_scales" in found)
-        company, about = format.company(metadata), json.loads(metadata["namespace"])
+        context, about = format.context(metadata), json.loads(metadata["namespace"])
         tenant = str(about.get("tenant", ""))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise format.Rejected("damaged header") from error
     key, text = metadata["key"], metadata["text"]
-    stored = Stored(file.namespace, key, text, tokens, file.nbytes, per_token, file.used, company, tenant)
+    stored = Stored(file.namespace, key, text, tokens, file.nbytes, per_token, file.used, context, tenant)
     return Look(file, stored, about=about)
 
 

@@ -40,7 +40,7 @@ class Memory:
         self.nbytes += sign * chunk.nbytes
         stats.nbytes += sign * chunk.nbytes
         stats.entries += sign
-        stats.fused += sign * bool(chunk.company)
+        stats.fused += sign * bool(chunk.context)
 
 
 class MemoryStore:
@@ -85,7 +85,7 @@ class MemoryStore:
     def entries(self) -> Iterator[Entry]:
         with self._memory.lock:
             mine = [(key, chunk) for (number, key), (chunk, _) in self._memory.chunks.items() if number == self._number]
-        return (Entry(key, chunk.text, chunk.nbytes, chunk.company, chunk.joint) for key, chunk in mine)
+        return (Entry(key, chunk.text, chunk.nbytes, chunk.context, chunk.in_sequence) for key, chunk in mine)
 
     def refresh(self) -> bool:
         return False

@@ -78,7 +78,7 @@ class RemoteTexts:
         self._lock = threading.Lock()
 
     def forget(self, wanted: Collection[str]) -> None:
-        """Remove every chunk with a text of these digests, and every one that was computed in the company of one.
+        """Remove every chunk with a text of these digests, and every one that was computed behind one.
 
         Files whose beginning is damaged go as well. Raises `StoreError` when the remote is away; it is tried again by
         the next call, and by `go_on`.
@@ -129,7 +129,7 @@ class RemoteTexts:
         elif look.stored.tenant != self._tenant:
             self._foreign.add(look.file.namespace)
         else:
-            self._texts[_name(look.file)] = frozenset(map(self._digest, (look.stored.text, *look.stored.company)))
+            self._texts[_name(look.file)] = frozenset(map(self._digest, (look.stored.text, *look.stored.context)))
 
 
 def _name(file: Found) -> str:

@@ -70,8 +70,8 @@ class Session:
             name = found.metadata["source"] + (f", page {page}" if page else "")
             names[self._engine.library.key(text_of(found.node))] = name
         report.sources = names
-        if compare and report.fates is not None:
-            report.full_prefill = self._engine.prefill(report.fates.prompt, method="full").report.ttft
+        if compare and report.token_sources is not None:
+            report.full_prefill = self._engine.prefill(report.token_sources.prompt, method="full").report.ttft
         return Reply(text.strip(), list(dict.fromkeys(names.values())), report)
 
     def close(self) -> None:

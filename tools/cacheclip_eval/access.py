@@ -15,7 +15,7 @@ from cacheclip_rag.kv.library import Library
 from cacheclip_rag.methods import Method
 from cacheclip_rag.store.int8 import pack
 
-from .company import Gathering, Only
+from .contexts import Gathering, Only
 from .data import Item, prompt
 
 _VARIANTS = 64
@@ -62,34 +62,34 @@ def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
 
     groups = [*gathering.neighbours.values(), *gathering.sequences]
     engine.ensure(dict.fromkeys(text for group in groups for text in group), method=method)
-    neighbours = {text: known(company) for text, company in gathering.neighbours.items() if known([text])}
+    neighbours = {text: known(context) for text, context in gathering.neighbours.items() if known([text])}
     sequences = [known(texts) for texts in gathering.sequences]
     done = engine.fuse(neighbours, method=method, variants=_VARIANTS)
     done.skipped += engine.fuse_in_order(sequences, method=method, variants=_VARIANTS).skipped
     if done.skipped:
         raise ConfigurationError(f"not fused: {done.skipped[0]}")
     kept = engine.library_of(method)
-    pairs = [(canonical(text), _others(text, company)) for text, company in neighbours.items()]
+    pairs = [(canonical(text), _others(text, context)) for text, context in neighbours.items()]
     for texts in (_others("", texts) for texts in sequences):
         pairs += [(text, texts[:number]) for number, text in enumerate(texts)]
-    for text, company in pairs:
-        if company and not any(kept.key(text, company, joint) in kept.store for joint in (True, False)):
+    for text, context in pairs:
+        if context and not any(kept.key(text, context, in_sequence) in kept.store for in_sequence in (True, False)):
             raise ConfigurationError(
-                f"not fused with all of its company: {text[:40]!r}; if that is too long for the model's window, ask "
+                f"not fused with all of its context: {text[:40]!r}; if that is too long for the model's window, ask "
                 "for fewer neighbours"
             )
-    companies = {company for _, company in pairs if company}
-    return replace(method, fit=Only(frozenset(companies), method.fit or Nearest()))
+    contexts = {context for _, context in pairs if context}
+    return replace(method, fit=Only(frozenset(contexts), method.fit or Nearest()))
 
 
 def _others(text: str, texts: Iterable[str]) -> tuple[str, ...]:
-    """The canonical texts beside ``text``, each once: what a variant's company is known by."""
+    """The canonical texts beside ``text``, each once: what a variant's context is known by."""
     return tuple(other for other in dict.fromkeys(map(canonical, texts)) if other != canonical(text))
 
 
 def written(engine: Engine, method: Method) -> int:
     """Bytes that exact reuse has ever kept; 0 for methods of another kind."""
-    cache = engine.exact_of(method)
+    cache = engine.prefix_cache_of(method)
     return 0 if cache is None else cache.written
 
 
@@ -101,7 +101,7 @@ def left(engine: Engine, method: Method, texts: Sequence[str], since: int) -> tu
     """
     names = {engine.library.key(text): text for text in texts}
     tokens = sum(len(engine.backbone.tokenise(canonical(text), plain=True)) for text in names.values())
-    if method.exact is not None:
+    if method.prefix_cache is not None:
         return written(engine, method) - since, tokens
     variants = [engine.variants_of(method, text) for text in names.values()]
     return (sum(v.kv.nbytes for each in variants for v in each), tokens) if all(variants) else None
@@ -114,8 +114,13 @@ def stored(library: Library, texts: Sequence[str], fit: Fit | None = None) -> tu
     alone = _kept(library, dict.fromkeys(map(library.key, texts)))
     if None in alone:
         return None
-    companies = fit.these if isinstance(fit, Only) else ()
-    keys = {library.key(text, company, joint) for text in texts for company in companies for joint in (True, False)}
+    contexts = fit.these if isinstance(fit, Only) else ()
+    keys = {
+        library.key(text, context, in_sequence)
+        for text in texts
+        for context in contexts
+        for in_sequence in (True, False)
+    }
     held = [chunk for chunk in alone + _kept(library, keys) if chunk is not None]
     return sum(chunk.nbytes for chunk in held), sum(len(chunk) for chunk in alone if chunk is not None)
 

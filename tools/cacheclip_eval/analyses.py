@@ -17,7 +17,7 @@ from cacheclip_rag.engine import Engine
 from cacheclip_rag.methods.auxiliary import Auxiliary
 from cacheclip_rag.methods.select import top
 from cacheclip_rag.model.attention import AttentionProbe
-from cacheclip_rag.model.rotary import Turn
+from cacheclip_rag.model.rotary import PerTokenRotation
 from cacheclip_rag.prefill.compose import Prefill
 
 from .data import Item, prompt
@@ -151,7 +151,7 @@ def deviation(
         place = _place(stale.layout.chunk[rows], bins)
         budget = max(1, int(ratio * len(rows)))
         best = [set(top(d, budget).tolist()) for d in distances]
-        back, groups = Turn(engine.backbone.rotary, -rows), stale.layout.chunk[rows]
+        back, groups = PerTokenRotation(engine.backbone.rotary, -rows), stale.layout.chunk[rows]
         for layer, d in enumerate(distances):
             keys, values = (
                 (whole[layer, 0][:, rows].float() - reused[layer, 0][:, rows].float()).cpu()

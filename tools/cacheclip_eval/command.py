@@ -17,7 +17,7 @@ from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.kv.library import KVDtype
 
 from . import rows
-from .company import meeting
+from .contexts import meeting
 from .data import Item
 from .embedding import mean_pooling
 from .figures import comparison, summary
@@ -131,13 +131,13 @@ def _helped(engine: Engine, systems: Sequence[System]) -> list[System]:
 
 def _met(systems: Sequence[System], source: Source, items: Sequence[Item]) -> list[System]:
     """The systems that fuse passages, told whom with."""
-    sought = {(s.company, s.neighbours) for s in systems if s.company}
+    sought = {(s.context, s.neighbours) for s in systems if s.context}
     if not sought:
         return list(systems)
     corpus, more = source.all() or items, source.corpus()
-    embed = _once(mean_pooling()) if any(company == "similar" for company, _ in sought) else _no_embedding
-    meets = {(company, count): meeting(company, count, corpus, more, embed) for company, count in sought}
-    return [dataclasses.replace(s, meet=meets[s.company, s.neighbours]) if s.company else s for s in systems]
+    embed = _once(mean_pooling()) if any(context == "similar" for context, _ in sought) else _no_embedding
+    meets = {(context, count): meeting(context, count, corpus, more, embed) for context, count in sought}
+    return [dataclasses.replace(s, meet=meets[s.context, s.neighbours]) if s.context else s for s in systems]
 
 
 def _once(embed: Embed) -> Embed:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.kv.prefix_caching import ExactReuse
+from cacheclip_rag.kv.prefix_caching import PrefixCaching
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.model.canvas import Canvas
@@ -38,10 +38,10 @@ def hits(
     per_token = 2 * backbone.layers * backbone.kv_heads * backbone.head_dim * backbone.dtype.itemsize
     caches = {}
     for name in methods:
-        recipe: Any = resolve(name).exact
+        recipe: Any = resolve(name).prefix_cache
         if recipe is None:
             raise ConfigurationError(f'"{name}" is not exact: its prompts are not counted but answered')
-        scaled: ExactReuse = replace(recipe, capacity_bytes=recipe.capacity_bytes * BYTES // per_token)
+        scaled: PrefixCaching = replace(recipe, capacity_bytes=recipe.capacity_bytes * BYTES // per_token)
         caches[name] = scaled.open()
     seen: set[str] = set()
     for item in items:

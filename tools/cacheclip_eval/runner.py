@@ -47,9 +47,9 @@ def run(
     labels = ["full", *(system.label for system in systems)]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ConfigurationError(f'two systems are called {", ".join(sorted(twice))} ("full" is always there)')
-    if unmet := [system.label for system in systems if system.company and system.meet is None]:
+    if unmet := [system.label for system in systems if system.context and system.meet is None]:
         raise ConfigurationError(
-            f"{', '.join(unmet)}: give `meet`, as `company.meeting` makes it, or use cacheclip eval"
+            f"{', '.join(unmet)}: give `meet`, as `context.meeting` makes it, or use cacheclip eval"
         )
     heads = [_head(engine, system, max_new_tokens) | {"dataset": dataset} for system in [None, *systems]]
     rows.prepare(path)

@@ -13,11 +13,11 @@ from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.methods import FUSED, Method, check_ratio, resolve
 from cacheclip_rag.methods.auxiliary import Auxiliary
 
-from .company import SOURCES, Meet
+from .contexts import SOURCES, Meet
 
-AUXILIARY, COMPANY, NEIGHBOURS = "auxiliary", "company", "neighbours"
+AUXILIARY, CONTEXT, NEIGHBOURS = "auxiliary", "context", "neighbours"
 """Parameters of a system and not of its method: the auxiliary model's name, where it is not the engine's own; for a
-method that takes fused variants, whom passages are fused with (see `company.meeting`) and how many at most.
+method that takes fused variants, whom passages are fused with (see `context.meeting`) and how many at most.
 """
 
 
@@ -26,7 +26,7 @@ class System:
     """One thing to compare: a method at a ratio, under a ``label`` that names it in rows and tables.
 
     ``auxiliary``: another auxiliary model than the engine's, or its name in ``helper`` until it is loaded.
-    ``parameters``: the method's, by name. ``meet``: whom passages are fused with, or for short in ``company`` and
+    ``parameters``: the method's, by name. ``meet``: whom passages are fused with, or for short in ``context`` and
     ``neighbours`` until the data are there.
     """
 
@@ -36,7 +36,7 @@ class System:
     auxiliary: Auxiliary | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     helper: str = ""
-    company: str = ""
+    context: str = ""
     neighbours: int = 10
     meet: Meet | None = None
 
@@ -118,16 +118,16 @@ def _takes_ratio(one: _Spec) -> bool:
 
 def _system(written: _Spec) -> System:
     values = {name: spec.value(name, text) for name, text in written.parameters.items()}
-    helper, company = str(values.pop(AUXILIARY, "")), str(values.pop(COMPANY, ""))
+    helper, context = str(values.pop(AUXILIARY, "")), str(values.pop(CONTEXT, ""))
     count = values.pop(NEIGHBOURS, 10)
-    if company and company not in SOURCES:
-        raise ConfigurationError(f'"{written.label}": company is one of {", ".join(SOURCES)}')
+    if context and context not in SOURCES:
+        raise ConfigurationError(f'"{written.label}": context is one of {", ".join(SOURCES)}')
     if not isinstance(count, int) or count < 1:
         raise ConfigurationError(f'"{written.label}": neighbours must be at least 1, not {count!r}')
-    if company:
+    if context:
         values.setdefault(FUSED, True)
     system = System(
-        written.label, written.name, written.ratio, parameters=values, helper=helper, company=company, neighbours=count
+        written.label, written.name, written.ratio, parameters=values, helper=helper, context=context, neighbours=count
     )
     recipe = system.recipe  # raises for an unknown method or parameter
     if helper and not recipe.select.needs_auxiliary:

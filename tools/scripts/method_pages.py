@@ -30,7 +30,7 @@ def page(method: Any) -> str:
         lines += [f"Positions: {method.positions}.", ""]
     for name, title in PARTS.items():
         part = getattr(method, name)
-        if part is None or (method.exact is not None and name != "exact"):
+        if part is None or (method.prefix_cache is not None and name != "exact"):
             continue
         lines += [f"## {title}: {type(part).__name__}", "", inspect.getdoc(type(part)) or "", ""]
         if fields := dataclasses.fields(part):

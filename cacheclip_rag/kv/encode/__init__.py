@@ -4,17 +4,17 @@ from .activations import WithActivations
 from .base import Encoder, Text
 from .blanks import Blanks
 from .fused import fused
-from .harvested import Harvested, Variant, Variants, disorder
+from .harvested import Harvested, HarvestedVariant, HarvestedVariants, disorder
 from .isolated import Isolated
 
 __all__ = [
     "Blanks",
     "Encoder",
     "Harvested",
+    "HarvestedVariant",
+    "HarvestedVariants",
     "Isolated",
     "Text",
-    "Variant",
-    "Variants",
     "WithActivations",
     "disorder",
     "fused",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...chunks import ChunkKV
 from ...errors import ConfigurationError
 from ...model.backbone import Backbone
-from .base import Front, Text, behind
+from .base import Front, Text, encode_behind
 from .isolated import Isolated
 
 
@@ -31,4 +31,4 @@ class WithActivations(Isolated):
             )
 
     def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
-        return behind(backbone, texts, fronts, activations=min(self.transition_layer, backbone.layers - 2))
+        return encode_behind(backbone, texts, fronts, activations=min(self.transition_layer, backbone.layers - 2))

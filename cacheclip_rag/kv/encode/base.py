@@ -30,7 +30,9 @@ class Encoder(Protocol):
         """KV of each text behind its own front. The texts do not see each other."""
 
 
-def behind(backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front], activations: int = 0) -> list[ChunkKV]:
+def encode_behind(
+    backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front], activations: int = 0
+) -> list[ChunkKV]:
     """``KV(C_i) = prefill(C_i | S_i)`` for every ``C_i``: forward ``[S_1; C_1; S_2; C_2; ...]``, keep the rows of each.
 
     One forward over one canvas, where every text has its front's KV before it and sees nothing below: short texts keep

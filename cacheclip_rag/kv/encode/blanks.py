@@ -11,7 +11,7 @@ from torch import Tensor
 from ...chunks import ChunkKV
 from ...errors import ConfigurationError
 from ...model.backbone import Backbone
-from .base import Front, Text, behind
+from .base import Front, Text, encode_behind
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ class Blanks:
         return torch.cat([opening, dummy.repeat(self.count)])
 
     def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
-        return behind(backbone, texts, fronts)
+        return encode_behind(backbone, texts, fronts)

@@ -15,20 +15,20 @@ def fused(
     encoder: Encoder,
     backbone: Backbone,
     chunks: Sequence[ChunkKV],
-    companies: Sequence[Sequence[ChunkKV]],
+    contexts: Sequence[Sequence[ChunkKV]],
     prefix: Front,
 ) -> list[ChunkKV]:
-    """``KV(C_i) = prefill(C_i | S, KV(C_a), KV(C_b), ...)``: each encoded anew behind its company, in one go.
+    """``KV(C_i) = prefill(C_i | S, KV(C_a), KV(C_b), ...)``: each encoded anew behind its context, in one go.
 
-    ``prefix`` is the KV of S, ``[L, Hk, P, D]``; a company are chunks encoded by themselves behind it, in the order
+    ``prefix`` is the KV of S, ``[L, Hk, P, D]``; a context are chunks encoded by themselves behind it, in the order
     they shall stand in: their KV is taken as it is (one hop), its keys rotated so that positions are contiguous. The
     results stay at the positions they were computed at; placing rotates them from there, which spares the rounding of a
     way back. Source: FusionRAG (arXiv 2601.12904), section 3.1, eq. 8 to 10.
     """
     texts = [(chunk.text, Tokens(chunk.ids, chunk.offsets)) for chunk in chunks]
-    made = encoder.encode(backbone, texts, [joined(backbone, prefix, company) for company in companies])
-    names = [tuple(other.text for other in company) for company in companies]
-    return [replace(chunk, company=company) for chunk, company in zip(made, names, strict=True)]
+    made = encoder.encode(backbone, texts, [joined(backbone, prefix, context) for context in contexts])
+    names = [tuple(other.text for other in context) for context in contexts]
+    return [replace(chunk, context=context) for chunk, context in zip(made, names, strict=True)]
 
 
 def joined(backbone: Backbone, prefix: Front, chunks: Sequence[ChunkKV]) -> Front:

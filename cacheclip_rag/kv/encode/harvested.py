@@ -21,12 +21,12 @@ from .isolated import Isolated
 
 @dataclass(frozen=True)
 class Harvested(Isolated):
-    """Cache-Craft: no KV at ingestion; every full prefill leaves a variant of each of its chunks, its company in it.
+    """Cache-Craft: no KV at ingestion; every full prefill leaves a variant of each of its chunks, its context in it.
 
     ``chunks`` and ``variants``: how many chunks are kept, least recently used out first, and how many variants of each,
     the least used out first. ``alpha`` scales the score that decides what to recompute. Only full
     prefills are harvested: a variant taken from a repaired prompt would hand on whatever the repair left wrong.
-    Variants live in memory. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
+    HarvestedVariants live in memory. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
     """
 
     prefix: str | None = None
@@ -43,11 +43,11 @@ class Harvested(Isolated):
 
 
 @dataclass(eq=False)
-class Variant:
+class HarvestedVariant:
     """One chunk's KV as some prompt left it: ``before`` are the chunks that stood in front of it, in order.
 
     ``inter[j]``: the attention mass that its tokens paid to chunk j, mean over layers and heads; ``cci``: its
-    `contextualisation`; ``kv.extra["leaned"] [n]``: the mass each token paid to all chunks before.
+    `contextualisation`; ``kv.extra["inter_attention"] [n]``: the mass each token paid to all chunks before.
     """
 
     kv: ChunkKV
@@ -57,20 +57,20 @@ class Variant:
     uses: int = 0
 
 
-class Variants:
+class HarvestedVariants:
     """The variants of up to ``recipe.chunks`` chunks, by the chunks' names."""
 
     def __init__(self, recipe: Harvested) -> None:
         self._recipe = recipe
-        self._kept: OrderedDict[str, list[Variant]] = OrderedDict()
+        self._kept: OrderedDict[str, list[HarvestedVariant]] = OrderedDict()
 
     def __contains__(self, name: object) -> bool:
         return name in self._kept
 
-    def of(self, name: str) -> list[Variant]:
+    def of(self, name: str) -> list[HarvestedVariant]:
         return list(self._kept.get(name, ()))
 
-    def best(self, name: str, before: Sequence[str]) -> tuple[Variant, float] | None:
+    def best(self, name: str, before: Sequence[str]) -> tuple[HarvestedVariant, float] | None:
         """The variant with the lowest fix-up overhead behind these chunks, and that overhead.
 
         Of equal ones the variant that saw most of them wins: one that had nothing before it always scores 0.
@@ -84,7 +84,7 @@ class Variants:
         chosen.uses += 1
         return chosen, overhead
 
-    def add(self, name: str, variant: Variant) -> None:
+    def add(self, name: str, variant: HarvestedVariant) -> None:
         known = self._kept.setdefault(name, [])
         self._kept.move_to_end(name)
         if any(v.before == variant.before for v in known):
@@ -105,7 +105,7 @@ class Variants:
 
 
 def contextualisation(inter: float, intra: float) -> float:
-    """``CCI = 1 / (1 + exp(-a / b))``: how much a chunk leaned on others (``a``) against itself (``b``): 0.5..1.
+    """``CCI = 1 / (1 + exp(-a / b))``: attention to other chunks (``a``) over attention to itself (``b``): 0.5..1.
 
     ``a = sum_j inter(C_i, C_j) / (|C_i| |C_j|)`` and ``b = intra(C_i) / |C_i|^2``, means over layers and heads.
     """
@@ -165,7 +165,9 @@ class ChunkMass:
             self.mass[mine] += paid @ self._one_hot[: key.shape[2]] / len(self.layers)
 
 
-def harvest(kv: ChunkKV, number: int, before: Sequence[tuple[str, int]], mass: Tensor, lengths: Tensor) -> Variant:
+def harvest(
+    kv: ChunkKV, number: int, before: Sequence[tuple[str, int]], mass: Tensor, lengths: Tensor
+) -> HarvestedVariant:
     """The variant of the chunk ``number``, whose tokens paid ``mass [n, chunks]``; ``before``: names and numbers of the
     chunks in front of it, in order; ``lengths [chunks]`` in tokens.
     """
@@ -175,6 +177,6 @@ def harvest(kv: ChunkKV, number: int, before: Sequence[tuple[str, int]], mass: T
     n = len(kv)
     a = sum(float(mass[:, j].sum()) / (n * float(lengths[j])) for _, j in before)
     b = float(mass[:, number].sum()) / n**2
-    leaned = mass[:, [j for _, j in before]].sum(dim=1)
-    kv = replace(kv, extra={**kv.extra, "leaned": leaned.cpu()})
-    return Variant(kv, tuple(dict.fromkeys(other for other, _ in before)), inter, contextualisation(a, b))
+    inter_attention = mass[:, [j for _, j in before]].sum(dim=1)
+    kv = replace(kv, extra={**kv.extra, "inter_attention": inter_attention.cpu()})
+    return HarvestedVariant(kv, tuple(dict.fromkeys(other for other, _ in before)), inter, contextualisation(a, b))

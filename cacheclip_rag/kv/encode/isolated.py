@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...chunks import ChunkKV
 from ...model.backbone import Backbone
-from .base import Front, Text, behind
+from .base import Front, Text, encode_behind
 
 
 @dataclass(frozen=True)
@@ -27,4 +27,4 @@ class Isolated:
         return backbone.tokenise_prompt(backbone.shared_prefix() if self.prefix is None else self.prefix).ids
 
     def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
-        return behind(backbone, texts, fronts)
+        return encode_behind(backbone, texts, fronts)

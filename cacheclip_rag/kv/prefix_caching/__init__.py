@@ -1,7 +1,7 @@
 """Reuse that changes nothing: KV of the very tokens that stood before. One cache a file."""
 
-from .base import ExactCache, ExactReuse
+from .base import PrefixCache, PrefixCaching
 from .blocks import PrefixBlocks
 from .tree import DocumentTree
 
-__all__ = ["DocumentTree", "ExactCache", "ExactReuse", "PrefixBlocks"]
+__all__ = ["DocumentTree", "PrefixBlocks", "PrefixCache", "PrefixCaching"]

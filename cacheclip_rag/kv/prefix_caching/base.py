@@ -10,7 +10,7 @@ from torch import Tensor
 from ...model.canvas import Canvas
 
 
-class ExactCache(Protocol):
+class PrefixCache(Protocol):
     """KV of prompts' beginnings, in memory, under a cap in bytes. Not thread-safe: the engine's turns see to that."""
 
     nbytes: int
@@ -27,7 +27,7 @@ class ExactCache(Protocol):
         """Keep what a finished prefill left on ``canvas``, every row of which is exact."""
 
 
-class ExactReuse(Protocol):
+class PrefixCaching(Protocol):
     """Makes a cache. Frozen dataclasses."""
 
-    def open(self) -> ExactCache: ...
+    def open(self) -> PrefixCache: ...

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...model.canvas import Canvas
 from ...spec import at_least
-from .base import ExactCache
+from .base import PrefixCache
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PrefixBlocks:
     def __post_init__(self) -> None:
         at_least(1, block=self.block, capacity_bytes=self.capacity_bytes)
 
-    def open(self) -> ExactCache:
+    def open(self) -> PrefixCache:
         return _Blocks(self.block, self.capacity_bytes)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...model.canvas import Canvas
 from ...spec import at_least
-from .base import ExactCache
+from .base import PrefixCache
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DocumentTree:
     def __post_init__(self) -> None:
         at_least(1, capacity_bytes=self.capacity_bytes)
 
-    def open(self) -> ExactCache:
+    def open(self) -> PrefixCache:
         return _Tree(self.capacity_bytes)
 
 

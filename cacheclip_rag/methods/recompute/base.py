@@ -20,6 +20,6 @@ class Recompute(Protocol):
         """
 
 
-def both(request: Request, chosen: Tensor) -> Tensor:
+def merge_rows(request: Request, chosen: Tensor) -> Tensor:
     """The fresh rows and the chosen ones, sorted."""
     return torch.cat([request.fresh, chosen]).sort().values

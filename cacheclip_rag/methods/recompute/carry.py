@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import ConfigurationError
 from ...model.attention import Shape
-from ...model.rotary import Turn
+from ...model.rotary import PerTokenRotation
 from ..request import Request
 from .once import Once
 
@@ -33,7 +33,7 @@ class Carry:
     where they do not, and none counts for more than another. With the plain mean, few tokens whose KV changes wholly
     (those that were looked at by default and no longer are) turned some right answers into wrong ones (docs/log.md).
 
-    Chunks that are fused are left as they are, and tell nothing: the company they met has moved them already. Where all
+    Chunks that are fused are left as they are, and tell nothing: the context they met has moved them already. Where all
     behind the first are fused nothing is carried at all, since what stands in front of the first is the prompt's head
     only. ``carry=0`` is `Once`. Our own.
     """
@@ -46,7 +46,7 @@ class Carry:
             raise ConfigurationError(f"carry and weight must be at least 0, not {self.carry} and {self.weight}")
 
     def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
-        alone = torch.tensor([chunk is not None and not chunk.company for chunk in request.chunks], dtype=torch.bool)
+        alone = torch.tensor([chunk is not None and not chunk.context for chunk in request.chunks], dtype=torch.bool)
         rest = request.rows[~torch.isin(request.rows, chosen)]
         seen, rest = (rows[alone[request.layout.chunk[rows]]] for rows in (chosen, rest))
         fused = not alone.all() and not alone[1:].any()
@@ -63,7 +63,10 @@ class _Carried:
         device, layout = request.backbone.device, request.layout
         self._chosen, self._rest = chosen.to(device), rest.to(device)
         rotary, positions = request.backbone.rotary, request.positions
-        self._back, self._there = Turn(rotary, -positions[chosen].to(device)), Turn(rotary, positions[rest].to(device))
+        self._back, self._there = (
+            PerTokenRotation(rotary, -positions[chosen].to(device)),
+            PerTokenRotation(rotary, positions[rest].to(device)),
+        )
         self._groups, self._targets = layout.chunk[chosen].to(device), layout.chunk[rest].to(device)
         self._counts = torch.bincount(self._groups, minlength=len(layout.spans))[:, None]
         self._carry, self._weight = carry, weight

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import ConfigurationError
 from ...model.attention import AttentionProbe, Shape
 from ..request import Request
-from .base import both
+from .base import merge_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EarlyStop:
 
     def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
         backbone, canvas, device = request.backbone, request.canvas, request.backbone.device
-        rows = both(request, chosen)
+        rows = merge_rows(request, chosen)
         layer = min(max(1, round(self.depth * backbone.layers)), backbone.layers - 1)
         looked = [i for i in backbone.full_layers if i < layer]
         question = request.question_rows if len(request.question_rows) else request.fresh[-1:]
@@ -51,7 +51,7 @@ class EarlyStop:
             shape=shape,
         )
         if probe is not None:
-            kept = both(
+            kept = merge_rows(
                 request, chosen[torch.isin(request.layout.chunk[chosen], self._focus(request, probe.scores.cpu()))]
             )
             stream, rows = stream[torch.isin(rows, kept).to(device)], kept

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...model.attention import Shape
 from ..request import Request
-from .base import both
+from .base import merge_rows
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Once:
     """One forward over the fresh and the chosen rows."""
 
     def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
-        rows = both(request, chosen)
+        rows = merge_rows(request, chosen)
         logits = request.backbone.forward(
             request.layout.ids[rows], rows, request.canvas, positions=request.positions[rows], shape=shape
         )

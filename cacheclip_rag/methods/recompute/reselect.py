@@ -12,7 +12,7 @@ from ...model.attention import Shape, StopAt
 from ..request import Request
 from ..select import top
 from ..select.cacheblend import deviation
-from .base import both
+from .base import merge_rows
 from .once import Once
 
 
@@ -34,7 +34,7 @@ class Reselect:
             return Once().run(request, chosen, shape)
         backbone, canvas, layout = request.backbone, request.canvas, request.layout
         layer = min(self.transition_layer, backbone.layers - 2) + 1
-        rows = both(request, chosen)
+        rows = merge_rows(request, chosen)
         fresh = backbone.advance(
             layout.ids[rows], rows, canvas, 0, layer - 1, positions=request.positions[rows], shape=shape
         )
@@ -60,7 +60,7 @@ class Reselect:
         )
         scores = deviation(request, scratch.keys[layer, 0], scratch.values[layer, 0], layer)
         again = request.rows[top(scores.cpu(), len(chosen))]
-        rows = both(request, again)
+        rows = merge_rows(request, again)
         logits = backbone.forward(
             stream[rows], rows, canvas, positions=request.positions[rows], first=layer, shape=shape
         )

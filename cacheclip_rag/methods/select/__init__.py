@@ -4,8 +4,8 @@ from .base import Selector
 from .budget import top, windows
 from .cacheblend import KeyDeviation
 from .cacheclip import CacheClip
-from .cachecraft import LeanedTokens
-from .epic import ChunkHeads
+from .cachecraft import InterAttentionTokens
+from .epic import LeadingTokens
 from .everything import Everything
 from .nothing import Nothing
 from .query_guided import QueryGuided
@@ -13,10 +13,10 @@ from .random import Random
 
 __all__ = [
     "CacheClip",
-    "ChunkHeads",
     "Everything",
+    "InterAttentionTokens",
     "KeyDeviation",
-    "LeanedTokens",
+    "LeadingTokens",
     "Nothing",
     "QueryGuided",
     "Random",

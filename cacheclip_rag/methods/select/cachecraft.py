@@ -1,4 +1,4 @@
-"""The tokens that leaned on what is no longer there."""
+"""The tokens that inter_attention on what is no longer there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .budget import top
 
 
 @dataclass(frozen=True)
-class LeanedTokens:
+class InterAttentionTokens:
     """Cache-Craft: of every chunk the ``ceil(CFO |C_i|)`` tokens that paid most attention to the chunks then before it.
 
     ``budget="overhead"``: each chunk's own fix-up overhead says how many, and the ratio says nothing;
@@ -27,19 +27,19 @@ class LeanedTokens:
     needs_auxiliary: ClassVar[bool] = False
 
     def select(self, request: Request, budget: int) -> Tensor:
-        leaned, overhead = torch.zeros(len(request.rows)), torch.zeros(len(request.rows))
+        inter_attention, overhead = torch.zeros(len(request.rows)), torch.zeros(len(request.rows))
         for number in request.groups.unique().tolist():
             chunk, mine = request.chunks[number], request.groups == number
-            if chunk is None or "leaned" not in chunk.extra:
+            if chunk is None or "inter_attention" not in chunk.extra:
                 raise ConfigurationError('this selection needs harvested chunks, as "cachecraft" keeps them')
             token = request.layout.token[request.rows[mine]]
-            leaned[mine] = chunk.extra["leaned"][token]
+            inter_attention[mine] = chunk.extra["inter_attention"][token]
             overhead[mine] = chunk.extra["overhead"][token]
         if self.budget == "ratio":
-            return request.rows[top(leaned, budget)]
+            return request.rows[top(inter_attention, budget)]
         chosen = torch.zeros(len(request.rows), dtype=torch.bool)
         for number in request.groups.unique().tolist():
             members = (request.groups == number).nonzero()[:, 0]
             count = int(torch.ceil(overhead[members[0]].double() * len(members) - 1e-6))
-            chosen[members[top(leaned[members], count)]] = True
+            chosen[members[top(inter_attention[members], count)]] = True
         return request.rows[chosen]

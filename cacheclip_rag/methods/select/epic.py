@@ -14,7 +14,7 @@ from .budget import top
 
 
 @dataclass(frozen=True)
-class ChunkHeads:
+class LeadingTokens:
     """EPIC: the first tokens of every chunk, which behaved as attention sinks when it was encoded by itself.
 
     ``tokens=k`` takes the first k of each, whatever the ratio (LegoLink-k); None spends the budget evenly, the first

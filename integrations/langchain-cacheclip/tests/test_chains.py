@@ -308,7 +308,7 @@ def test_structured_output_of_a_model_whose_template_knows_no_system_message(
     with Engine(backbone_of(template), method="query_guided") as engine:
         calls, llm = recorder(engine), ChatCacheClip.from_engine(engine, max_tokens=60)
         assert isinstance(llm.with_structured_output(Answer).invoke("Is it good?"), Answer)
-        asked = calls.streams[0].report.fates.prompt
+        asked = calls.streams[0].report.token_sources.prompt
         assert asked.startswith("<|im_start|>user\nAnswer with JSON") and "Is it good?<|im_end|>" in asked
         with pytest.raises(PromptError, match="no system"):
             llm.invoke([SystemMessage("Be brief."), HumanMessage("Hello.")])

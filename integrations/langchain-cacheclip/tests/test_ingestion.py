@@ -285,18 +285,18 @@ def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embeddi
     ids = store.add_texts([text(1), text(2)])
     store.add_texts([text(3)])
     fused = engine._encodings.reuse(engine.method.encode).fused
-    assert {frozenset(company) for company in fused.of(text(3))} == {
+    assert {frozenset(context) for context in fused.of(text(3))} == {
         frozenset(),
         frozenset({text(1).strip(), text(2).strip()}),
     }
     store.delete(ids[:1])
-    assert not any(text(1).strip() in company for number in (2, 3) for company in fused.of(text(number)))
+    assert not any(text(1).strip() in context for number in (2, 3) for context in fused.of(text(number)))
 
-    def companies(*numbers: int) -> list[int]:
+    def contexts(*numbers: int) -> list[int]:
         return [len(fused.of(text(number))) - 1 for number in numbers]
 
     store.add_texts([text(4)], ids=ids[1:])  # what was fused with the old text goes, and is made anew with the new
-    assert companies(3, 4) == [1, 1] and not any(text(2).strip() in company for company in fused.of(text(3)))
+    assert contexts(3, 4) == [1, 1] and not any(text(2).strip() in context for context in fused.of(text(3)))
 
     made = engine.fuse
 
@@ -308,7 +308,7 @@ def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embeddi
         store.add_texts([text(5)])
     engine.fuse = made
     store.add_texts([text(4)], ids=ids[1:])  # the same again: what was interrupted is done now
-    assert companies(5) == [1]
+    assert contexts(5) == [1]
 
     class Bare(InMemoryVectorStore):
         @property

@@ -59,7 +59,7 @@ def test_closing_a_stream_ends_its_request(llm: CacheClipLLM, engine: Engine, re
     stream.close()
     report = calls.streams[-1].report
     assert report.finish_reason == "cancelled" and 0 < report.completion_tokens < 10
-    assert engine._seats.taken == 0
+    assert engine.limit.in_flight == 0
     assert llm.complete("Next.").text == expected
 
 
@@ -176,7 +176,7 @@ async def test_fifty_at_once_get_the_answers_of_one_after_another(informed: Engi
     assert [str(answer) for answer in answers] == expected
     with ThreadPoolExecutor(50) as pool:
         assert list(pool.map(lambda p: llm.complete(p).text, prompts)) == expected
-    assert informed._seats.taken == 0
+    assert informed.limit.in_flight == 0
 
 
 @pytest.mark.behaviour("LlamaIndex", "a limit on requests in flight; those that wait can be cancelled")
@@ -187,10 +187,10 @@ async def test_a_call_that_waits_can_be_cancelled(tiny_backbone: Any) -> None:
         open_one = llm.stream_complete("First.", max_new_tokens=LONG)
         next(open_one)
         waiting = [asyncio.create_task(llm.acomplete("Next.")) for _ in range(3)]
-        while len(engine._seats._queue) < 3:
+        while len(engine.limit._queue) < 3:
             await asyncio.sleep(0.001)
         waiting[0].cancel()
-        while len(engine._seats._queue) > 2:
+        while len(engine.limit._queue) > 2:
             await asyncio.sleep(0.001)
         open_one.close()
         first, *others = await asyncio.gather(*waiting, return_exceptions=True)

@@ -47,7 +47,7 @@ class Places(BaseEmbedding):
         return self._get_text_embedding(query)
 
 
-def company(engine: Engine, name: str) -> list[list[str]]:
+def context(engine: Engine, name: str) -> list[list[str]]:
     """With whom a chunk was fused, by name."""
     return [[next(n for n in PLACES if n in other) for other in variant] for variant in engine.fused(text(name))]
 
@@ -63,24 +63,24 @@ def test_chunks_are_fused_with_the_most_similar_and_follow_the_collection(
     engine, embed = Engine(tiny_backbone, method="auto", store=tmp_path), Places()
     transform = CacheClipTransform(engine, fuse=1, embed_model=embed, show_progress=False)
     transform(nodes("oak", "ash", "cod"))
-    assert [company(engine, name) for name in ("oak", "ash", "cod")] == [[["ash"]], [["oak"]], [["ash"]]]
+    assert [context(engine, name) for name in ("oak", "ash", "cod")] == [[["ash"]], [["oak"]], [["ash"]]]
     transform(nodes("elm", "eel"))
-    assert company(engine, "oak") == [["ash"], ["elm"]] and company(engine, "cod") == [["ash"], ["eel"]]
+    assert context(engine, "oak") == [["ash"], ["elm"]] and context(engine, "cod") == [["ash"], ["eel"]]
     assert len(embed.asked) == 5  # each once
     engine.forget([text("eel")])
-    assert company(engine, "cod") == [["ash"]]  # what was fused with it went with it
+    assert context(engine, "cod") == [["ash"]]  # what was fused with it went with it
     engine.close()
 
     later = Engine(tiny_backbone, method="auto", store=tmp_path)
     again = CacheClipTransform(later, fuse=1, embed_model=Places(), show_progress=False)
     again(nodes("eel"))  # the others are known from before, and so is what was fused
-    assert company(later, "eel") == [["cod"]] and set(map(tuple, company(later, "cod"))) == {("ash",), ("eel",)}
+    assert context(later, "eel") == [["cod"]] and set(map(tuple, context(later, "cod"))) == {("ash",), ("eel",)}
 
 
 def test_without_fuse_nothing_is_fused_and_nothing_embedded(tiny_backbone: Backbone) -> None:
     engine, embed = Engine(tiny_backbone, method="auto"), Places()
     CacheClipTransform(engine, embed_model=embed, show_progress=False)(nodes("oak", "ash"))
-    assert company(engine, "oak") == [] and embed.asked == []
+    assert context(engine, "oak") == [] and embed.asked == []
 
 
 def test_embeddings_that_fail_cost_fusion_and_not_ingestion(tiny_backbone: Backbone, caplog: Any) -> None:
@@ -89,10 +89,10 @@ def test_embeddings_that_fail_cost_fusion_and_not_ingestion(tiny_backbone: Backb
     embed.broken = True
     with caplog.at_level(logging.ERROR):
         assert len(transform(nodes("oak", "ash"))) == 2
-    assert "no neighbours" in caplog.text and engine.knows(text("oak")) and company(engine, "oak") == []
+    assert "no neighbours" in caplog.text and engine.knows(text("oak")) and context(engine, "oak") == []
     embed.broken = False
     transform(nodes("elm"))  # what was missed is made up for
-    assert company(engine, "oak") == [["elm", "ash"]]
+    assert context(engine, "oak") == [["elm", "ash"]]
 
 
 def of(document: str, *names: str, version: str = "") -> list[TextNode]:
@@ -144,7 +144,7 @@ def test_what_was_deleted_and_comes_back_is_fused_again(tiny_backbone: Backbone)
     transform(nodes("oak", "elm", "cod"))
     engine.forget([text("elm")])
     transform(nodes("elm"))
-    assert [company(engine, name) for name in ("oak", "elm", "cod")] == [[["elm"]], [["oak"]], [["elm"]]]
+    assert [context(engine, name) for name in ("oak", "elm", "cod")] == [[["elm"]], [["oak"]], [["elm"]]]
 
 
 def test_a_transform_that_fuses_can_be_pickled_and_copied(tiny_folder: Any) -> None:
@@ -152,10 +152,10 @@ def test_a_transform_that_fuses_can_be_pickled_and_copied(tiny_folder: Any) -> N
     transform = CacheClipTransform(llm, fuse=1, embed_model=Places(), show_progress=False)
     transform(nodes("oak", "elm"))
     copy.deepcopy(transform)(nodes("oak", "ash"))
-    assert company(llm.engine, "ash") == [["elm"]]
+    assert context(llm.engine, "ash") == [["elm"]]
     travelled = pickle.loads(pickle.dumps(transform))
     travelled(nodes("cod"))  # here the engine is open; it begins with no embeddings
-    assert company(llm.engine, "cod") == [["ash"]]
+    assert context(llm.engine, "cod") == [["ash"]]
     unfusing = pickle.loads(pickle.dumps(CacheClipTransform(llm)))
     assert unfusing._fuser is None and travelled._fuser is not None
 
@@ -167,9 +167,9 @@ def test_embeddings_that_the_nodes_come_with_are_used(tiny_backbone: Backbone, m
     asked = list(embed.asked)
     transform = CacheClipTransform(engine, fuse=1, show_progress=False)
     transform(embedded)
-    assert embed.asked == asked and company(engine, "oak") == [["elm"]]
+    assert embed.asked == asked and context(engine, "oak") == [["elm"]]
     transform(nodes("eel"))
-    assert embed.asked == [*asked, text("eel")] and company(engine, "eel") == [["cod"]]
+    assert embed.asked == [*asked, text("eel")] and context(engine, "eel") == [["cod"]]
     other = CacheClipTransform(engine, fuse=1, embed_model=Places(), show_progress=False)
     other(embedded)  # whose model is another than the pipeline's
     assert len(other._fuser._embed.model.asked) == 4
@@ -195,6 +195,6 @@ def test_what_is_asked_about_together_is_fused_while_nothing_is_asked(tiny_folde
             for _ in range(2):
                 llm.complete(f"{text('oak')}\n\n{text('cod')}\n\nWhich of them swims?")
             llm.engine.flush()
-            assert company(llm.engine, "cod") == ([["oak"]] if allowed else [])
+            assert context(llm.engine, "cod") == ([["oak"]] if allowed else [])
         finally:
             llm.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cacheclip_rag.corpus.neighbours import Embed, similar
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.kv.fit import Company, Fit, Nearest
+from cacheclip_rag.kv.fit import Context, Fit, Nearest
 
 from .data import Item
 
@@ -30,7 +30,7 @@ _PROMPTS = 3
 
 
 def meeting(source: str, count: int, corpus: Sequence[Item], more: Iterable[str], embed: Embed) -> Meet:
-    """How passages get their company, at most ``count`` others each.
+    """How passages get their context, at most ``count`` others each.
 
     ``"similar"``: the most similar of all passages of the ``corpus`` of items and ``more`` texts, FusionRAG's way.
     ``"use"``: those that the other items retrieved with it most often. ``"prompts"``: the other items that have most
@@ -47,7 +47,7 @@ def meeting(source: str, count: int, corpus: Sequence[Item], more: Iterable[str]
         return lambda item: Gathering({text: together.most(item, text)[:count] for text in _texts(item)})
     if source == "prompts":
         return lambda item: Gathering(sequences=together.prompts(item))
-    raise ConfigurationError(f'company is one of {", ".join(SOURCES)}, not "{source}"')
+    raise ConfigurationError(f'context is one of {", ".join(SOURCES)}, not "{source}"')
 
 
 class _Together:
@@ -88,10 +88,10 @@ def _texts(item: Item) -> list[str]:
 
 @dataclass(frozen=True)
 class Only:
-    """A `Fit` that knows no other companies than ``these``: several systems share one store."""
+    """A `Fit` that knows no other contexts than ``these``: several systems share one store."""
 
-    these: frozenset[Company]
+    these: frozenset[Context]
     fit: Fit = field(default_factory=Nearest)
 
-    def choose(self, companies: Sequence[Company], before: Sequence[str]) -> Company:
-        return self.fit.choose([c for c in companies if not c or c in self.these], before)
+    def choose(self, contexts: Sequence[Context], before: Sequence[str]) -> Context:
+        return self.fit.choose([c for c in contexts if not c or c in self.these], before)
