@@ -18,7 +18,7 @@ from cacheclip_rag.evaluation import paired, rows
 Scores = Mapping[str, Mapping[tuple[str, str], rows.Row]]
 """The rows of each system, by data set and item."""
 
-AUTOS = ("auto:company=prompts", "auto:company=use")
+AUTOS = ("auto:context=prompts", "auto:context=use")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def aims(scores: Scores, auto: str) -> str:
         return mean(mean(row[name] for (data, _), row in scores[system].items() if data == one) for one in sets)
 
     score, full, ratio, kl = over(auto, "score"), over("full", "score"), over(auto, "ratio"), over(auto, "kl")
-    rivals = [name for name in scores if name != "full" and "company=" not in name and not name.startswith("auto")]
+    rivals = [name for name in scores if name != "full" and "context=" not in name and not name.startswith("auto")]
     gaps = {(name, one): paired(*pairs(scores, name, auto, one)) for name in rivals for one in sets}
     ahead = [f"`{name}` on {one}" for (name, one), gap in gaps.items() if gap.found and gap.low > 0]
     aims = [
