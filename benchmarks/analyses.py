@@ -1,4 +1,4 @@
-"""Writes docs/analyses.md from what `cacheclip analyse` and `cacheclip eval` measured.
+"""Fills the tables of benchmarks/results/analyses.md from what `cacheclip analyse` and `cacheclip eval` measured.
 
     python benchmarks/analyses.py
 
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pages import DOCS, RESULTS, copies, fill
+
 from cacheclip_eval import plots, rows, summary
 from cacheclip_eval.plots import parameter_of
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 DEPTHS = ((0.0, 0.0), (0.01, 0.25), (0.25, 0.5), (0.5, 0.69), (0.69, 0.83), (0.83, 0.99), (1.0, 1.0))
 """The first layer, stretches between, the last layer; `auto` looks at 0.69 to 0.83."""
 SELECTING = (0, 1, 4, 9, 14, 19, 23, 27)
@@ -35,7 +37,7 @@ SHOWN = (
     "auto:context=prompts",
     "auto:context=use",
 )
-"""Of the systems in `docs/results.md` those that the figure by length has room for."""
+"""The systems that the figure by length has room for."""
 
 Rows = Sequence[dict[str, Any]]
 
@@ -128,9 +130,9 @@ def by_set(path: Path) -> str:
     return _columns(found)
 
 
-def needles() -> Rows:
+def needles(methods: Path) -> Rows:
     """Rows of RULER, whose tasks are the same at 2k and 4k tokens."""
-    kept = rows.read(RESULTS / "methods-1.5b.jsonl").values()
+    kept = rows.read(methods).values()
     return [row for row in kept if row["dataset"].startswith("ruler") and row["system"] in ("full", *SHOWN)]
 
 
@@ -154,30 +156,45 @@ def _columns(found: dict[str, dict[str, str]]) -> str:
     return table(["", *columns], lines)
 
 
+def pictures(found: dict[str, Path], ruler: Rows) -> None:
+    """The figures of docs/analyses.md that are drawn from rows of `cacheclip eval`."""
+    figures = DOCS / "figures"
+    plots.length(ruler, figures / "length.svg")
+    for name, path in found.items():
+        if name == "chunks-0.5b":
+            plots.length(list(rows.read(path).values()), figures / "chunks.svg", by="chunks")
+        elif name != "methods-1.5b":
+            parameter = name.partition("-")[0]
+            plots.sweep(summary(path), figures / f"{parameter}.svg", parameter)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/analyses.md"))
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not what the rows give")
     args = parser.parse_args()
-    one, other, found = (
+    one, other, reused = (
         [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
         for name in ("agreement-1.5b.jsonl", "deviation-1.5b.jsonl", "hits.jsonl")
     )
-    text = (HERE / "analyses.md").read_text(encoding="utf-8")
-    parts = {
-        "agreement": agreement(one),
-        "where": where(other),
-        "foretold": foretold(other),
-        "shared": shared(other),
-        "hits": hits(found),
-    }
-    for name, path in ((name, RESULTS / f"{name}-0.5b.jsonl") for name in ("ratio", "prefix", "chunks")):
-        if path.exists():
-            parts[name] = by_set(path) if name == "chunks" else swept(path, name)
-    parts["length"] = by_length(ruler := needles())
-    plots.length(ruler, args.out.parent / "figures" / "length.svg")
-    for name, part in parts.items():
-        text = text.replace(f"<!-- {name} -->\n", part)
-    args.out.write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        found = copies(("methods-1.5b", "ratio-0.5b", "prefix-0.5b", "chunks-0.5b"), Path(folder))
+        ruler = needles(found["methods-1.5b"])
+        parts = {
+            "agreement": agreement(one),
+            "where": where(other),
+            "foretold": foretold(other),
+            "shared": shared(other),
+            "hits": hits(reused),
+            "ratio": swept(found["ratio-0.5b"], "ratio"),
+            "prefix": swept(found["prefix-0.5b"], "prefix"),
+            "chunks": by_set(found["chunks-0.5b"]),
+            "length": by_length(ruler),
+        }
+        changed = fill([RESULTS / "analyses.md"], parts, check=args.check)
+        if not args.check:
+            pictures(found, ruler)
+    if args.check and changed:
+        sys.exit("not what the rows give: analyses.md")
 
 
 if __name__ == "__main__":

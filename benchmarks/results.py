@@ -1,67 +1,95 @@
-"""Writes docs/results.md from committed rows.
+"""Fills the tables of benchmarks/results/*.md and docs/results.md from the committed rows.
 
-    python benchmarks/results.py
+    python benchmarks/results.py            # rewrites the tables and the pictures
+    python benchmarks/results.py --check    # fails if a table is not what the rows give
 
-The rows come from `make results DATA=folder`, which can be stopped and goes on where it was: a set that not all systems
-have answered to its end is left out, and said to be. What stands between the tables is in `results-*.md` beside this.
+The rows come from `make results DATA=folder`, which can be stopped and resumed: a set that not all systems have
+answered to its end is left out, and said to be. The words of the pages are written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 
 import claims
 import paths
+from analyses import table
+from pages import DOCS, RESULTS, copies, fill
+from pooled import pooled
+
 from cacheclip_eval import plots
 from cacheclip_eval.figures import summary
 from cacheclip_eval.tables import compare, summarise
-from pooled import pooled
 
-AUTO = "query_guided@0.1:context=prompts,layers=(0.69,0.83),normalise=chunk,window=1"
-"""The selection of `auto`, among the rows about its parts."""
+ITEMS = 20
+"""Of a set that is finished."""
+ROWS = ("methods", "exact", "unseen", "fresh", "scales", "tuned", "recipe", "neighbours", "quality", "fusion")
 
-ALONE = "auto@0.15:carry=0,fused=False"
-CARRIED = "auto@0.15:fused=False"
-WITHOUT = {CARRIED: ALONE, "auto:context=prompts": "auto:carry=0,context=prompts"}
+WARM = "auto:context=prompts"
+COLD = "auto@0.15:fused=False"
+WITHOUT = {COLD: "auto@0.15:carry=0,fused=False", WARM: "auto:carry=0,context=prompts"}
 """What carries over what recomputing changed, and the same without."""
 BESIDE = {"naive", "cacheblend@0.15", "cacheclip@0.15", "query_guided@0.15", "infoflow@0.15", "auto:context=use"}
 """What they are shown beside."""
+SELECTION = "query_guided@0.1:context=prompts,group_size=1,layers=(0.69,0.83),normalise=chunk"
+"""The selection of `auto`, among the rows about its parts."""
 
-SECTIONS: list[tuple[str, list[str], Callable[[str], str] | None]] = [
-    ("exact", ["exact"], None),
-    ("unseen", ["unseen", "fresh"], None),
-    ("scales", ["scales", "tuned"], None),
-    ("recipe", ["recipe"], lambda _: AUTO),
-    ("neighbours", ["neighbours"], lambda system: f"{system.partition(':')[0]}:carry=0,fused=False"),
-]
-"""Of the page: its words, its rows, and whom each system is held against where all sets are taken together."""
+NQ = "nq_multidoc"
+SHOWN = {
+    "full": "full prefill",
+    "naive": "plain reuse (`naive`)",
+    "cacheblend@0.15": "CacheBlend (`cacheblend`)",
+    "cacheclip@0.15": "CacheClip (`cacheclip`)",
+    "infoflow@0.15": "InfoFlow (`infoflow`)",
+    "query_guided@0.15": "the question's attention, last layer (`query_guided`)",
+    COLD: "**`auto`, cold**: chunks encoded alone",
+    WARM: "**`auto`, warm**: chunks fused as an earlier prompt had them",
+}
+"""The rows of docs/results.md."""
+DRAWN = {
+    "naive": ("left", 0),
+    "epic@0.15": ("right", 0),
+    "legolink@0.15": ("left", 0),
+    "cacheblend@0.15": ("left", 0),
+    "droidspeak@0.15": ("left", 0),
+    "cachecraft@0.15": ("right", 8),
+    "cacheclip@0.15": ("right", 0),
+    "query_guided@0.15": ("right", 0),
+    "fusionrag_selection@0.15": ("right", -4),
+    "prophetkv@0.15": ("left", 0),
+    "infoflow@0.15": ("left", 0),
+    "psr@0.15": ("right", 0),
+    "naive:context=prompts": ("left", 0),
+    WITHOUT[COLD]: ("left", 0),
+    WARM: ("left", 3),
+    "auto:context=use": ("right", 0),
+}
+"""What the picture of docs/results.md shows: published methods at 0.15, plain reuse, `auto`. Beside each: its label's
+alignment, and how many points up it is moved."""
 
 
-def words(name: str) -> str:
-    return (Path(__file__).parent / f"results-{name}.md").read_text(encoding="utf-8")
-
-
-def finished(rows: Path, items: int, folder: Path) -> tuple[Path, dict[str, int]]:
-    """The rows of sets that every system asked about them has answered ``items`` items of, and how far others are."""
+def finished(rows: Path, folder: Path) -> tuple[Path, dict[str, int]]:
+    """The rows of sets that every system asked about them has finished, and how far the other sets are."""
     lines = [line for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
     done = Counter((row["dataset"], row["system"]) for row in map(json.loads, lines) if "error" not in row)
     least: dict[str, int] = {}
     for (data, _), count in done.items():
         least[data] = min(count, least.get(data, count))
-    kept = folder / rows.name
+    kept = folder / f"finished-{rows.name}"
     kept.write_text(
-        "".join(f"{line}\n" for line in lines if least.get(json.loads(line)["dataset"], 0) >= items), encoding="utf-8"
+        "".join(f"{line}\n" for line in lines if least.get(json.loads(line)["dataset"], 0) >= ITEMS), encoding="utf-8"
     )
-    return kept, {data: count for data, count in least.items() if count < items}
+    return kept, {data: count for data, count in least.items() if count < ITEMS}
 
 
-def common(rows: Path, items: int, folder: Path) -> Path:
+def common(rows: Path, folder: Path, items: int = 8) -> Path:
     """The rows of items that every system has answered, of the systems that have answered ``items`` of a set at all."""
     lines = [line for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
     good = [(line, row) for line, row in ((line, json.loads(line)) for line in lines) if "error" not in row]
@@ -70,22 +98,32 @@ def common(rows: Path, items: int, folder: Path) -> Path:
         answered.setdefault((row["dataset"], row["system"]), set()).add(row["id"])
     enough = {key: ids for key, ids in answered.items() if len(ids) >= items}
     shared = {data: set.intersection(*(ids for (d, _), ids in enough.items() if d == data)) for data, _ in enough}
-    kept = folder / rows.name
     chosen = (
         line for line, row in good if (row["dataset"], row["system"]) in enough and row["id"] in shared[row["dataset"]]
     )
+    kept = folder / f"common-{rows.name}"
     kept.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
     return kept
 
 
-def carried(rows: Path, folder: Path) -> Path:
-    """The rows of a few systems, on the sets on which `auto` has been answered with carrying over."""
-    lines = [line for name in ("methods", "unseen") for line in (rows / f"{name}-1.5b.jsonl").read_text().splitlines()]
+def carried(sources: Iterable[Path], folder: Path) -> Path:
+    """The rows of a few systems, on the sets on which `auto` over cold chunks has been answered with carrying over."""
+    lines = [line for path in sources for line in path.read_text(encoding="utf-8").splitlines()]
     good = [(line, row) for line, row in ((line, json.loads(line)) for line in lines) if "error" not in row]
-    sets = {row["dataset"] for _, row in good if row["system"] == CARRIED}
+    sets = {row["dataset"] for _, row in good if row["system"] == COLD}
     wanted = {"full", *WITHOUT, *WITHOUT.values(), *BESIDE}
     kept = folder / "carried.jsonl"
     chosen = (f"{line}\n" for line, row in good if row["dataset"] in sets and row["system"] in wanted)
+    kept.write_text("".join(chosen), encoding="utf-8")
+    return kept
+
+
+def forty(first: Path, last: Path, folder: Path) -> Path:
+    """The rows of both runs on NQ, of the systems that answered all questions."""
+    lines = [line for path in (first, last) for line in path.read_text(encoding="utf-8").splitlines()]
+    count = Counter(json.loads(line)["system"] for line in lines)
+    kept = folder / "forty.jsonl"
+    chosen = (f"{line}\n" for line in lines if count[json.loads(line)["system"]] == max(count.values()))
     kept.write_text("".join(chosen), encoding="utf-8")
     return kept
 
@@ -94,57 +132,156 @@ def overall(rows: Path) -> str:
     """A Markdown table of each system's means over the sets, every set counting the same."""
     records = summary(rows)
     full = {r["dataset"]: r["score"] for r in records if r["system"] == "full"}
-    lines = ["| system | score | of full prefill's | agree | KL | median | ratio |", "|---" * 7 + "|"]
+    lines = []
     for system in dict.fromkeys(r["system"] for r in records):
         mine = [r for r in records if r["system"] == system]
         if len(mine) < len(full):
             continue
         means = {name: mean(r[name] for r in mine) for name in ("score", "agree", "kl", "kl_median")}
         ratio = "–" if system == "full" else f"{mean(r['ratio'] for r in mine):.3f}"
-        lines.append(
-            f"| {system} | {means['score']:.3f} | {means['score'] / mean(full.values()):.0%} | {means['agree']:.3f} "
-            f"| {means['kl']:.3f} | {means['kl_median']:.3f} | {ratio} |"
-        )
-    return "\n".join(lines) + "\n"
+        share = f"{means['score'] / mean(full.values()):.0%}"
+        numbers = [f"{means[name]:.3f}" for name in ("agree", "kl", "kl_median")]
+        lines.append([system, f"{means['score']:.3f}", share, *numbers, ratio])
+    return table(["system", "score", "of full prefill's", "agree", "KL", "median", "ratio"], lines)
+
+
+def chosen(rows: Path) -> str:
+    """The table of docs/results.md: the sets of ``rows`` but NQ together, each counting the same, and NQ by itself."""
+    records = summary(rows)
+
+    def over(system: str, name: str, nq: bool) -> float:
+        return mean(r[name] for r in records if r["system"] == system and (r["dataset"] == NQ) == nq)
+
+    lines = []
+    for system, words in SHOWN.items():
+        numbers = []
+        for nq in (False, True):
+            score = over(system, "score", nq)
+            numbers += [f"{score:.3f} ({score / over('full', 'score', nq):.0%})", f"{over(system, 'kl', nq):.3f}"]
+        ratio = "all" if system == "full" else f"{over(system, 'ratio', False):.2f}"
+        lines.append([words, ratio, *numbers])
+    return table(["", "recomputed", "score, five sets", "KL", "score, NQ", "KL"], lines)
+
+
+def pareto(rows: Path) -> None:
+    """Draw KL against the recomputed share, averaged over all sets, and KL against time, a panel a set.
+
+    The picture of the documentation shows shares because the rows' times come from a busy machine.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    records = summary(rows)
+    plots.pareto(records, RESULTS / "pareto.svg")
+    sets = {r["dataset"] for r in records}
+    points = {}
+    for system in DRAWN:
+        mine = [r for r in records if r["system"] == system]
+        if len(mine) == len(sets):
+            points[system] = (mean(r["ratio"] for r in mine), mean(r["kl"] for r in mine))
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for (system, place), best in zip(points.items(), plots.front_of(list(points.values())), strict=True):
+        side, up = DRAWN[system]
+        away = {"xytext": (6 if side == "left" else -6, up), "textcoords": "offset points"}
+        axis.plot(*place, marker="o", color="tab:red" if best else "tab:gray")
+        axis.annotate(system.replace("@0.15", ""), place, ha=side, va="center", fontsize=8, **away)
+    axis.set_xlabel("recomputed share of the stored tokens")
+    axis.set_ylabel("KL to full prefill, nats")
+    axis.set_title(f"Qwen2.5-Coder-1.5B, mean over {len(sets)} sets of {ITEMS} questions", fontsize=9)
+    axis.set_ylim(bottom=0)
+    with rc_context({"svg.hashsalt": "cacheclip"}):
+        figure.savefig(DOCS / "figures" / "pareto.svg", metadata={"Date": None})
+
+
+def speed() -> dict[str, str]:
+    """Tables of what `benchmarks/speed.py` measured: speedups, where the time goes, ingestion and memory."""
+    found = [
+        json.loads(line)
+        for name in ("speed", "speed-auto")
+        for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+    def named(row: dict[str, object], *others: str) -> list[str]:
+        return [str(row["model"]).removesuffix("-instruct"), *others]
+
+    times, seconds, costs = [], [], []
+    for row in found:
+        if "breakdown (s)" in row:
+            ratio = row.get("ratio", row["r"])
+            case = named(row, row["method"], f"{row['prompt tokens']:,}")
+            memory, disk, bound = (
+                f"{value:.1f}x" for name, value in row.items() if name.endswith(("KV in memory", "KV on disk", "bound"))
+            )
+            kl = f"{row['KL of the first token']:.3f} ({row['KL of naive reuse']:.3f})"
+            full = f"{row['full prefill (s)']:.1f} s"
+            times.append([*case, f"{ratio:g}", full, memory, disk, bound, row["first tokens equal"], kl])
+            parts = row["breakdown (s)"] | {"load": row["load from disk (s)"]}
+            seconds.append([*case, *(f"{value:.3f}" for value in parts.values())])
+        elif "encoding / plain forward" in row:
+            costs.append(named(row, f"encoding a chunk of 512 tokens: {row['encoding / plain forward']:.2f} forwards"))
+        else:
+            what = (
+                f"a prompt of {row['prompt tokens']:,} tokens, {row['recomputed and fresh rows']:,} rows computed: "
+                f"{row['peak added (MiB)']} MiB added at the peak, {row['canvas (MiB)']} of them the request's KV"
+            )
+            costs.append(named(row, what))
+    case = ["model", "method", "prompt tokens"]
+    steps = ["recognise", "tokenise", "select", "load (disk)", "place", "recompute", "first token"]
+    faster = ["KV in memory", "KV on disk", "bound", "first tokens equal", "KL of the first token (plain reuse)"]
+    return {
+        "speed": table([*case, "ratio", "full prefill", *faster], times),
+        "speed-steps": table([*case, *steps], seconds),
+        "speed-costs": table(["model", "measured"], costs),
+    }
+
+
+def tables(rows: dict[str, Path], folder: Path) -> dict[str, str]:
+    methods, others = finished(rows["methods-1.5b"], folder)
+    scores = claims.by_system(methods)
+    waiting = ", ".join(f"{data} ({count} of {ITEMS})" for data, count in others.items())
+    together = carried([rows["methods-1.5b"], rows["unseen-1.5b"]], folder)
+    against: dict[str, Callable[[str], str]] = {
+        "recipe": lambda _: SELECTION,
+        "neighbours": lambda system: f"{system.partition(':')[0]}:carry=0,fused=False",
+    }
+    found = {
+        "eight": chosen(together),
+        "overall": overall(methods),
+        "waiting": f"Not finished, so not here: {waiting}." if waiting else "",
+        "aims": "\n".join(claims.aims(scores, system) for system in claims.AUTOS if system in scores),
+        "claims": claims.published(scores),
+        "sets": summarise(methods),
+        "minus-cacheclip": compare(methods, "cacheclip@0.15"),
+        "minus-auto": compare(methods, WARM),
+        "carried": pooled(together, lambda system: WITHOUT.get(system, WITHOUT[COLD])),
+        "forty": pooled(forty(rows["unseen-1.5b"], rows["fresh-1.5b"], folder), lambda _: WITHOUT[WARM]),
+        "quality": summarise(rows["quality-1.5b"]),
+        "quality-minus-naive": compare(rows["quality-1.5b"], "naive"),
+        "fusion": summarise(common(rows["fusion-1.5b"], folder)),
+        "paths": paths.table(),
+        **speed(),
+    }
+    for name in ("exact", "unseen", "fresh", "scales", "tuned", "recipe", "neighbours"):
+        shared = common(rows[f"{name}-1.5b"], folder)
+        found[name] = summarise(shared)
+        if name in against:
+            found[f"{name}-together"] = pooled(shared, against[name])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "results", help="a folder")
-    parser.add_argument("--items", type=int, default=20, help="of a set that is finished")
-    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--baselines", nargs="+", default=["cacheclip@0.15", "auto:context=prompts"])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not what the rows give")
     args = parser.parse_args()
-    figure = args.out.parent / "figures" / "pareto.svg"
-    figure.parent.mkdir(parents=True, exist_ok=True)
+    pages = [page for page in sorted(RESULTS.glob("*.md")) if page.name != "analyses.md"]
     with tempfile.TemporaryDirectory() as folder:
-        rows, others = finished(args.rows / "methods-1.5b.jsonl", args.items, Path(folder))
-        plots.pareto(summary(rows), figure)
-        scores = claims.by_system(rows)
-        waiting = ", ".join(f"{data} ({count} of {args.items})" for data, count in others.items())
-        parts = [
-            words("head"),
-            f"Not finished, so not here: {waiting}.\n" if waiting else "",
-            f"\n## All sets\n\n{overall(rows)}",
-            "## The aims of `auto`\n",
-            *(claims.aims(scores, system) for system in claims.AUTOS if system in scores),
-            words("claims"),
-            claims.published(scores),
-            "## Each set\n",
-            summarise(rows),
-            f"\n![Quality against time to first token](figures/{figure.name})\n",
-            *(f"\n## Differences from `{name}`\n\n{compare(rows, name)}" for name in args.baselines),
-        ]
-        parts += [words("carried"), pooled(carried(args.rows, Path(folder)), lambda system: WITHOUT.get(system, ALONE))]
-        for section, names, against in SECTIONS:
-            known = [path for name in names if (path := args.rows / f"{name}-1.5b.jsonl").exists()]
-            parts += [words(section)] if known else []
-            for path in known:
-                shared = common(path, 8, Path(folder))
-                parts += [pooled(shared, against)] if against is not None else []
-                parts.append(summarise(shared))
-        parts += [words("paths"), paths.table()]
-    args.out.write_text("\n".join(parts), encoding="utf-8")
+        rows = copies([f"{name}-1.5b" for name in ROWS], Path(folder))
+        changed = fill([*pages, DOCS / "results.md"], tables(rows, Path(folder)), check=args.check)
+        if not args.check:
+            pareto(finished(rows["methods-1.5b"], Path(folder))[0])
+    if args.check and changed:
+        sys.exit(f"not what the rows give: {', '.join(page.name for page in changed)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 from cacheclip_rag.background import Background
 from cacheclip_rag.kv.preamble import WORTH, PreambleCache
 from cacheclip_rag.model.canvas import Canvas
-from cacheclip_rag.serving import lock as turns_module
+from cacheclip_rag.serving import limit as limit_module
 from cacheclip_rag.serving.limit import RequestLimit
 from cacheclip_rag.serving.lock import FairLock
 
@@ -126,7 +126,7 @@ def test_an_interrupt_while_waiting_loses_no_turn(monkeypatch: pytest.MonkeyPatc
             raise KeyboardInterrupt
 
     turns.__enter__()
-    monkeypatch.setattr(turns_module.threading, "Event", Interrupted)
+    monkeypatch.setattr(limit_module.threading, "Event", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         turns.__enter__()
     monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_an_interrupt_while_waiting_loses_no_seat(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_long_wait_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(turns_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(limit_module, "_PATIENCE", 0.05)
     limit = RequestLimit(1)
     assert limit.acquire()
     waiting = start(limit.acquire)
