@@ -16,10 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pages import DOCS, RESULTS, copies, fill
-
 from cacheclip_eval import plots, rows, summary
 from cacheclip_eval.plots import parameter_of
+from pages import DOCS, RESULTS, copies, fill
 
 DEPTHS = ((0.0, 0.0), (0.01, 0.25), (0.25, 0.5), (0.5, 0.69), (0.69, 0.83), (0.83, 0.99), (1.0, 1.0))
 """The first layer, stretches between, the last layer; `auto` looks at 0.69 to 0.83."""

@@ -21,12 +21,11 @@ from statistics import mean
 import claims
 import paths
 from analyses import table
-from pages import DOCS, RESULTS, copies, fill
-from pooled import pooled
-
 from cacheclip_eval import plots
 from cacheclip_eval.figures import summary
 from cacheclip_eval.tables import compare, summarise
+from pages import DOCS, RESULTS, copies, fill
+from pooled import pooled
 
 ITEMS = 20
 """Of a set that is finished."""

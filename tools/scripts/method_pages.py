@@ -44,9 +44,8 @@ def page(method: Any) -> str:
 
 def on_config(config: Any) -> Any:
     """mkdocs calls this: the pages go into the navigation."""
-    for section in config.nav:
-        if "Methods" in section:
-            section["Methods"] += [{name.split("/")[1].removesuffix(".md"): name} for name in pages()]
+    methods = next(page["Methods"] for section in config.nav for page in section.get("Inside", []) if "Methods" in page)
+    methods += [{name.split("/")[1].removesuffix(".md"): name} for name in pages()]
     return config
 
 
