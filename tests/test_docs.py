@@ -131,13 +131,14 @@ def test_observability_snippets_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_method_has_a_page_of_its_own() -> None:
     sys.path.insert(0, str(ROOT / "tools" / "scripts"))
     try:
-        from method_pages import pages
+        from method_pages import main, pages
     finally:
         sys.path.pop(0)
+    assert main(check=True) == 0
     made = pages()
     assert list(made) == [f"methods/{name}.md" for name in METHODS]
     assert "arXiv 2405.16444" in made["methods/cacheblend.md"]
-    assert "| `window` | `8` |" in made["methods/cacheclip.md"]
+    assert "| `group_size` | `8` |" in made["methods/cacheclip.md"]
     assert "APE" in made["methods/ape.md"] and "Positions: shared" in made["methods/ape.md"]
 
 

@@ -162,7 +162,7 @@ def test_background_work_does_not_bring_it_back(engine: Engine, ahead: int) -> N
     stream = engine.stream("Hello", max_new_tokens=4)
     next(stream)  # while it is open the background waits
     engine.ensure_later([*PASSAGES[3 : 3 + ahead], PASSAGES[0]])
-    until(lambda: engine._background._busy)
+    until(lambda: engine.corpus.background.busy)
     engine.forget_document("one")
     stream.close()
     engine.flush()
@@ -231,9 +231,9 @@ def test_background_work_does_not_bring_back_what_another_process_forgot(tmp_pat
     first.ensure(PASSAGES[:3])
     with first.lock:  # nothing can be encoded meanwhile
         first.ensure_later([PASSAGES[3], PASSAGES[0]])  # the second waits behind the first
-        until(lambda: first._background._busy)
+        until(lambda: first.corpus.background.busy)
         second.forget(PASSAGES[:1])
-        first._follow()
+        first.corpus.follow()
     first.flush()
     assert known(first) == [1, 2, 3] and not traces(tmp_path, PASSAGES[0])
 

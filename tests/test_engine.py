@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, L
 from cacheclip_rag import METHODS, Backbone, ConfigurationError, Engine, NotComposable, PromptError, StoreError
 from cacheclip_rag.corpus import batches
 from cacheclip_rag.methods import resolve
-from cacheclip_rag.methods.select import QueryGuided
-from cacheclip_rag.prefill import compose as prefill
+from cacheclip_rag.methods.select.query_guided import QueryGuided
+from cacheclip_rag.prompt import align
 
 QUESTION = "Who drove the last train?"
 
@@ -289,7 +289,7 @@ def test_the_begin_of_sequence_token_is_no_edge_of_the_first_chunk():
 def test_a_failure_late_in_reuse_leaves_no_counts_of_it_behind(engine, monkeypatch):
     prompt = prompt_of(engine, PASSAGES)
     engine.prefill(prompt)
-    monkeypatch.setattr(prefill, "token_sources", broken_once(prefill.token_sources))
+    monkeypatch.setattr("cacheclip_rag.prefill.compose.sources_of", broken)
     report = engine.prefill(prompt).report
     assert "full prefill" in report.fallbacks[0] and report.cached_tokens == 0
     assert (report.prefix, report.reused, report.recomputed, report.edges) == (0, 0, 0, 0)
@@ -314,7 +314,7 @@ def broken(*_: object, **__: object):
     [
         lambda e, m: m.setattr(e.library.store, "get", broken),
         lambda e, m: m.setattr(e.index, "find", broken_once(e.index.find)),
-        lambda e, m: m.setattr("cacheclip_rag.prefill.compose.align", broken_once(None)),
+        lambda e, m: m.setattr("cacheclip_rag.prefill.reading.align", broken_once(align)),
         lambda e, m: m.setattr(QueryGuided, "select", broken),
         lambda e, m: m.setattr(QueryGuided, "select", lambda self, request, budget: request.rows + 10**6),
     ],
@@ -332,7 +332,7 @@ def test_a_failure_in_reuse_falls_back_to_full_prefill_and_says_so(engine, answe
 @pytest.mark.parametrize(
     "breakage",
     [
-        lambda e, m: m.setattr(e._encodings, "follow", broken),
+        lambda e, m: m.setattr(e.collections, "follow", broken),
         lambda e, m: m.setattr(e.usage, "note", broken),
         lambda e, m: (
             e.library.store.delete([e.library.key(PASSAGES[0])]),
@@ -433,7 +433,7 @@ def test_chunks_whose_kv_vanished_are_prefilled_and_encoded_again_in_the_backgro
 
 def test_a_question_longer_than_the_auxiliary_models_window_is_asked_by_its_end():
     helper = tiny_backbone("qwen3")
-    helper.window = 512
+    helper.context_length = 512
     engine = Engine(tiny_backbone(), auxiliary=helper, method="cacheclip", recompute_ratio=0.2)
     engine.ensure(PASSAGES)
     long = "What was said before this. " * 30 + QUESTION
@@ -449,7 +449,7 @@ def test_a_question_longer_than_the_auxiliary_models_window_is_asked_by_its_end(
 def test_what_reuse_held_when_it_failed_is_free_before_the_fallback_begins(engine, monkeypatch):
     """Or the fallback from a lack of memory would lack the same memory."""
     canvases, alive = [], []
-    opened, full = engine.backbone.canvas, prefill.full
+    opened, full = engine.backbone.canvas, engine.prefiller.strategies["full"]
 
     def canvas(*args):
         made = opened(*args)
@@ -461,7 +461,7 @@ def test_what_reuse_held_when_it_failed_is_free_before_the_fallback_begins(engin
         return full(*args)
 
     monkeypatch.setattr(engine.backbone, "canvas", canvas)
-    monkeypatch.setattr(prefill, "full", spy)
+    monkeypatch.setitem(engine.prefiller.strategies, "full", spy)
     monkeypatch.setattr(QueryGuided, "select", broken)
     assert "full prefill" in engine.prefill(prompt_of(engine, PASSAGES)).report.fallbacks[0]
     assert len(canvases) == 2 and alive == [[]]
@@ -503,7 +503,7 @@ def test_an_empty_prompt_is_refused_and_a_blank_one_answered(engine):
 
 
 def test_a_prompt_beyond_the_window_is_refused_and_the_next_one_served(engine):
-    with pytest.raises(PromptError, match="context window"):
+    with pytest.raises(PromptError, match="context length"):
         engine.generate("x" * 5000)
     assert engine.generate("hello", max_new_tokens=2).ids
 
@@ -561,7 +561,7 @@ def test_strange_text_is_stored_recognised_and_answered(engine, text):
 
 def test_a_thousand_chunks_in_one_prompt():
     engine = Engine(tiny_backbone(), method="naive")
-    engine.backbone.window = 10**6
+    engine.backbone.context_length = 10**6
     texts = [
         f"{i:04d} is the number of this passage, and what follows is {i * 7919 % 1000} and nothing else."
         for i in range(1000)
@@ -582,7 +582,7 @@ def test_unknown_names_are_refused_with_the_valid_ones(engine):
         engine.generate("hello", method="queryguided")
     with pytest.raises(ConfigurationError, match="smollm2-135m-instruct"):
         Engine("smollm2-135m-instructt")
-    with pytest.raises(ConfigurationError, match="window"):
+    with pytest.raises(ConfigurationError, match="group_size"):
         resolve("cacheclip", windw=3)
     with pytest.raises(ConfigurationError, match="max_new_tokens"):
         engine.generate("hello", max_new_tokens=0)
@@ -762,7 +762,7 @@ def test_the_engine_s_prefix_is_that_of_every_method_a_request_names():
     engine = Engine(tiny_backbone(), prefix="Passages of a report.\n\n")
     engine.ensure(PASSAGES)
     prompt = prompt_of(engine, PASSAGES, head="Passages of a report.")
-    for named in (None, "auto", "fusionrag", "naive", "cacheblend", "query_guided:window=4", engine.recipe("epic")):
+    for named in (None, "auto", "fusionrag", "naive", "cacheblend", "query_guided:group_size=4", engine.recipe("epic")):
         report = engine.prefill(prompt, method=named).report
         assert report.reused + report.recomputed > 0 and not report.fallbacks, named
     assert engine.ensure(PASSAGES, method="cacheblend").encoded == 0
@@ -837,7 +837,8 @@ def test_closing_or_cancelling_a_stream_ends_the_request(engine):
 def test_an_interrupt_during_generation_leaves_the_engine_working(engine, monkeypatch):
     prompt = prompt_of(engine, PASSAGES)
     expected = engine.generate(prompt, max_new_tokens=6).ids
-    forward, calls = engine.backbone.forward, []
+    computer, calls = engine.backbone.computer, []
+    forward = computer.forward_one
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -845,7 +846,7 @@ def test_an_interrupt_during_generation_leaves_the_engine_working(engine, monkey
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(engine.backbone, "forward", interrupted)
+    monkeypatch.setattr(computer, "forward_one", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompt, max_new_tokens=6)
     monkeypatch.undo()
@@ -890,7 +891,7 @@ def test_stop_strings_end_the_answer_and_are_not_part_of_it(engine):
 
 def test_methods_are_values_that_name_themselves():
     assert all(name == method.name for name, method in METHODS.items())
-    assert resolve("cacheclip", window=16).select.window == 16
+    assert resolve("cacheclip", group_size=16).select.group_size == 16
     assert resolve("cacheclip") == resolve("cacheclip") and hash(resolve("cacheclip"))
 
 

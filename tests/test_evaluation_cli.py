@@ -30,11 +30,11 @@ def parsed(
 
 
 def test_a_system_is_written_as_a_name_a_ratio_and_parameters() -> None:
-    assert parsed("naive", "cacheclip@0.15", "cacheclip:layers=upper", "cacheclip@.3:window=4,layers=upper") == {
+    assert parsed("naive", "cacheclip@0.15", "cacheclip:layers=upper", "cacheclip@.3:group_size=4,layers=upper") == {
         "naive": (resolve("naive"), None),
         "cacheclip@0.15": (resolve("cacheclip"), 0.15),
         "cacheclip:layers=upper": (resolve("cacheclip", layers="upper"), None),
-        "cacheclip@0.3:layers=upper,window=4": (resolve("cacheclip", window=4, layers="upper"), 0.3),
+        "cacheclip@0.3:group_size=4,layers=upper": (resolve("cacheclip", group_size=4, layers="upper"), 0.3),
     }
 
 
@@ -71,40 +71,40 @@ def test_the_ratio_for_all_is_for_those_that_recompute_a_share_and_are_not_given
 
 
 def test_sweeps_make_one_system_a_value() -> None:
-    specs = ("naive", "cacheclip", "cacheclip@0.5", "query_guided:window=2")
+    specs = ("naive", "cacheclip", "cacheclip@0.5", "query_guided:group_size=2")
     assert list(parsed(*specs, sweeps=("ratio=0.05,.1",))) == [
         "naive",
         "cacheclip@0.05",
         "cacheclip@0.1",
         "cacheclip@0.5",
-        "query_guided@0.05:window=2",
-        "query_guided@0.1:window=2",
+        "query_guided@0.05:group_size=2",
+        "query_guided@0.1:group_size=2",
     ]
-    found = parsed(*specs, sweeps=("window=4,8",), ratio=0.3)
+    found = parsed(*specs, sweeps=("group_size=4,8",), ratio=0.3)
     assert list(found) == [
         "naive",
-        "cacheclip@0.3:window=4",
-        "cacheclip@0.3:window=8",
-        "cacheclip@0.5:window=4",
-        "cacheclip@0.5:window=8",
-        "query_guided@0.3:window=2",
+        "cacheclip@0.3:group_size=4",
+        "cacheclip@0.3:group_size=8",
+        "cacheclip@0.5:group_size=4",
+        "cacheclip@0.5:group_size=8",
+        "query_guided@0.3:group_size=2",
     ]
-    assert found["cacheclip@0.5:window=4"] == (resolve("cacheclip", window=4), 0.5)
-    assert len(parsed("cacheclip", sweeps=("window=4,8,16", "ratio=0.1,0.2"))) == 6
+    assert found["cacheclip@0.5:group_size=4"] == (resolve("cacheclip", group_size=4), 0.5)
+    assert len(parsed("cacheclip", sweeps=("group_size=4,8,16", "ratio=0.1,0.2"))) == 6
 
 
 @pytest.mark.parametrize(
     ("specs", "sweeps", "said"),
     [
         (["cachclip"], [], 'did you mean "cacheclip".*naive'),
-        (["cacheclip:windw=3"], [], "layers, .*prefix, .*threshold, window"),
-        (["cacheclip:window=wide"], [], "window must be int, not 'wide'"),
-        (["cacheclip:window=2.5"], [], "window must be int"),
-        (["cacheclip:window=True"], [], "window must be int"),
+        (["cacheclip:windw=3"], [], "group_size, layers, .*prefix, .*threshold"),
+        (["cacheclip:group_size=wide"], [], "group_size must be int, not 'wide'"),
+        (["cacheclip:group_size=2.5"], [], "group_size must be int"),
+        (["cacheclip:group_size=True"], [], "group_size must be int"),
         (["cacheclip:layers=uper"], [], "Literal.'last', 'upper'"),
         (["query_guided:layers=(1,2,3)"], [], "layers must be"),
-        (["cacheclip:window"], [], "parameter=value"),
-        (["cacheclip:window="], [], "parameter=value"),
+        (["cacheclip:group_size"], [], "parameter=value"),
+        (["cacheclip:group_size="], [], "parameter=value"),
         (["cacheclip:prefix=blank"], [], "none, token, newline, generic, system"),
         (["cacheclip:prefix=None"], [], "none, token, newline, generic, system"),
         (["cacheclip:prefix='open"], [], "left open"),
@@ -114,9 +114,9 @@ def test_sweeps_make_one_system_a_value() -> None:
         (["cacheclip@much"], [], "from 0 to 1"),
         (["cacheclip"], ["ratio=0.1,2"], "from 0"),
         (["naive"], ["ratio=0.1"], "no method is left to sweep"),
-        (["naive", "cacheclip"], ["windw=1"], "ratio, layers, prefix, threshold, window"),
-        (["cacheclip"], ["window"], "name=value"),
-        (["cacheclip"], ["window="], "name=value"),
+        (["naive", "cacheclip"], ["windw=1"], "ratio, group_size, layers, prefix, threshold"),
+        (["cacheclip"], ["group_size"], "name=value"),
+        (["cacheclip"], ["group_size="], "name=value"),
     ],
 )
 def test_what_is_wrong_is_said_with_what_is_valid(specs: list[str], sweeps: list[str], said: str) -> None:
@@ -263,7 +263,7 @@ def test_sweeps_and_options_take_several_words_or_are_repeated(evaluate: Eval, t
         "--sweep",
         "ratio=0.1,0.3",
         "--sweep",
-        "window=2,4",
+        "group_size=2,4",
         "--items",
         "1",
     )
@@ -271,7 +271,7 @@ def test_sweeps_and_options_take_several_words_or_are_repeated(evaluate: Eval, t
     assert [r["system"] for r in evaluate.rows()] == [
         "full",
         "naive",
-        *(f"query_guided@{ratio}:window={window}" for ratio in ("0.1", "0.3") for window in (2, 4)),
+        *(f"query_guided@{ratio}:group_size={size}" for ratio in ("0.1", "0.3") for size in (2, 4)),
     ]
 
 
@@ -343,8 +343,8 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
         ([], "at least one data set"),
         (["--methods", "naive", file], "before the options"),
         ([str(tmp_path / "absent")], "there is no data"),
-        ([file, "--methods", "cacheclip:windw=3"], "reorder, threshold, window"),
-        ([file, "--sweep", "windw=3"], "window"),
+        ([file, "--methods", "cacheclip:windw=3"], "reorder, threshold"),
+        ([file, "--sweep", "windw=3"], "group_size"),
         ([file, "--ratio", "3"], "recompute_ratio"),
         ([file, "--kv-dtype", "int4"], "auto or int8"),
         ([file, "--methods", "naive", "--baseline", "nave"], "full, naive"),

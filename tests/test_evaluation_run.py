@@ -70,12 +70,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_row_says_what_it_was_made_with_and_what_came_out(engine: Counting, tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    system = System("wide", "query_guided", 0.25, parameters={"window": 4})
+    system = System("wide", "query_guided", 0.25, parameters={"group_size": 4})
     assert go(engine, path, [system], ITEMS[:1]) == 0
     full, wide = lines(path)
     assert (full["dataset"], full["id"], full["system"], wide["system"]) == ("d", "1", "full", "wide")
-    assert full["method"] == describe(METHODS["full"]) and wide["method"] == describe(resolve("query_guided", window=4))
-    assert "window=4" in wide["method"] and wide["version"] == access.version()
+    assert full["method"] == describe(METHODS["full"]) and wide["method"] == describe(
+        resolve("query_guided", group_size=4)
+    )
+    assert "group_size=4" in wide["method"] and wide["version"] == access.version()
     assert (full["requested_ratio"], wide["requested_ratio"]) == (1.0, 0.25)
     assert full["ratio"] is None and 0.2 < wide["ratio"] <= 0.25
     assert wide["ratio"] == wide["recomputed"] / (wide["reused"] + wide["recomputed"])
@@ -299,7 +301,7 @@ def test_rows_of_another_configuration_under_the_same_label_are_refused(engine: 
     path = tmp_path / "rows.jsonl"
     go(engine, path, [HALF])
     for name, system, items, options in [
-        ("method", System("half", "query_guided", 0.5, parameters={"window": 2}), ITEMS, {}),
+        ("method", System("half", "query_guided", 0.5, parameters={"group_size": 2}), ITEMS, {}),
         ("requested_ratio", System("half", "query_guided", 0.4), ITEMS, {}),
         ("max_new_tokens", HALF, ITEMS, {"max_new_tokens": 7}),
         ("prompt", HALF, [Item("1", "Another question?", (), ITEMS[0].passages)], {}),
@@ -314,7 +316,7 @@ def test_labels_are_unique(engine: Counting, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="two systems are called"):
             go(engine, tmp_path / "rows.jsonl", systems)
     with pytest.raises(ConfigurationError, match="no parameter"):
-        go(engine, tmp_path / "rows.jsonl", [System("x", "naive", parameters={"window": 3})])
+        go(engine, tmp_path / "rows.jsonl", [System("x", "naive", parameters={"group_size": 3})])
     assert engine.asked == []
 
 

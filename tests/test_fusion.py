@@ -20,7 +20,7 @@ import torch
 from cacheclip_eval import Item, Passage, access, run
 from cacheclip_eval.contexts import meeting
 from cacheclip_eval.systems import parse
-from oracles import distance, own
+from oracles import distance, own, watch
 from tiny import CONFIGS, PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
@@ -54,7 +54,7 @@ def engine(backbone: Backbone | None = None, **options: Any) -> Engine:
 
 
 def variants(engine: Engine) -> Any:
-    return engine._encodings.reuse(engine.method.encode).fused
+    return engine.collections.of(engine.method.encode).variants
 
 
 def ids(*texts: str) -> torch.Tensor:
@@ -123,20 +123,15 @@ def test_every_way_of_encoding_can_be_fused_and_ratio_one_is_full_prefill(method
     full = ready.prefill(prompt, method="full").logits
     result = ready.prefill(prompt, recompute_ratio=0.5 if ready.method.recompute_ratio else None)
     assert result.report.fallbacks == []
-    assert [
-        chunk and chunk.context
-        for chunk in ready._encodings.reuse(ready.method.encode)._load(keys(ready, A, B, C), ready.method)[0]
-    ] == [
-        (),
-        (A,),
-        (A, B),
-    ]
+    assert contexts(ready, A, B, C) == [(), (A,), (A, B)]
     if ready.method.recompute_ratio:
         assert distance(ready.prefill(prompt, recompute_ratio=1.0).logits, full) < 1e-4
 
 
-def keys(engine: Engine, *texts: str) -> list[str]:
-    return [engine.library.key(text) for text in texts]
+def contexts(engine: Engine, *texts: str) -> list[tuple[str, ...] | None]:
+    """Of the chunks that are placed for a prompt of these texts: behind which chunks each was computed."""
+    _, request, _ = watch(engine, engine.method, engine.backbone.shared_prefix() + "\n\n".join(texts) + TAIL)
+    return [chunk and chunk.context for chunk in request.chunks]
 
 
 # ---- which variant -------------------------------------------------------------------------------------------------
@@ -180,13 +175,8 @@ def test_what_stands_in_front_is_what_the_prompt_says() -> None:
     ready.ensure([A, B, C])
     ready.fuse({C: [A], B: [C]})
     ready.fuse({C: [B]})
-    room = ready._encodings.reuse(ready.method.encode)
-
-    def taken(*texts: str) -> list[tuple[str, ...]]:
-        return [chunk.context for chunk in room._load(keys(ready, *texts), ready.method)[0]]
-
-    assert taken(A, C) == [(), (A,)] and taken(B, C) == [(), (B,)]
-    assert taken(C, B, C) == [(), (C,), (B,)]  # twice in one prompt, each time in its place
+    assert contexts(ready, A, C) == [(), (A,)] and contexts(ready, B, C) == [(), (B,)]
+    assert contexts(ready, C, B, C) == [(), (C,), (B,)]  # twice in one prompt, each time in its place
 
 
 def test_a_fused_chunk_right_behind_the_prefix_is_not_taken_for_exact() -> None:
@@ -229,7 +219,7 @@ def test_fewer_neighbours_than_wanted_and_none_at_all() -> None:
 
 def test_a_company_that_exceeds_the_window_loses_its_last() -> None:
     backbone = tiny_backbone()
-    backbone.window = len(PREFIX) + len(A) + len(B) + len(C)
+    backbone.context_length = len(PREFIX) + len(A) + len(B) + len(C)
     ready = engine(backbone)
     ready.ensure([A, B, C, D])
     ready.fuse({A: [B, C, D]})

@@ -31,13 +31,13 @@ def test_fifty_at_once_get_the_answers_of_one_after_another(backbone: Backbone) 
         engine.ensure(PASSAGES)
         asked = prompts(50)
         expected = [engine.generate(prompt, max_new_tokens=6).ids for prompt in asked]
-        most, taken = [0], engine._prefill
+        most, taken = [0], engine.answering.prefill
 
         def watched(*arguments: Any) -> Any:
             most[0] = max(most[0], engine.limit.in_flight)
             return taken(*arguments)
 
-        engine._prefill = watched  # type: ignore[method-assign]
+        engine.answering.prefill = watched  # type: ignore[method-assign]
         with ThreadPoolExecutor(50) as pool:
             answers = list(pool.map(lambda prompt: engine.generate(prompt, max_new_tokens=6), asked))
         assert [answer.ids for answer in answers] == expected

@@ -26,8 +26,9 @@ from cacheclip_rag.kv.encode.harvested import (
 )
 from cacheclip_rag.kv.prefix_caching import DocumentTree, PrefixBlocks
 from cacheclip_rag.methods import Method, resolve
-from cacheclip_rag.methods.recompute import Once
-from cacheclip_rag.model.attention import ScaledContext, TopChunks
+from cacheclip_rag.methods.attend.scaled import ScaledContext
+from cacheclip_rag.methods.attend.selected_chunks import TopChunks
+from cacheclip_rag.methods.recompute.once import Once
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.prefill.compose import shared_positions
 from cacheclip_rag.prompt import Layout
@@ -108,7 +109,7 @@ def test_a_model_that_scales_its_embeddings_is_not_run_in_stages():
 def test_link0_chunks_are_transformers_own_behind_dummies(kind):
     method = resolve("link0", count=3, token="_")
     engine = known(method, PASSAGES[:1], kind)
-    library = engine._encodings.reuse(method.encode).library
+    library = engine.library_of(method)
     chunk = library.get(library.key(PASSAGES[0]))
     ids = engine.backbone.tokenise("___" + PASSAGES[0]).ids
     assert chunk.position == 3 and torch.equal(chunk.ids, ids[3:])
@@ -164,7 +165,7 @@ def test_droidspeak_keeps_the_residual_stream_that_enters_the_transition_layer(k
     for layer, entered in ((1, 1), (2, 2), (4, 2)):  # of four layers, the last but one is the deepest
         method = resolve("droidspeak", transition_layer=layer)
         engine = known(method, PASSAGES[:1], kind)
-        chunk = engine._encodings.reuse(method.encode).library.ensure(PASSAGES[0])
+        chunk = engine.library_of(method).ensure(PASSAGES[0])
         assert distance(chunk.extra["activations"], own(kind, chunk.ids).hidden_states[entered][0]) < 1e-5
 
 
@@ -208,7 +209,7 @@ def test_one_softmax_is_the_published_merge_of_two(temperature, mass):
     logits = 4 * torch.randn(2, 2, 8, 20, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     logits = logits.masked_fill(torch.arange(20) > rows[:, None], -math.inf)
     logits[:, :, 0, 5:12] = -math.inf  # this row sees nothing of the context
-    ours = ScaledContext(context[:14], temperature, mass).weigh(logits, rows, None)
+    ours = ScaledContext(context[:14], temperature, mass).probabilities(logits, rows, None)
     assert torch.allclose(ours, two_merged(logits, context, temperature, mass), atol=1e-12)
 
 
@@ -281,10 +282,10 @@ def test_sel_by_hand_and_hidden_chunks_weigh_nothing():
     shape = TopChunks(torch.tensor([-1, 0, 0, 1, 1, 2, 2, -1]), keep=1, best=1, start=7, stop=8)
     logits = torch.tensor([0.0, 2.0, 0.0, 1.5, 1.5, 0.0, 0.0, 0.0]).expand(1, 1, 1, 8)
     rows = torch.tensor([7])
-    weights = shape.weigh(logits, rows, shape.survey(iter([(logits, rows)])))[0, 0, 0]
+    weights = shape.probabilities(logits, rows, shape.prepare(iter([(logits, rows)])))[0, 0, 0]
     assert weights[3:7].tolist() == [0.0] * 4 and weights[[0, 1, 2, 7]].min() > 0 and abs(weights.sum() - 1) < 1e-6
     shape.best = 2  # chunk 1's two together outweigh chunk 0's peak
-    weights = shape.weigh(logits, rows, shape.survey(iter([(logits, rows)])))[0, 0, 0]
+    weights = shape.probabilities(logits, rows, shape.prepare(iter([(logits, rows)])))[0, 0, 0]
     assert weights[[1, 2, 5, 6]].tolist() == [0.0] * 4
 
 
@@ -345,8 +346,8 @@ def test_harvested_masses_are_transformers_attentions(kind):
     starts = [int((layout.offsets[:, 0] == text.index(p)).nonzero()[0]) for p in PASSAGES[:3]]
     parts = [slice(s, s + len(p)) for s, p in zip(starts, PASSAGES, strict=False)]
     names = [engine.library.key(p) for p in PASSAGES[:3]]
-    for i, name in enumerate(names):
-        ((v,),) = [engine._encodings.reuse(METHODS["cachecraft"].encode).variants._kept[name]]
+    for i in range(3):
+        [v] = engine.variants_of("cachecraft", PASSAGES[i])
         paid = [attention[parts[i], parts[j]] for j in range(i)]
         size = [len(p) for p in PASSAGES]
         assert v.before == tuple(names[:i]) and v.inter == pytest.approx(
@@ -364,7 +365,7 @@ def test_cachecraft_recomputes_the_tokens_that_leaned_most():
     engine = known("cachecraft")
     engine.prefill(prompt(PASSAGES), method="cachecraft")
     _, request, seen = watch(engine, "cachecraft", prompt([PASSAGES[i] for i in (2, 0, 1)]))
-    variants, expected = engine._encodings.reuse(METHODS["cachecraft"].encode).variants, []
+    variants, expected = engine.collections.of(METHODS["cachecraft"].encode).harvested, []
     for number, i in enumerate((2, 0, 1)):
         (v,) = variants._kept[engine.library.key(PASSAGES[i])]
         before = [engine.library.key(PASSAGES[j]) for j in (2, 0, 1)[:number]]

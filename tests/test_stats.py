@@ -88,7 +88,7 @@ def test_fallbacks_by_reason(engine: Engine, tmp_path: Path, monkeypatch: pytest
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no memory: at all")
 
-    monkeypatch.setattr(engine._encodings, "reuse", lambda _: broken)
+    monkeypatch.setattr(engine.collections, "of", lambda _: broken)
     engine.generate(prompt(engine), max_new_tokens=1)
     assert engine.stats().fallbacks == {"chunk": 1, "full prefill": 1}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def test_keys_that_are_one_position_off_are_found(monkeypatch: pytest.MonkeyPatc
     backbone = tiny_backbone()
     place = Canvas.place
 
-    def beside(self: Canvas, chunk: Any, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
-        place(self, chunk, tokens, row, rotary, (row if position is None else position) + 1)
+    def beside(self: Canvas, chunk: Any, tokens: slice, row: int, position: int | None = None) -> None:
+        place(self, chunk, tokens, row, (row if position is None else position) + 1)
 
     monkeypatch.setattr(Canvas, "place", beside)
     names = failed_of(backbone)
@@ -87,7 +88,7 @@ def test_scattered_rows_that_are_not_written_are_found(monkeypatch: pytest.Monke
     update = _CanvasLayer.update
 
     def lazy(self: _CanvasLayer, keys: Any, values: Any, *rest: Any, **more: Any) -> Any:
-        if isinstance(self._slots.aimed, slice):
+        if isinstance(self._slots.rows, slice):
             return update(self, keys, values, *rest, **more)
         length = self._slots.length
         return self.keys[:, :, :length], self.values[:, :, :length]
@@ -101,9 +102,8 @@ def test_rows_that_are_chosen_and_not_recomputed_are_found(monkeypatch: pytest.M
     backbone = tiny_backbone()
     run = Once.run
 
-    def half(self: Once, request: Any, chosen: Any, shape: Any) -> Any:
-        logits, _ = run(self, request, chosen[::2], shape)
-        return logits, chosen
+    def half(self: Once, request: Any, chosen: Any, score_mod: Any) -> Any:
+        return replace(run(self, request, chosen[::2], score_mod), rows=chosen)
 
     monkeypatch.setattr(Once, "run", half)
     assert failed_of(backbone) == ["reuse at ratio 1 is full prefill"]

@@ -122,7 +122,7 @@ class Library:
                 f"a chunk of {len(text)} characters is not kept: under {MIN_CHARS}, prefilling is as quick"
             )
         tokens = self.backbone.tokenise(text, plain=True)
-        longest = self.backbone.window - len(self.prefix_ids)
+        longest = self.backbone.context_length - len(self.prefix_ids)
         if len(tokens) > longest:
             raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's window of {longest}; split it")
         return text, tokens

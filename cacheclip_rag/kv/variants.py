@@ -119,7 +119,7 @@ class FusedVariants:
     def _fitting(self, chunk: ChunkKV | None, texts: Sequence[str]) -> list[ChunkKV]:
         """The chunks with these texts by themselves, each once, as many as the window has room for beside ``chunk``."""
         library = self._library
-        room = library.backbone.window - len(library.prefix_ids) - (0 if chunk is None else len(chunk))
+        room = library.backbone.context_length - len(library.prefix_ids) - (0 if chunk is None else len(chunk))
         fitting: list[ChunkKV] = []
         for text in dict.fromkeys(map(canonical, texts)):
             found = library.ensure(text)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cacheclip_rag.engine import Engine
 from cacheclip_rag.methods.auxiliary import Auxiliary
-from cacheclip_rag.prefill.compose import Prefill
+from cacheclip_rag.prefill.result import Prefill
 from cacheclip_rag.verification import kl
 
 from . import access, metrics, rows
