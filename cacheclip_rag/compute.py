@@ -9,9 +9,10 @@ which may be kept beside the cache, and by `ScoreMod`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -165,3 +166,24 @@ def visible(rows: Tensor, keys: int, window: int | None = None, floors: Tensor |
     if floors is not None:
         mask &= slots >= floors[:, None]
     return mask
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_cpu(function: Function) -> Function:
+    """Tensors that ``function`` makes without saying where live on the CPU, whatever `torch.set_default_device` says.
+
+    Rows, positions and token ids do; what a model computes on says its device.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.get_default_device().type == "cpu"
+        ):  # as nearly always: the context below costs time at every operation
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return cast(Function, call)

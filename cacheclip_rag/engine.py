@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from . import methods
+from .compute import on_cpu
 from .corpus.corpus import Corpus, Ensured, Task, require_list
 from .corpus.fusing import FUSED_AT, Fusing
 from .corpus.usage import Usage
@@ -37,7 +38,7 @@ from .serving.decoding import TextStream
 from .serving.hints import Hints
 from .serving.limit import RequestLimit
 from .serving.lock import FairLock
-from .serving.sampling import check, decoding
+from .serving.sampling import EFFECTIVE, check, decoding
 from .serving.stats import Stats, Tally, total
 from .store import Documents, Place, Remote
 from .weights import verified
@@ -67,6 +68,7 @@ class Engine:
     computes one prefill or decoding step at a time) and a ``limit`` (on requests in flight). Thread-safe.
     """
 
+    @on_cpu
     def __init__(
         self,
         model: str | Path | Backbone,
@@ -430,8 +432,8 @@ class Engine:
         token that ends the answer.
         """
         settled = decoding(options)
-        self.backbone.check_options(settled)
-        if commands := set(stop).intersection(self.backbone.control_tokens):
+        self.backbone.check_options(settled, EFFECTIVE)
+        if commands := {token for token in self.backbone.control_tokens if any(s.startswith(token) for s in stop)}:
             ids = self.backbone.tokenizer.convert_tokens_to_ids(sorted(commands))
             settled["eos_token_id"] = sorted(self.backbone.ends(settled.get("eos_token_id")).union(ids))
         return settled

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from ..background import Background
 from ..chunks import canonical
+from ..compute import on_cpu
 from ..errors import CacheClipError, ConfigurationError, StoreError
 from ..kv.collections import Collections
 from ..kv.library import Library
@@ -75,6 +76,7 @@ class Corpus:
 
     # ---- encode ---------------------------------------------------------------------------------------------------
 
+    @on_cpu
     def ensure(
         self,
         texts: Iterable[str],
@@ -170,6 +172,7 @@ class Corpus:
         if self._obstacle is None:
             self.background.add(Task(text, method) for text in texts)
 
+    @on_cpu
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + _WAIT
         while self._limit.in_flight and time.monotonic() < patience:

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ..compute import on_cpu
 from ..errors import ConfigurationError
 from ..kv.collections import Collection
 from ..methods import Method
@@ -36,6 +37,7 @@ class Fusing:
         hot = weakref.WeakMethod(self.fuse_hot)  # in a circle, both would outlive their engine
         corpus.fuse_later = lambda task: (fuse := hot()) and fuse(task)
 
+    @on_cpu
     def fuse(
         self,
         neighbours: Mapping[str, Sequence[str]],
@@ -56,6 +58,7 @@ class Fusing:
                 self._fuse(wanted, self._collections.of(method.encode), variants, result)
         return result
 
+    @on_cpu
     def fuse_in_order(
         self,
         sequences: Iterable[Sequence[str]],

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..chunks import ChunkKV, canonical
-from ..errors import CacheClipError, StoreError
+from ..errors import CacheClipError, ConfigurationError, StoreError
 from .encode import fused
 from .fit import Context, Fit
 from .library import Library
@@ -155,6 +155,8 @@ class FusedVariants:
         meanwhile: forgetting removes chunks by themselves before it looks for what was computed with them.
         """
         library = self._library
+        if (changed := library.changed()) is not None:
+            raise ConfigurationError(changed)
         texts, contexts = zip(*chunks, strict=True)
         made = fused(library.encoder, library.backbone, texts, contexts, library.prefix_kv)
         made = [replace(chunk, in_sequence=in_sequence) for chunk in made]

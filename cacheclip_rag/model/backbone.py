@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..compute import Hook, Part, ScoreMod
+from ..compute import Hook, Part, ScoreMod, on_cpu
 from ..deprecation import renamed_attribute
 from ..errors import ConfigurationError, NotComposable, WeightsError
 from ..prompt import Tokens
@@ -29,6 +29,7 @@ from .composability import obstacle_of
 from .fingerprint import fingerprint
 from .layers import Layers, cache_argument
 from .rotary import Rotary
+from .state import State, state_of
 from .tokenizer import Texts
 
 _ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
@@ -42,6 +43,7 @@ class Backbone:
     either most often stands here, too. Thread-safe in use: a forward keeps its state in its own `Canvas`.
     """
 
+    @on_cpu
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
         """The model's attention becomes ours, which takes one text at a time and no padding: load another model for
         batches. Setting it to something else afterwards makes every forward here raise `ConfigurationError`.
@@ -244,15 +246,22 @@ class Backbone:
             **(_ONE_ANSWER | options),
         )
 
-    def check_options(self, names: Iterable[str]) -> None:
-        """Raises ConfigurationError for names that are no options of ``model.generate``."""
+    def check_options(self, options: Mapping[str, Any], effective: Container[str]) -> None:
+        """Raises `ConfigurationError` for names that are no options of ``model.generate``, and for options that are not
+        ``effective`` here and ask for something else than the model's default.
+        """
         config = self.model.generation_config
         known = {*vars(config), *inspect.signature(self.model.generate).parameters} - {"self", "kwargs"}
-        for name in names:
+        for name, value in options.items():
             if name not in known:
                 close = difflib.get_close_matches(name, known | {"max_new_tokens"}, n=1)
                 hint = f'; did you mean "{close[0]}"?' if close else ""
                 raise ConfigurationError(f'"{name}" is no option of a request or of transformers\' generate{hint}')
+            default = getattr(config, name, None)
+            if name not in effective and value not in (None, default) and not (value is False and not default):
+                raise ConfigurationError(
+                    f"{name}={value!r} is not possible here: answers are decoded greedily or sampled, one at a time"
+                )
 
     def ends(self, given: int | Sequence[int] | None = None) -> frozenset[int]:
         """The tokens that end an answer: those ``given``, else the model's own."""
@@ -321,6 +330,10 @@ class Backbone:
     def fingerprint(self) -> dict[str, str]:
         """What identifies this model for stored KV (see `fingerprint.fingerprint`)."""
         return fingerprint(self.model, self.config, self.texts.definition, self.dtype)
+
+    def state(self) -> State:
+        """Another value once weights, mode, hooks or adapters have changed (see `state.state_of`)."""
+        return state_of(self.model)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

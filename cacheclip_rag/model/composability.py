@@ -89,4 +89,5 @@ def _worst(a: Iterable[Tensor | None], b: Iterable[Tensor]) -> float:
 
     NaN where one of them is.
     """
-    return float(torch.tensor([relative_error(one, other) for one, other in zip(a, b, strict=True)]).max())
+    errors = [relative_error(one, other) for one, other in zip(a, b, strict=True)]
+    return float(torch.tensor(errors, dtype=torch.float64).max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -124,13 +125,12 @@ class Layers:
         Source: the sparse prefill of CacheBlend and EPIC, with the exact causal mask.
         """
         kwargs = self._inputs(part, floors)
-        try:
+        # KV is kept under the name of the model's own precision, whatever the caller has switched on.
+        with torch.autocast(self.device.type, enabled=False), suppress(StopForward):
             if logits and depth is None:
                 output = self._causal_lm_view(first)(**kwargs, logits_to_keep=logits)
                 return output.logits[0].float()
             self._view(first, depth or self.layers)(**kwargs)
-        except StopForward:
-            pass
         return None
 
     @torch.inference_mode()
@@ -142,7 +142,8 @@ class Layers:
         """
         if not self._stages:
             raise NotComposable(f"{self.config.model_type} does something to its input that stages would repeat")
-        return self._view(first, last, norm=False)(**self._inputs(part, floors)).last_hidden_state[0]
+        with torch.autocast(self.device.type, enabled=False):
+            return self._view(first, last, norm=False)(**self._inputs(part, floors)).last_hidden_state[0]
 
     @cached_property
     def _stages(self) -> bool:

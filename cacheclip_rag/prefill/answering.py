@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..compute import on_cpu
 from ..model.backbone import Backbone
 from ..report import Report
 from ..serving.limit import RequestLimit
@@ -82,6 +83,7 @@ class Answering:
             report.finish_reason = report.finish_reason or "cancelled"
             report.total = time.perf_counter() - start
 
+    @on_cpu
     def prefill(self, request: PrefillRequest, report: Report, cancel: threading.Event | None = None) -> Prefill:
         """Raises `Cancelled` where ``cancel`` was set while it waited for the lock, and what `Prefiller` raises."""
         movable = self._backbone.obstacle is None
@@ -99,6 +101,7 @@ class Answering:
         return result
 
     def _locked(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+        @on_cpu
         def locked(token: Tensor, row: int) -> Tensor:
             with self._lock:
                 return step(token, row)

@@ -300,7 +300,7 @@ def _reordered(placed: Placed) -> str:
     layout = placed.request.layout
     rows = placed.held.nonzero()[:, 0]  # a chunk that is in place may be attended to as well
     request = dataclasses.replace(placed.request, rows=rows, groups=layout.chunk[rows])
-    flow = torch.zeros(len(layout.spans))
+    flow = torch.zeros(len(layout.spans), dtype=torch.float32)
     flow.index_add_(0, request.groups, question_scores(request, request.computer.full_layers).cpu())
     texts = [layout.prompt[span.start : span.end] for span in layout.spans]
     prompt, last = "", 0
@@ -312,7 +312,8 @@ def _reordered(placed: Placed) -> str:
 
 def _mean(numbers: Sequence[float], weights: Tensor) -> float:
     """The weighted mean; 0 where nothing weighs anything."""
-    return float((torch.tensor(numbers) * weights).sum() / weights.sum()) if int(weights.sum()) else 0.0
+    total = int(weights.sum())
+    return float((torch.tensor(numbers, dtype=torch.float32) * weights).sum() / total) if total else 0.0
 
 
 def _first(mask: Tensor, otherwise: int) -> int:

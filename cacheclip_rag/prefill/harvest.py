@@ -91,6 +91,6 @@ def _load(reading: Reading, variants: HarvestedVariants) -> Loaded:
             chunks.append(None)
             continue
         variant, overhead = found
-        extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead)}
+        extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead, dtype=torch.float32)}
         chunks.append(replace(variant.kv, extra=extra))
     return Loaded(chunks, in_place=False)  # the overhead of 0 says it instead

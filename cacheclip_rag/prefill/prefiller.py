@@ -27,7 +27,7 @@ class Prefiller:
     """
 
     def __init__(self, collections: Collections) -> None:
-        self._backbone = collections.backbone
+        self._backbone, self._collections = collections.backbone, collections
         self._composer = Composer(collections)
         self._native = Native(collections.backbone, collections.index)
         self.strategies: dict[str, Strategy] = {
@@ -46,6 +46,12 @@ class Prefiller:
     def auxiliary(self, auxiliary: Auxiliary | None) -> None:
         self._composer.auxiliary = auxiliary
 
+    def _check_models(self) -> None:
+        """Raises `ConfigurationError` where stored KV is of another state of the model, or of the auxiliary one."""
+        for library in self._collections.libraries():
+            if (changed := library.changed()) is not None:
+                raise ConfigurationError(changed)
+
     def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
         """Raises `PromptError` for a prompt that is empty or beyond the context length, `ConfigurationError` for a
         strategy that nobody brings.
@@ -59,6 +65,7 @@ class Prefiller:
         if name == "full" or (request.ratio >= 1.0 and name != "prefix"):
             return full(request, report)
         try:
+            self._check_models()
             return self.strategies[name](request, report)
         except PromptError:
             raise

@@ -153,7 +153,8 @@ class ChunkMass:
     block: int = 128
 
     def __post_init__(self) -> None:
-        self.mass = torch.zeros(len(self.groups), int(self.groups.max()) + 1, device=self.groups.device)
+        size = len(self.groups), int(self.groups.max()) + 1
+        self.mass = torch.zeros(size, dtype=torch.float32, device=self.groups.device)
         self._one_hot = torch.nn.functional.one_hot(self.groups + 1)[:, 1:].float()
 
     def __call__(self, at: LayerInput) -> None:

@@ -59,7 +59,7 @@ class EarlyStop:
     def _focus(self, request: Request, scores: Tensor) -> Tensor:
         """The numbers of the chunks in focus."""
         numbers, index = request.groups.unique(return_inverse=True)
-        mass = torch.zeros(len(numbers)).index_add_(0, index, scores)
+        mass = torch.zeros(len(numbers), dtype=torch.float32).index_add_(0, index, scores)
         order = mass.argsort(descending=True)
         held = mass[order].cumsum(dim=0) / mass.sum()
         return numbers[order[: int((held < self.share - 1e-6).sum()) + 1]]

@@ -43,7 +43,7 @@ def auxiliary_scores(request: Request, layers: str) -> Tensor:
     """The auxiliary model's score of every row in ``request.rows``: ``[N]`` float32."""
     layout = request.layout
     results = request.auxiliary(layers)
-    scores = torch.zeros(len(request.rows))
+    scores = torch.zeros(len(request.rows), dtype=torch.float32)
     for group in request.groups.unique().tolist():
         members = (request.groups == group).nonzero()[:, 0]
         span = layout.spans[group]

@@ -67,7 +67,8 @@ def question_scores(request: Request, layers: list[int], normalise: Normalise = 
     rows, ids, scored = request.fresh, layout.ids[request.fresh], request.question_rows
     positions = request.positions[rows]
     if len(scored) == 0 or int(scored[0]) < int(request.rows[-1]):
-        copy = request.question_ids[: workspace.capacity - len(layout)]
+        room = workspace.capacity - len(layout)
+        copy = request.question_ids[-room:] if room else request.question_ids[:0]  # its end: what is asked stands there
         scored = torch.arange(len(layout), len(layout) + len(copy))
         rows, ids = torch.cat([rows, scored]), torch.cat([ids, copy])
         positions = torch.cat([positions, scored - len(layout) + int(request.positions[-1]) + 1])
