@@ -1126,8 +1126,8 @@ def test_a_keyed_store_of_another_dtype_is_fused_with_its_own_settings(tmp_path:
 def test_fusing_at_the_command_line_evicts_nothing_of_a_large_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert inspect.signature(Engine.__init__).parameters["disk_bytes"].default == store_cli._DISK_BYTES
-    monkeypatch.setattr(store_cli, "_DISK_BYTES", 1)  # whatever is there is more than that
+    assert inspect.signature(Engine.__init__).parameters["disk_bytes"].default == store_cli.DISK_BYTES
+    monkeypatch.setattr(store_cli, "DISK_BYTES", 1)  # whatever is there is more than that
     folder, kept = tmp_path / "model", tmp_path / "kv"
     save_model(folder)
     with Engine(str(folder), method="auto", store=kept) as first:
