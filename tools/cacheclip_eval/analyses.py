@@ -168,12 +168,12 @@ def deviation(
                 "mean": float(d.mean()),
                 "by_place": [float(d[place == b].mean()) if bool((place == b).any()) else None for b in range(bins)],
                 "overlap": [len(best[layer] & other) / budget for other in best],
-                "shared_keys": _shared(back(keys, layer), groups) if layer else None,
-                "shared_values": _shared(values, groups) if layer else None,
+                "shared_keys": shared_part(back(keys, layer), groups) if layer else None,
+                "shared_values": shared_part(values, groups) if layer else None,
             }
 
 
-def _shared(change: Tensor, groups: Tensor) -> float:
+def shared_part(change: Tensor, groups: Tensor) -> float:
     """The share of the squares of ``change [Hk, C, D]`` that is its groups' means'; ``groups [C]`` int64."""
     number = groups.unique(return_inverse=True)[1]
     sums = change.new_zeros(change.shape[0], int(number.max()) + 1, change.shape[2]).index_add_(1, number, change)
