@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cacheclip_eval import Item, Passage, plots
-from cacheclip_eval.analyses import shared_part, agreement, deviation
+from cacheclip_eval.analyses import agreement, deviation, shared_part
 from cacheclip_eval.hits import ANYWHERE, hits
 from tiny import PASSAGES, tiny_backbone
 
