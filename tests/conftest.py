@@ -15,9 +15,19 @@ if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from stores import open_disk
+from tiny import PASSAGES, tiny_backbone
 
+from cacheclip_rag import Engine
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.store import DiskStore, disk
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """It knows `PASSAGES`."""
+    engine = Engine(tiny_backbone(), method="query_guided", recompute_ratio=0.2)
+    engine.ensure(PASSAGES)
+    return engine
 
 
 @pytest.fixture
