@@ -70,7 +70,7 @@ def test_a_failure_in_reuse_falls_back_to_full_prefill_and_says_so(engine, answe
 @pytest.mark.parametrize(
     "breakage",
     [
-        lambda e, m: m.setattr(e._encodings, "follow", broken),
+        lambda e, m: m.setattr(e.library.store, "refresh", broken),
         lambda e, m: m.setattr(e.usage, "note", broken),
         lambda e, m: (
             e.library.store.delete([e.library.key(PASSAGES[0])]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused import FUSED, NAIVE, PREFIX, TAIL, A, B, C, D, engine, variants
+from fused import FUSED, NAIVE, PREFIX, TAIL, A, B, C, D, contexts, engine, variant
 from oracles import distance
 from tiny import CONFIGS, PASSAGES, tiny_backbone
 
@@ -28,7 +28,7 @@ def test_what_is_there_is_not_made_again_and_the_oldest_makes_room() -> None:
     assert ready.fuse({A: [B, B], B: [A], C: [A]}).encoded == 1  # a neighbour named twice counts once
     ready.fuse({A: [C]}, variants=2)
     ready.fuse({A: [D]}, variants=2)
-    assert variants(ready).of(A) == [(), (C,), (D,)]
+    assert contexts(ready, A) == [(), (C,), (D,)]
     assert ready.library.key(A, (B,)) not in ready.library.store
 
 
@@ -36,7 +36,7 @@ def test_fewer_neighbours_than_wanted_and_none_at_all() -> None:
     ready = engine()
     ready.ensure([A, B])
     assert ready.fuse({A: [A], B: []}).encoded == 0  # itself is no context
-    assert variants(ready).of(A) == [()]
+    assert contexts(ready, A) == [()]
 
 
 def test_a_company_that_exceeds_the_window_loses_its_last() -> None:
@@ -45,7 +45,7 @@ def test_a_company_that_exceeds_the_window_loses_its_last() -> None:
     ready = engine(backbone)
     ready.ensure([A, B, C, D])
     ready.fuse({A: [B, C, D]})
-    assert variants(ready).of(A) == [(), (B, C)]
+    assert contexts(ready, A) == [(), (B, C)]
 
 
 def test_strangers_are_left_out_and_reported() -> None:
@@ -54,7 +54,7 @@ def test_strangers_are_left_out_and_reported() -> None:
     ready.ensure([A, B, C])
     ready.forget([C])
     result = ready.fuse({A: [C, B], C: [A]})
-    assert variants(ready).of(A) == [(), (B,)] and variants(ready).of(C) == [()]
+    assert contexts(ready, A) == [(), (B,)] and contexts(ready, C) == [()]
     assert [reason for _, reason in result.skipped] == ["the chunk is not known: ensure it first"]
     assert not ready.knows(C)
 
@@ -62,18 +62,18 @@ def test_strangers_are_left_out_and_reported() -> None:
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_chunks_are_fused_together_as_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     together, alone = engine(tiny_backbone(kind)), engine(tiny_backbone(kind))
-    contexts = {A: [B, C, D], B: [C], C: [], D: [B, A], f" {B} ": [C]}  # the last is B again
+    behind = {A: [B, C, D], B: [C], C: [], D: [B, A], f" {B} ": [C]}  # the last is B again
     for ready in (together, alone):
         ready.ensure([A, B, C, D])
-    for text, context in contexts.items():
+    for text, context in behind.items():
         alone.fuse({text: context})
     made: list[int] = []
     once = fusion_variants.fused
     monkeypatch.setattr(fusion_variants, "fused", lambda *args: made.append(len(args[2])) or once(*args))
     monkeypatch.setitem(TOGETHER, "cpu", 10_000)
-    assert together.fuse(contexts).encoded == 3 and made == [3]
+    assert together.fuse(behind).encoded == 3 and made == [3]
     for text, context in {A: (B, C, D), B: (C,), D: (B, A)}.items():
-        one, other = (variants(ready).get(text, context) for ready in (together, alone))
+        one, other = (variant(ready, text, context) for ready in (together, alone))
         assert one.context == other.context == context and one.position == other.position
         assert distance(one.keys, other.keys) < 1e-5 and distance(one.values, other.values) < 1e-5
 
@@ -103,7 +103,7 @@ def test_one_chunk_that_fails_does_not_stop_the_others(error: Exception, monkeyp
     monkeypatch.setattr(fusion_variants, "fused", failing)
     result = ready.fuse({A: [B], B: [A], C: [A]})
     assert result.encoded == 2 and result.skipped == [(B[:40], "no")]
-    assert variants(ready).of(A) == [(), (B,)] and variants(ready).of(B) == [()]
+    assert contexts(ready, A) == [(), (B,)] and contexts(ready, B) == [()]
 
 
 def test_a_model_that_cannot_be_composed_is_not_fused_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_tenants_share_no_fused_kv(tmp_path: Path) -> None:
     one.ensure([A, B])
     two.ensure([A, B])
     one.fuse({B: [A]})
-    assert variants(one).of(B) == [(), (A,)] and variants(two).of(B) == [()]
+    assert contexts(one, B) == [(), (A,)] and contexts(two, B) == [()]
     assert one.library.key(B, (A,)) != two.library.key(B, (A,))
 
 
@@ -291,7 +291,7 @@ def test_a_variant_that_is_gone_is_made_again() -> None:
     ready.fuse({B: [A]})
     ready.library.store.delete([ready.library.key(B, (A,))])
     assert ready.fuse({B: [A]}).encoded == 1 and ready.fuse({B: [A]}).encoded == 0
-    assert variants(ready).get(B, (A,)).context == (A,)
+    assert variant(ready, B, (A,)).context == (A,)
 
 
 def test_of_too_many_variants_the_one_unused_for_longest_goes_after_a_restart(tmp_path: Path) -> None:
@@ -305,4 +305,4 @@ def test_of_too_many_variants_the_one_unused_for_longest_goes_after_a_restart(tm
             os.utime(path, (1_000 - number, 1_000 - number))  # what came last was used least recently
     with engine(store=tmp_path) as again:
         again.fuse({texts[0]: [texts[4]]}, variants=3)
-        assert set(variants(again).of(texts[0])) == {(), (texts[1],), (texts[2],), (texts[4],)}
+        assert set(contexts(again, texts[0])) == {(), (texts[1],), (texts[2],), (texts[4],)}

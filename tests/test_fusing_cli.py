@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fused import TAIL, A, B, C, fused_of
+from fused import TAIL, A, B, C, contexts
 from tiny import tiny_backbone
 from typer.testing import CliRunner
 
@@ -45,7 +45,7 @@ def test_a_store_is_fused_at_the_command_line(tmp_path: Path, monkeypatch: pytes
     done = CliRunner().invoke(cli.app, ["fuse", "--store", str(tmp_path / "empty"), "--model", str(folder)])
     assert done.exit_code == 2 and "holds no chunks" in done.stderr
     with Engine(str(folder), method="auto", store=kept) as again:
-        assert set(fused_of(again)(B)) == {(), (A,)} and set(fused_of(again)(A)) == {(), (B,)}
+        assert set(contexts(again, B)) == {(), (A,)} and set(contexts(again, A)) == {(), (B,)}
 
 
 def test_a_keyed_store_of_another_dtype_is_fused_with_its_own_settings(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_keyed_store_of_another_dtype_is_fused_with_its_own_settings(tmp_path:
     assert done.exit_code == 0 and json.loads(done.stdout)["fused"] == 1, done.output
     assert len({path.name for path in (tmp_path / "remote").rglob("*.safetensors")} - before) == 1
     with engine() as again:
-        assert set(fused_of(again)(B)) == {(), (A,)}
+        assert set(contexts(again, B)) == {(), (A,)}
     for wrong, message in ((["--cap", "much"], "is no size"), (["--kv-dtype", "int4"], '"auto" or "int8"')):
         done = CliRunner().invoke(cli.app, [*arguments, *wrong])
         assert done.exit_code == 2 and message in done.stderr

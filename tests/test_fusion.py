@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused import FUSED, NAIVE, PREFIX, TAIL, A, B, C, D, E, engine, fused_of, ids, keys, variants
+from fused import FUSED, NAIVE, PREFIX, TAIL, A, B, C, D, E, contexts, engine, ids, taken, variant
 from oracles import distance, own
 from tiny import CONFIGS, tiny_backbone
 
@@ -24,7 +24,7 @@ def test_fused_behind_one_chunk_is_what_a_full_prefill_of_both_gives(kind: str) 
     ready = engine(tiny_backbone(kind))
     ready.ensure([A, B])
     assert ready.fuse({B: [A]}).encoded == 1
-    chunk, whole = variants(ready).get(B, (A,)), own(kind, ids(PREFIX, A, B))
+    chunk, whole = variant(ready, B, (A,)), own(kind, ids(PREFIX, A, B))
     start = len(PREFIX) + len(A)
     assert chunk.position == start and chunk.context == (A,) and torch.equal(chunk.ids, ids(B))
     assert distance(chunk.keys, whole.keys[:, :, start:]) < 1e-4
@@ -36,7 +36,7 @@ def test_neighbours_stand_in_order_with_their_own_kv() -> None:
     ready = engine()
     ready.ensure([A, B, C])
     ready.fuse({C: [A, B]})
-    chunk = variants(ready).get(C, (A, B))
+    chunk = variant(ready, C, (A, B))
     text, p, a, b = ids(PREFIX, A, B, C), len(PREFIX), len(A), len(B)
     first, second = own("llama", ids(PREFIX, A)), own("llama", ids(PREFIX, B))
     model = tiny_backbone()
@@ -52,7 +52,7 @@ def test_neighbours_stand_in_order_with_their_own_kv() -> None:
     other = engine()
     other.ensure([A, B, C])
     other.fuse({C: [B, A]})
-    assert distance(variants(other).get(C, (B, A)).keys, want[0]) > 1e-2
+    assert distance(variant(other, C, (B, A)).keys, want[0]) > 1e-2
 
 
 def test_a_prompt_in_the_company_of_fusion_is_exact_without_recompute() -> None:
@@ -77,14 +77,7 @@ def test_every_way_of_encoding_can_be_fused_and_ratio_one_is_full_prefill(method
     full = ready.prefill(prompt, method="full").logits
     result = ready.prefill(prompt, recompute_ratio=0.5 if ready.method.recompute_ratio else None)
     assert result.report.fallbacks == []
-    assert [
-        chunk and chunk.context
-        for chunk in ready._encodings.reuse(ready.method.encode)._load(keys(ready, A, B, C), ready.method)[0]
-    ] == [
-        (),
-        (A,),
-        (A, B),
-    ]
+    assert taken(ready, A, B, C) == [(), (A,), (A, B)]
     if ready.method.recompute_ratio:
         assert distance(ready.prefill(prompt, recompute_ratio=1.0).logits, full) < 1e-4
 
@@ -127,13 +120,8 @@ def test_what_stands_in_front_is_what_the_prompt_says() -> None:
     ready.ensure([A, B, C])
     ready.fuse({C: [A], B: [C]})
     ready.fuse({C: [B]})
-    room = ready._encodings.reuse(ready.method.encode)
-
-    def taken(*texts: str) -> list[tuple[str, ...]]:
-        return [chunk.context for chunk in room._load(keys(ready, *texts), ready.method)[0]]
-
-    assert taken(A, C) == [(), (A,)] and taken(B, C) == [(), (B,)]
-    assert taken(C, B, C) == [(), (C,), (B,)]  # twice in one prompt, each time in its place
+    assert taken(ready, A, C) == [(), (A,)] and taken(ready, B, C) == [(), (B,)]
+    assert taken(ready, C, B, C) == [(), (C,), (B,)]  # twice in one prompt, each time in its place
 
 
 def test_a_fused_chunk_right_behind_the_prefix_is_not_taken_for_exact() -> None:
@@ -162,7 +150,7 @@ def test_a_sequence_that_comes_again_is_exact_without_recompute() -> None:
     assert one_hop > 1e-3
     assert ready.fuse_in_order([[A, B, C]]).encoded == 2
     assert distance(ready.prefill(prompt).logits, full) < 1e-4
-    assert fused_of(ready)(C) == [(), (A, B)]  # it took the other's place
+    assert contexts(ready, C) == [(), (A, B)]  # it took the other's place
     assert ready.library.key(C, (A, B)) not in ready.library.store
     assert ready.fuse_in_order([[A, B, C], [A]]).encoded == 0
 
@@ -174,7 +162,7 @@ def test_a_sequence_whose_kv_is_gone_is_computed_again_and_kept() -> None:
     key = ready.library.key(B, (A,), in_sequence=True)
     ready.library.store.delete([key])
     assert ready.fuse_in_order([[A, B]]).encoded == 1 and key in ready.library.store
-    assert variants(ready).get(B, (A,)).context == (A,)
+    assert variant(ready, B, (A,)).context == (A,)
 
 
 def test_sequences_share_what_they_have_in_common_and_know_no_strangers(tmp_path: Path) -> None:
@@ -185,11 +173,11 @@ def test_sequences_share_what_they_have_in_common_and_know_no_strangers(tmp_path
         "the chunk is not known: ensure it first"
     ]
     again = engine(store=tmp_path)
-    assert fused_of(again)(C) == [(), (A, B)]
+    assert contexts(again, C) == [(), (A, B)]
     (entry,) = [e for e in again.library.store.entries() if e.text == C and e.context]
     assert entry.in_sequence and again.library.get(entry.key).in_sequence
     again.forget([A])
-    assert fused_of(again)(C) == [()]
+    assert contexts(again, C) == [()]
 
 
 def test_the_longest_path_drops_chunks_from_the_front() -> None:

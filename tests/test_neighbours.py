@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fused import FUSED, A, B, C, D, engine, fused_of
+from fused import FUSED, A, B, C, D, contexts, engine
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import ConfigurationError, Engine
@@ -86,11 +86,11 @@ def test_an_embedding_that_is_no_number_leaves_out_its_own_chunk_only(caplog: py
     fuser = Fuser(1, lambda texts: [numbers[text] for text in texts])
     with caplog.at_level("WARNING", "cacheclip_rag"):
         fuser(ready, show_progress=False)
-    assert {text: fused_of(ready)(text) for text in (A, B, C)} == {A: [(), (B,)], B: [(), (A,)], C: [()]}
+    assert {text: contexts(ready, text) for text in (A, B, C)} == {A: [(), (B,)], B: [(), (A,)], C: [()]}
     assert "not made of finite numbers" in caplog.text and C[:20] in caplog.text
     numbers[C] = [0.9, 0.1]
     fuser(ready, show_progress=False)
-    assert fused_of(ready)(C) == [(), (B,)]
+    assert contexts(ready, C) == [(), (B,)]
 
 
 def test_a_text_that_has_no_embedding_does_not_keep_the_others_from_being_fused(
@@ -187,17 +187,16 @@ def test_an_embedding_function_that_fails_says_so_itself() -> None:
         similar(["a"], lambda texts: 1 / 0)
 
 
-def test_many_texts_are_compared_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = np.random.default_rng(0).normal(size=(50, 8))
-    texts = [f"text {n}" for n in range(50)]
-    at_once, in_batches = Neighbourhood(5), Neighbourhood(5)
-    at_once.add(texts, vectors)
-    in_batches.add(texts, vectors)
-    want = at_once.nearest()
-    monkeypatch.setattr("cacheclip_rag.corpus.neighbours._BATCH", 7)
-    assert in_batches.nearest() == want
-    scores = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ vectors[3] / np.linalg.norm(vectors[3])
-    assert want["text 3"] == [f"text {n}" for n in np.argsort(-scores) if n != 3][:5]
+def test_many_texts_are_compared_in_batches() -> None:
+    count = 2500  # of 1,024 each
+    vectors = np.random.default_rng(0).normal(size=(count, 8))
+    known = Neighbourhood(5)
+    known.add([f"text {n}" for n in range(count)], vectors)
+    found = known.nearest()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for mine in (3, 1023, 1024, 2499):
+        best = np.argsort(-(unit @ unit[mine]))
+        assert found[f"text {mine}"] == [f"text {n}" for n in best if n != mine][:5]
 
 
 def test_a_neighbourhood_says_what_changed_until_it_is_settled() -> None:

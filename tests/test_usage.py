@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
 import pytest
-from fused import NAIVE, PREFIX, TAIL, A, B, C, D, engine, fused_of
+from fused import NAIVE, PREFIX, TAIL, A, B, C, D, contexts, engine
 
 from cacheclip_rag.corpus.usage import Usage
 
@@ -41,11 +42,15 @@ def test_who_stood_behind_may_come_in_front_unless_the_order_is_fixed() -> None:
     assert usage.expected_context("a", 5) == ["b", "c"]  # 3 * 2/5 and 1 * 1/3
 
 
-def test_usage_is_bounded_and_keeps_what_counts() -> None:
-    usage = Usage(chunks=10, companions=4)
+def test_usage_is_bounded_and_keeps_what_counts(tmp_path: Path) -> None:
+    path = tmp_path / "usage.json"
+    usage = Usage(path, chunks=10, companions=4)
     for number in range(200):
         usage.note(["often", f"once {number}", "hub"])
-    assert len(usage._seen) == 10 and max(map(len, usage._seen.values())) <= 2 * 4 + 1
+    usage.save()
+    seen = json.loads(path.read_text())["seen"]
+    assert len(seen) == 10 and max(map(len, seen.values())) <= 2 * 4 + 1
+    assert len(usage.hot(1)) == 10
     assert usage.uses("hub") == usage.uses("often") == 200 and usage.expected_context("hub", 1) == ["often"]
 
 
@@ -94,10 +99,10 @@ def test_chunks_are_fused_with_those_they_come_with(tmp_path: Path) -> None:
     for texts in ([A, B, C], [A, C], [D]):
         ready.prefill(PREFIX + "\n".join(texts) + TAIL)
     assert ready.fuse_used().encoded == 2  # B and D came once; C was behind A twice, and B once
-    assert fused_of(ready)(C) == [(), (A, B)] and fused_of(ready)(A) == [(), (B,)]
+    assert contexts(ready, C) == [(), (A, B)] and contexts(ready, A) == [(), (B,)]
     ready.close()
     again = engine(store=tmp_path)
-    assert again.fuse_used(least=1).encoded == 1 and fused_of(again)(B) == [(), (A, C)]
+    assert again.fuse_used(least=1).encoded == 1 and contexts(again, B) == [(), (A, C)]
     again.forget([A])
     assert again.usage.expected_context(again.library.key(B), 9) == [again.library.key(C)]
 
@@ -120,10 +125,10 @@ def test_idle_time_is_used_to_fuse_when_allowed() -> None:
         for _ in range(2):
             ready.generate(PREFIX + A + B + TAIL, max_new_tokens=1)
         ready.flush()
-    assert fused_of(allowed)(B) == [(), (A,)] and fused_of(not_allowed)(B) == [()]
+    assert contexts(allowed, B) == [(), (A,)] and contexts(not_allowed, B) == [()]
     ready = engine(fuse_when_idle=True)
     ready.ensure([A, B])
     for _ in range(2):
         ready.generate(PREFIX + A + B + TAIL, max_new_tokens=1, method=NAIVE)  # which takes no fused KV
     ready.flush()
-    assert fused_of(ready)(B) == [()]
+    assert contexts(ready, B) == [()]
