@@ -184,8 +184,11 @@ def test_anything_that_changes_kv_changes_the_namespace(tmp_path):
         touched.model.layers[2].mlp.up_proj.weight[3, 5] += 1e-3
     theta = tiny_model("llama")
     theta.config.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
+    spoken = byte_tokenizer()  # its template is no part of a tokenizer's definition, and chunks stand behind it
+    spoken.chat_template = spoken.chat_template.replace("<|im_start|>{{", "<|im_start|>the {{")
     variants = {
         "as it is": namespace(),
+        "template": namespace(backbone=Backbone(tiny_model("llama"), spoken)),
         "one weight": namespace(backbone=Backbone(touched, byte_tokenizer())),
         "rope": namespace(backbone=Backbone(theta, byte_tokenizer())),
         "dtype": namespace(backbone=tiny_backbone(dtype=torch.bfloat16)),
