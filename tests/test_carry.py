@@ -158,7 +158,7 @@ def test_a_failure_while_carrying_costs_time_and_not_the_answer(monkeypatch: pyt
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("cacheclip_rag.methods.recompute.carry.CarryOver.__call__", broken)
+    monkeypatch.setattr("cacheclip_rag.model.rotary.PerTokenRotation.__call__", broken)
     result = engine.prefill(TEXT, method="auto")
     assert "broken" in result.report.fallbacks[0]
     assert torch.equal(result.logits, engine.prefill(TEXT, method="full").logits)

@@ -148,9 +148,9 @@ def test_forgetting_covers_every_encoding():
     engine.forget(PASSAGES[:1])
     for name in methods:
         assert len(engine.prefill(prompt(engine), method=name).report.chunks) in (0, len(PASSAGES) - 1)
-    rooms = {room.library.encoder: room for room in engine.collections}
-    for room in rooms.values():
-        assert all(entry.text != PASSAGES[0] for entry in room.library.store.entries())
+    for name in ("naive", "link0"):
+        assert all(entry.text != PASSAGES[0] for entry in engine.library_of(name).store.entries())
+    assert not engine.variants_of("cachecraft", PASSAGES[0])
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Canvas(Cache):
         self._rotary = rotary
         super().__init__(
             layers=[
-                _CanvasLayer(number, keys, values, self._slots)
+                CanvasLayer(number, keys, values, self._slots)
                 for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))
             ]
         )
@@ -135,7 +135,7 @@ class _Slots:
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class _CanvasLayer(CacheLayerMixin):
+class CanvasLayer(CacheLayerMixin):
     """transformers' view of one layer of a `Canvas`: ``keys``, ``values [1, Hk, capacity, D]``."""
 
     is_sliding = False  # sliding windows are a matter of the mask here; the buffer keeps every row

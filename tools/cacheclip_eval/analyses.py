@@ -157,8 +157,8 @@ def deviation(
                 "mean": float(d.mean()),
                 "by_place": [float(d[place == b].mean()) if bool((place == b).any()) else None for b in range(bins)],
                 "overlap": [len(best[layer] & other) / budget for other in best],
-                "shared_keys": _shared(back(keys, layer), groups) if layer else None,
-                "shared_values": _shared(values, groups) if layer else None,
+                "shared_keys": shared_part(back(keys, layer), groups) if layer else None,
+                "shared_values": shared_part(values, groups) if layer else None,
             }
 
 
@@ -170,7 +170,7 @@ def _change(full: Prefill, stale: Prefill, layer: int, rows: Tensor) -> tuple[Te
     return keys, values
 
 
-def _shared(change: Tensor, groups: Tensor) -> float:
+def shared_part(change: Tensor, groups: Tensor) -> float:
     """The share of the squares of ``change [C, Hk, D]`` that is its groups' means'; ``groups [C]`` int64."""
     number = groups.unique(return_inverse=True)[1]
     sums = change.new_zeros(int(number.max()) + 1, *change.shape[1:]).index_add_(0, number, change)
