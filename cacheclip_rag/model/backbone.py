@@ -201,6 +201,7 @@ class Backbone:
 
     # ---- decoding -------------------------------------------------------------------------------------------------
 
+    @on_cpu
     def generate(
         self,
         prompt_ids: Tensor,
@@ -263,6 +264,7 @@ class Backbone:
                     f"{name}={value!r} is not possible here: answers are decoded greedily or sampled, one at a time"
                 )
 
+    @on_cpu
     def ends(self, given: int | Sequence[int] | None = None) -> frozenset[int]:
         """The tokens that end an answer: those ``given``, else the model's own."""
         ids = self.model.generation_config.eos_token_id if given is None else given

@@ -61,7 +61,7 @@ class Answering:
                 ready.layout.ids, ready.logits, self._locked(ready.step), max_new_tokens=length, **options
             )
             token = -1
-            for token in steps:
+            for token in iter(on_cpu(lambda: next(steps, None)), None):
                 if not report.completion_tokens:
                     report.ttft = time.perf_counter() - start
                 report.completion_tokens += 1
