@@ -95,7 +95,7 @@ def test_figures_are_drawn(engine: Engine, tmp_path: Path) -> None:
     plots.agreement(agreement(engine, [ITEM], {"helper": engine.auxiliary}), tmp_path / "agreement.svg")
     plots.deviation(deviation(engine, [ITEM]), tmp_path / "deviation.svg")
     records = [
-        {"dataset": "d", "system": f"cacheclip@{r}:window=8", "ttft": r, "kl": 1 - r, "prompt_tokens": int(99 * r)}
+        {"dataset": "d", "system": f"cacheclip@{r}:group_size=8", "ttft": r, "kl": 1 - r, "prompt_tokens": int(99 * r)}
         for r in (0.1, 0.2, 0.3)
     ]
     plots.pareto(records, tmp_path / "pareto.svg")
