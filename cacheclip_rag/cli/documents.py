@@ -41,8 +41,8 @@ def ingest(
     auxiliary: Annotated[
         str | None,
         typer.Option(
-            help='The small model that selects tokens; "none": the question\'s own attention does. '
-            "[default: last time's, else smollm2-135m-instruct]"
+            help='A small model that selects tokens; "none": the question\'s own attention does. '
+            "[default: last time's, else none]"
         ),
     ] = None,
     chunk_size: Annotated[

@@ -47,7 +47,7 @@ class Library:
 
     home: Path
     model: str = "qwen2.5-coder-0.5b-instruct"
-    auxiliary: str | None = "smollm2-135m-instruct"
+    auxiliary: str | None = None
     chunk_size: int = 320
 
     @classmethod
