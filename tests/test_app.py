@@ -146,8 +146,13 @@ def test_questions_find_and_reuse_chunks(folder: Path, home: Path, model: str) -
 
     shown = run("ask", question, "--home", home, "--tokens", 3, "--top-k", 4, "--compare")
     assert shown.exit_code == 0, shown.output
-    assert "from Glanton/theatre" in shown.stdout and "full prefill" in shown.stdout
+    assert "from Glanton/theatre" in shown.stdout and "full prefill answers: " in shown.stdout
     assert "estimated" not in shown.stdout  # it was measured
+
+    compared = json.loads(
+        run("ask", question, "--home", home, "--tokens", 3, "--top-k", 4, "--method", "full", "--compare", "--json").stdout
+    )
+    assert compared["full_prefill"] == compared["answer"]  # the same prompt, prefilled in full both times
 
     session = run(
         "ask", "--home", home, "--tokens", 2, "--no-report", input=f"{question}\nAnd the brewery?\n\nno more\n"

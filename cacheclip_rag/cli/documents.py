@@ -91,7 +91,7 @@ def ask(
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Show what happened to the prompt.")] = True,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also prefill the prompt in full, to measure what was saved.")
+        bool, typer.Option("--compare", help="Also answer from a full prefill: shows its answer and measures what was saved.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -114,11 +114,13 @@ def ask(
             for asked in [question] if question is not None else _questions(console):
                 reply = session.ask(asked, _silent if as_json else _show, compare)
                 if as_json:
-                    typer.echo(
-                        json.dumps({"answer": reply.text, "sources": reply.sources, "report": reply.report.as_dict()})
-                    )
+                    shown = {"answer": reply.text, "sources": reply.sources, "report": reply.report.as_dict()}
+                    full = {} if reply.full_prefill is None else {"full_prefill": reply.full_prefill}
+                    typer.echo(json.dumps(shown | full))
                     continue
                 console.print(f"\n[dim]from {', '.join(reply.sources)}[/dim]")
+                if reply.full_prefill is not None:
+                    _show(f"\nfull prefill answers: {reply.full_prefill}\n")
                 if report:
                     console.print(reply.report, soft_wrap=False)
         finally:
