@@ -11,9 +11,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import VectorStore
 
-from cacheclip_rag.frameworks import Fuser, Holdings, encode
-
-from .engines import handle_of
+from cacheclip_rag.frameworks import Fuser, HeldIds, StoredChunk, StoreFollower, handle_of
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine
@@ -60,13 +58,12 @@ class CacheClipVectorStore(VectorStore):
         """
         self.store = store
         self.show_progress = show_progress
-        self._handle = handle_of(llm)
-        self._held = Holdings()
-        self._fuser: Fuser | None = None
+        fuser: Fuser | None = None
         if fuse:
             if (embeddings := store.embeddings) is None:
                 raise ValueError(f"fuse={fuse} needs a store with embeddings; {type(store).__name__} has none")
-            self._fuser = Fuser(fuse, embeddings.embed_documents)
+            fuser = Fuser(fuse, embeddings.embed_documents)
+        self._follower = StoreFollower(handle_of(llm), fuser=fuser)
 
     @classmethod
     def from_texts(cls, texts: list[str], embedding: Embeddings, metadatas: Any = None, **kwargs: Any) -> NoReturn:
@@ -79,21 +76,21 @@ class CacheClipVectorStore(VectorStore):
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, **kwargs: Any
     ) -> list[str]:
         texts = list(texts)
-        before = self._before(self._lookup(kwargs.get("ids")))
+        self._note(self._lookup(kwargs.get("ids")))
         ids = self.store.add_texts(texts, metadatas, **kwargs)
-        self._added(ids, texts, before)
+        self._added(ids, texts)
         return ids
 
     def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        before = self._before(self._lookup(_ids_of(documents, kwargs)))
+        self._note(self._lookup(_ids_of(documents, kwargs)))
         ids = self.store.add_documents(documents, **kwargs)
-        self._added(ids, [document.page_content for document in documents], before)
+        self._added(ids, [document.page_content for document in documents])
         return ids
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         """The wrapped store's deletion; of what it deleted by other means than ids, what this object added is known."""
         ids = None if ids is None else list(ids)
-        before = self._before(self._lookup(self._held.ids() if ids is None else ids))
+        before = self._note(self._lookup(self._held.ids() if ids is None else ids))
         result = self.store.delete(ids, **kwargs)
         self._deleted(before if ids is not None else _gone(before, self._lookup(list(before))), ids or ())
         return result
@@ -102,20 +99,20 @@ class CacheClipVectorStore(VectorStore):
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, **kwargs: Any
     ) -> list[str]:
         texts = list(texts)
-        before = self._before(await self._alookup(kwargs.get("ids")))
+        self._note(await self._alookup(kwargs.get("ids")))
         ids = await self.store.aadd_texts(texts, metadatas, **kwargs)
-        await run_in_executor(None, self._added, ids, texts, before)
+        await run_in_executor(None, self._added, ids, texts)
         return ids
 
     async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        before = self._before(await self._alookup(_ids_of(documents, kwargs)))
+        self._note(await self._alookup(_ids_of(documents, kwargs)))
         ids = await self.store.aadd_documents(documents, **kwargs)
-        await run_in_executor(None, self._added, ids, [document.page_content for document in documents], before)
+        await run_in_executor(None, self._added, ids, [document.page_content for document in documents])
         return ids
 
     async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         ids = None if ids is None else list(ids)
-        before = self._before(await self._alookup(self._held.ids() if ids is None else ids))
+        before = self._note(await self._alookup(self._held.ids() if ids is None else ids))
         result = await self.store.adelete(ids, **kwargs)
         gone = before if ids is not None else _gone(before, await self._alookup(list(before)))
         await run_in_executor(None, self._deleted, gone, ids or ())
@@ -124,9 +121,9 @@ class CacheClipVectorStore(VectorStore):
     # Not of LangChain's interface, but Chroma's and others': a store without them says so.
 
     def update_documents(self, ids: list[str], documents: list[Document]) -> None:
-        before = self._before(self._lookup(ids))
+        self._note(self._lookup(ids))
         self.store.update_documents(ids, documents)  # type: ignore[attr-defined]
-        self._added(ids, [document.page_content for document in documents], before)
+        self._added(ids, [document.page_content for document in documents])
 
     def update_document(self, document_id: str, document: Document) -> None:
         self.update_documents([document_id], [document])
@@ -134,12 +131,12 @@ class CacheClipVectorStore(VectorStore):
     def delete_collection(self) -> None:
         """KV goes of what this object has seen in the collection."""
         self.store.delete_collection()  # type: ignore[attr-defined]
-        self._deleted(self._held.texts(self._held.ids()))
+        self._deleted(self._known(self._held.ids()))
 
     def reset_collection(self) -> None:
         """KV goes of what this object has seen in the collection."""
         self.store.reset_collection()  # type: ignore[attr-defined]
-        self._deleted(self._held.texts(self._held.ids()))
+        self._deleted(self._known(self._held.ids()))
 
     # ---- what does not ----------------------------------------------------------------------------------------------
 
@@ -206,50 +203,30 @@ class CacheClipVectorStore(VectorStore):
             return {document.id: document.page_content for document in read() if document.id is not None}
         except Exception as error:  # not every store can be asked; then only what was added here is known
             log.debug("%s cannot be asked for ids: %s", type(self.store).__name__, error)
-            return self._held.texts(wanted)
+            return self._known(wanted)
 
-    def _before(self, found: dict[str, str]) -> dict[str, str]:
-        """Remember what the store had before it changes, whoever put it there."""
-        self._held.hold(found)
+    @property
+    def _held(self) -> HeldIds:
+        return self._follower.held
+
+    def _known(self, ids: Iterable[str]) -> dict[str, str]:
+        return {chunk.id: chunk.text for chunk in self._held.get(ids)}
+
+    def _note(self, found: dict[str, str]) -> dict[str, str]:
+        """Remember what the store has before it changes, whoever put it there."""
+        self._held.hold(_chunks(found.items()))
         return found
 
-    def _added(self, ids: Sequence[str], texts: Sequence[str], before: dict[str, str]) -> None:
-        self._held.hold(dict(zip(ids, texts, strict=False)))
-        try:
-            engine = self._handle.engine
-            if self._fuser is not None:
-                self._fuser.follow(engine)
-            engine.documents.note(zip(ids, texts, strict=False))
-            for id_, text in zip(ids, texts, strict=False):
-                if id_ in before and before[id_].strip() != text.strip():
-                    engine.documents.discard(id_, [before[id_]])
-            encode(engine, texts, self.show_progress)
-        except Exception:
-            log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
-        self._forget(before)  # before fusing: what was fused with a text that goes would go with it
-        if self._fuser is not None:
-            try:
-                self._fuser(self._handle.engine, self.show_progress)
-            except Exception:
-                log.exception("chunks not fused; they are used as they are")
+    def _added(self, ids: Sequence[str], texts: Sequence[str]) -> None:
+        self._follower.added(_chunks(zip(ids, texts, strict=False)), self.show_progress)
 
     def _deleted(self, gone: dict[str, str], ids: Iterable[str] = ()) -> None:
-        self._held.release(gone)
-        try:
-            self._handle.engine.forget_document(*{*gone, *ids})
-        except Exception:
-            log.exception("the KV of deleted chunks was not dropped")
-        self._forget(gone)
+        self._follower.deleted(_chunks(gone.items()), {*gone, *ids})
 
-    def _forget(self, texts: dict[str, str]) -> None:
-        """Drop the KV of those of these texts that no id has any more. Never raises."""
-        unused = self._held.unused(texts.values())
-        if unused:
-            try:
-                engine = self._handle.engine
-                engine.forget(engine.documents.unheld(unused))
-            except Exception:
-                log.exception("the KV of deleted chunks was not dropped")
+
+def _chunks(texts: Iterable[tuple[str, str]]) -> list[StoredChunk]:
+    """By id: LangChain knows no documents beyond, so each entry is one."""
+    return [StoredChunk(id_, text, document=id_) for id_, text in texts]
 
 
 def _ids_of(documents: Sequence[Document], kwargs: dict[str, Any]) -> list[str | None]:

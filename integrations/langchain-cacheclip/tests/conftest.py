@@ -12,29 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from langchain_cacheclip import ChatCacheClip
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from tiny import PASSAGES, SHAPE, TEMPLATE, byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import PASSAGES, TEMPLATE, two_layers
 
 from cacheclip_rag import Backbone, Engine, TextStream
-
-TOOLS_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
-    "You may call these functions:\n<tools>{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n</tools><|im_end|>\n"
-    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{% if m.role == 'tool' %}"
-    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
-    "{% elif m.role != 'system' or not loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}"
-    '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Offers tools and writes calls as Qwen2.5's and Hermes' templates do."""
 
 
 class Words(Embeddings):
@@ -157,30 +140,21 @@ def documents_of() -> Callable[..., list[Document]]:
     return make
 
 
-def make_backbone(template: str | None = TOOLS_TEMPLATE, window: int = 4096, seed: int = 0) -> Backbone:
-    """Two layers, and one token a byte."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 2, "max_position_embeddings": window})
-    return Backbone(LlamaForCausalLM(config).float(), tokenizer)
-
-
 @pytest.fixture(scope="session")
 def backbone_of() -> Callable[..., Backbone]:
-    return make_backbone
+    return two_layers
 
 
 @pytest.fixture(scope="session")
 def tiny_backbone() -> Backbone:
-    return make_backbone()
+    return two_layers()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in a folder, for what has to open engines by name."""
     folder = tmp_path_factory.mktemp("tiny")
-    backbone = make_backbone()
+    backbone = two_layers()
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
     return folder
@@ -202,7 +176,7 @@ def informed(engine: Engine) -> Engine:
 @pytest.fixture
 def plain_engine() -> Iterator[Engine]:
     """Its chat template knows no tools."""
-    with Engine(make_backbone(TEMPLATE), method="query_guided") as engine:
+    with Engine(two_layers(TEMPLATE), method="query_guided") as engine:
         yield engine
 
 
