@@ -35,13 +35,12 @@ def conversation(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
 def _written(given: BaseMessage) -> dict[str, Any]:
     role = _role(given)
     calls = given.tool_calls if isinstance(given, AIMessage) else ()
-    tool = given if isinstance(given, ToolMessage) else None
     return message(
         role,
         _text(given, role),
         calls=[(call["id"], call["name"], call["args"]) for call in calls],
-        tool_call_id=tool and tool.tool_call_id,
-        name=tool and tool.name,
+        tool_call_id=given.tool_call_id if isinstance(given, ToolMessage) else None,
+        name=given.name if isinstance(given, ToolMessage) else None,
     )
 
 
