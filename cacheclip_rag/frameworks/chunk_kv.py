@@ -18,8 +18,8 @@ OnMiss: TypeAlias = Literal["background", "encode", "ignore"]
 """Retrieved chunks without KV: encode them after the answer, before it, or not at all."""
 
 
-def encode(engine: Engine, texts: Iterable[str], show_progress: bool = True) -> None:
-    """Keep the KV of these chunks, with a progress bar once it takes over a second.
+def encode(engine: Engine, texts: Iterable[str], show_progress: bool = True) -> int:
+    """Keep the KV of these chunks, with a progress bar once it takes over a second. How many were encoded now.
 
     What is finished when it is interrupted need not be done again.
     """
@@ -34,6 +34,7 @@ def encode(engine: Engine, texts: Iterable[str], show_progress: bool = True) -> 
     log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
     for text, reason in result.skipped:
         log.debug("no KV of %r: %s", text, reason)
+    return result.encoded
 
 
 def prepare_retrieved(handle: EngineHandle, texts: Iterable[str], question: str | None, on_miss: OnMiss) -> None:

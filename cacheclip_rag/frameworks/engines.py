@@ -138,6 +138,11 @@ class EngineHandle:
             return _engines.get(self.settings)
         return self._engine or _given.get(self.token)
 
+    def token_ids(self, text: str) -> list[int]:
+        """The model's tokens of a text. A function for whoever counts, which can be copied and pickled."""
+        ids: list[int] = self.engine.backbone.tokenise(text).ids.tolist()
+        return ids
+
     def release(self) -> None:
         """Stop the engine's background work; one that was opened from settings is let go of, too."""
         engine = self.peek()

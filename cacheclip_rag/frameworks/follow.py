@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .chunk_kv import encode
+from .chunk_kv import OnMiss, encode, prepare_retrieved
 from .engines import EngineHandle
 from .forgetting import Forgetting
 from .fuser import Fuser
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cacheclip_rag")
 
+_RETRIEVED = 256
+"""Chunks that were retrieved before the model was open, at most."""
+
 Part = tuple[str | None, str]
 """A document's name, where it is known, and the text of one of its chunks."""
 
@@ -26,14 +30,31 @@ Part = tuple[str | None, str]
 class StoreFollower:
     """Keeps the KV of a vector store's chunks: told what the store added and deleted, it encodes and forgets.
 
-    No method raises: the store has changed by then, and a chunk without KV only costs time. KV belongs to a text, so it
-    stays as long as any id has that text. It is dropped ``grace`` seconds after its last id went, or with `flush`.
+    `added` and `deleted` never raise: the store has changed by then, and a chunk without KV only costs time. KV belongs
+    to a text, so it stays as long as any id has that text. It is dropped ``grace`` seconds after its last id went, or
+    with `flush`.
     """
 
-    def __init__(self, handle: EngineHandle, *, grace: float = 0.0, fuser: Fuser | None = None) -> None:
-        self.held = HeldIds()
-        self._handle, self._fuser = handle, fuser
+    def __init__(
+        self,
+        handle: EngineHandle,
+        *,
+        grace: float = 0.0,
+        fuser: Fuser | None = None,
+        held: HeldIds | None = None,
+    ) -> None:
+        self.held = HeldIds() if held is None else held
+        self._handle, self._grace, self._fuser = handle, grace, fuser
         self._forgetting = Forgetting(handle, self.held, grace)
+        self._retrieved: deque[str] = deque(maxlen=_RETRIEVED)
+        weakref.finalize(self, self._forgetting.at_the_end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows what this one knows; what is still to be forgotten is left to this one."""
+        return {"handle": self._handle, "grace": self._grace, "fuser": self._fuser, "held": self.held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        StoreFollower.__init__(self, state.pop("handle"), **state)
 
     def added(self, chunks: Sequence[StoredChunk], show_progress: bool = True) -> None:
         """The store has these chunks now, perhaps under ids that held others."""
@@ -61,10 +82,30 @@ class StoreFollower:
         """Drop the KV of deleted chunks now."""
         self._forgetting.now()
 
-    def at_the_end(self) -> None:
-        """As `flush`, for the end of a process: a model that is not open is not opened for it."""
-        if self._handle.peek() is not None:
-            self.flush()
+    def there(self, chunks: Sequence[StoredChunk], show_progress: bool = True) -> int:
+        """Encode what the store had before it was wrapped; a chunk whose id is not known has the id "". How many were
+        encoded now. Raises what the engine does, and can be begun again: it goes on where it was.
+        """
+        self.held.hold(chunk for chunk in chunks if chunk.id)
+        engine = self._handle.engine
+        encoded = _encode(engine, [(c.document, c.text) for c in chunks], self._fuser, show_progress)
+        if self._fuser is not None:
+            self._fuser(engine, show_progress)
+        return encoded
+
+    def retrieved(self, texts: Iterable[str], question: str | None, on_miss: OnMiss) -> None:
+        """See to chunks that were retrieved and have no KV. A model that is not open yet is not opened for a mere
+        search: they are seen to at the next one.
+        """
+        if on_miss == "ignore":
+            return
+        if self._handle.peek() is None:
+            self._retrieved.extend(texts)
+            return
+        earlier = [self._retrieved.popleft() for _ in range(len(self._retrieved))]
+        if earlier:
+            prepare_retrieved(self._handle, earlier, None, on_miss)
+        prepare_retrieved(self._handle, texts, question, on_miss)
 
 
 def ingested(
@@ -87,12 +128,12 @@ def ingested(
         fuser(engine, show_progress, vectors=vectors, without=_perhaps_replaced(engine, parts))
 
 
-def _encode(engine: Engine, parts: Sequence[Part], fuser: Fuser | None, show_progress: bool) -> None:
+def _encode(engine: Engine, parts: Sequence[Part], fuser: Fuser | None, show_progress: bool) -> int:
     if fuser is not None:
         fuser.follow(engine)
     # Whose chunks these are, so that engine.forget_document finds them.
     engine.documents.note((document, text) for document, text in parts if document)
-    encode(engine, [text for _, text in parts], show_progress)
+    return encode(engine, [text for _, text in parts], show_progress)
 
 
 _ingested: weakref.WeakKeyDictionary[Engine, dict[tuple[str, str], frozenset[str]]] = weakref.WeakKeyDictionary()

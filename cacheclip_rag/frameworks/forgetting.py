@@ -69,6 +69,11 @@ class Forgetting:
         except Exception:
             log.exception("the KV of deleted chunks was not dropped")
 
+    def at_the_end(self) -> None:
+        """As `now`, for the end of a process: a model that is not open is not opened for it."""
+        if self._handle.peek() is not None:
+            self.now()
+
     def _noted(self, documents: Iterable[str]) -> list[tuple[str | None, str]]:
         """The documents' texts, as far as an engine is open. Without them only the document could be forgotten, and if
         it comes back changed not even that. Never raises.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,14 @@ class StoredChunk:
 class HeldIds:
     """The ids of a vector store and what they hold, as far as this process has seen them. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunks: Iterable[StoredChunk] = ()) -> None:
         self._chunks: dict[str, StoredChunk] = {}
         self._ids: dict[str, set[str]] = {}  # by text
         self._lock = threading.Lock()
+        self.hold(chunks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HeldIds, (self.get(self.ids()),)
 
     def __len__(self) -> int:
         return len(self._chunks)

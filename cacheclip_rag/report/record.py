@@ -136,7 +136,7 @@ class Report:
     @property
     def line(self) -> str:
         """The request in one line, for logs."""
-        return " ".join(str(self).replace("\n  fell back:", "; fell back:").split())
+        return " ".join(str(self).replace("\n  ", "; ").split())
 
     def plot(self) -> Figure:
         """A matplotlib figure of what `_repr_html_` shows. Raises `ConfigurationError` without matplotlib."""
@@ -157,6 +157,8 @@ class Report:
         yield from renderables(self)
 
     def __str__(self) -> str:
+        from .summary import nothing_known
+
         text = (
             f"{self.method}: {self.cached_tokens:,} of {self.prompt_tokens:,} prompt tokens from cache, "
             f"{self.recomputed:,} recomputed ({self.ratio:.0%} of {self.reused + self.recomputed:,}), "
@@ -166,4 +168,6 @@ class Report:
             text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
         for reason in self.fallbacks:
             text += f"\n  fell back: {reason}"
+        if reason := nothing_known(self):
+            text += f"\n  nothing reused: {reason}"
         return text

@@ -142,6 +142,19 @@ def reasons(report: Report) -> list[str]:
     parts = sum(not use.whole for use in report.chunks)
     if parts:
         found.append(f"{parts} chunks stand in the prompt only in part: what was cut off a chunk is not missed")
-    if not report.chunks and not report.cached_tokens and report.requested_ratio < 1 and not report.fallbacks:
-        found.append("no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way")
+    if reason := nothing_known(report):
+        found.append(reason)
     return found
+
+
+def nothing_known(report: Report) -> str:
+    """Why no chunk was reused where none was found; empty where there is another reason, or nothing to say."""
+    if (
+        report.chunks
+        or report.reused
+        or report.fallbacks
+        or report.requested_ratio >= 1
+        or report.prefix > report.fresh
+    ):
+        return ""
+    return "no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way"

@@ -19,7 +19,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, PrivateAttr
 
-from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.errors import ConfigurationError, PromptError
 from cacheclip_rag.frameworks import (
     ChatRequest,
     EngineHandle,
@@ -152,13 +152,21 @@ class ChatCacheClip(BaseChatModel):
         """This model's tokens, unless ``custom_get_token_ids`` says otherwise."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
-        ids: list[int] = self.engine.backbone.tokenise(text).ids.tolist()
-        return ids
+        return self.handle.token_ids(text)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """What ``usage_metadata["input_tokens"]`` will be: the chat template and the tools are counted too."""
+        """What ``usage_metadata["input_tokens"]`` will be: the chat template and the tools are counted too.
+
+        Messages that are no conversation to the template, as `trim_messages` makes them, are counted as LangChain
+        counts: one by one.
+        """
+        if not messages:
+            return 0
         backbone = self.engine.backbone
-        prompt = render(backbone, conversation(messages), [convert_to_openai_tool(tool) for tool in tools or ()])
+        try:
+            prompt = render(backbone, conversation(messages), [convert_to_openai_tool(tool) for tool in tools or ()])
+        except PromptError:
+            return super().get_num_tokens_from_messages(messages)
         return len(backbone.tokenise_prompt(prompt))
 
     # ---- tools and structured output --------------------------------------------------------------------------------

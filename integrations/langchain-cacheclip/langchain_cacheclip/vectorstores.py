@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
-from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
-from cacheclip_rag.frameworks import Fuser, HeldIds, StoredChunk, StoreFollower, handle_of
+from cacheclip_rag.frameworks import Fuser, HeldIds, OnMiss, StoredChunk, StoreFollower, handle_of
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine
@@ -31,6 +33,27 @@ class _Inner:
         return getattr(VectorStore if instance is None else instance.store, self._name)
 
 
+class _Search(_Inner):
+    """As `_Inner`, and what is found that has no KV will have."""
+
+    def __get__(self, instance: CacheClipVectorStore | None, owner: type) -> Any:
+        method = super().__get__(instance, owner)
+        if instance is None:
+            return method
+
+        def search(query: Any, *args: Any, **kwargs: Any) -> Any:
+            found = method(query, *args, **kwargs)
+            instance._retrieved(query, found)
+            return found
+
+        async def asearch(query: Any, *args: Any, **kwargs: Any) -> Any:
+            found = await method(query, *args, **kwargs)
+            await run_in_executor(None, instance._retrieved, query, found)
+            return found
+
+        return functools.wraps(method)(asearch if inspect.iscoroutinefunction(method) else search)
+
+
 class CacheClipVectorStore(VectorStore):
     """Wraps a vector store: chunks are encoded when they are added and their KV is dropped when they are deleted.
 
@@ -43,21 +66,31 @@ class CacheClipVectorStore(VectorStore):
     cost. Leave it out where documents must not colour one another's KV; collections that must not, of which only some
     are fused, are of different tenants (``ChatCacheClip(tenant=...)``).
 
+    Around a store that is filled already, what is retrieved is encoded in the background, so that the next question is
+    faster; `ensure_all` encodes all of it ahead.
+
     Example:
         ``store = CacheClipVectorStore(Chroma(embedding_function=embeddings), llm)``
 
     """
 
     def __init__(
-        self, store: VectorStore, llm: ChatCacheClip | Engine, *, show_progress: bool = True, fuse: int = 0
+        self,
+        store: VectorStore,
+        llm: ChatCacheClip | Engine,
+        *,
+        show_progress: bool = True,
+        fuse: int = 0,
+        on_miss: OnMiss = "background",
     ) -> None:
-        """``show_progress``: a progress bar, once encoding takes over a second. Raises TypeError for another ``llm``,
-        ValueError for ``fuse`` with a store that has no embeddings, and what `Fuser` raises.
+        """``show_progress``: a progress bar, once encoding takes over a second. ``on_miss``: retrieved chunks without
+        KV are encoded in the background, at once (``"encode"``), or not (``"ignore"``). Raises TypeError for another
+        ``llm``, ValueError for ``fuse`` with a store that has no embeddings, and what `Fuser` raises.
 
         The engine is opened when the first chunks come.
         """
         self.store = store
-        self.show_progress = show_progress
+        self.show_progress, self.on_miss = show_progress, on_miss
         fuser: Fuser | None = None
         if fuse:
             if (embeddings := store.embeddings) is None:
@@ -69,6 +102,16 @@ class CacheClipVectorStore(VectorStore):
     def from_texts(cls, texts: list[str], embedding: Embeddings, metadatas: Any = None, **kwargs: Any) -> NoReturn:
         """Always raises NotImplementedError: make a store, then wrap it."""
         raise NotImplementedError("make a store and wrap it: CacheClipVectorStore(store, llm).add_texts(...)")
+
+    def ensure_all(self, documents: Iterable[Document] | None = None) -> int:
+        """Encode what is in the store already, with progress; ``documents``: for a store that cannot list its own. How
+        many chunks were encoded now.
+
+        Begun again, it goes on where it was. Raises what opening an engine raises, and NotImplementedError for a store
+        that cannot list its documents.
+        """
+        listed = _listed(self.store) if documents is None else [(d.id, d.page_content) for d in documents]
+        return self._follower.there([StoredChunk(id_ or "", t, document=id_) for id_, t in listed], self.show_progress)
 
     # ---- what changes the store -------------------------------------------------------------------------------------
 
@@ -145,23 +188,25 @@ class CacheClipVectorStore(VectorStore):
         return self.store.embeddings
 
     def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
-        return self.store.similarity_search(query, k=k, **kwargs)
+        found = self.store.similarity_search(query, k=k, **kwargs)
+        self._retrieved(query, found)
+        return found
 
     get_by_ids = _Inner()
     aget_by_ids = _Inner()
-    search = _Inner()
-    asearch = _Inner()
-    asimilarity_search = _Inner()
-    similarity_search_with_score = _Inner()
-    asimilarity_search_with_score = _Inner()
-    similarity_search_with_relevance_scores = _Inner()
-    asimilarity_search_with_relevance_scores = _Inner()
-    similarity_search_by_vector = _Inner()
-    asimilarity_search_by_vector = _Inner()
-    max_marginal_relevance_search = _Inner()
-    amax_marginal_relevance_search = _Inner()
-    max_marginal_relevance_search_by_vector = _Inner()
-    amax_marginal_relevance_search_by_vector = _Inner()
+    search = _Search()
+    asearch = _Search()
+    asimilarity_search = _Search()
+    similarity_search_with_score = _Search()
+    asimilarity_search_with_score = _Search()
+    similarity_search_with_relevance_scores = _Search()
+    asimilarity_search_with_relevance_scores = _Search()
+    similarity_search_by_vector = _Search()
+    asimilarity_search_by_vector = _Search()
+    max_marginal_relevance_search = _Search()
+    amax_marginal_relevance_search = _Search()
+    max_marginal_relevance_search_by_vector = _Search()
+    amax_marginal_relevance_search_by_vector = _Search()
     _select_relevance_score_fn = _Inner()
     _similarity_search_with_relevance_scores = _Inner()
     _asimilarity_search_with_relevance_scores = _Inner()
@@ -217,6 +262,12 @@ class CacheClipVectorStore(VectorStore):
         self._held.hold(_chunks(found.items()))
         return found
 
+    def _retrieved(self, query: Any, found: Iterable[Document | tuple[Document, float]]) -> None:
+        documents = [item[0] if isinstance(item, tuple) else item for item in found]
+        question = query if isinstance(query, str) else None
+        texts = [document.page_content for document in documents if isinstance(document, Document)]
+        self._follower.retrieved(texts, question, self.on_miss)
+
     def _added(self, ids: Sequence[str], texts: Sequence[str]) -> None:
         self._follower.added(_chunks(zip(ids, texts, strict=False)), self.show_progress)
 
@@ -227,6 +278,21 @@ class CacheClipVectorStore(VectorStore):
 def _chunks(texts: Iterable[tuple[str, str]]) -> list[StoredChunk]:
     """By id: LangChain knows no documents beyond, so each entry is one."""
     return [StoredChunk(id_, text, document=id_) for id_, text in texts]
+
+
+def _listed(store: VectorStore) -> list[tuple[str | None, str]]:
+    """The ids and texts of a store of a kind that can tell them; LangChain has no method for it."""
+    if isinstance(store, InMemoryVectorStore):
+        return [(id_, entry["text"]) for id_, entry in store.store.items()]
+    entries: Any = getattr(getattr(store, "docstore", None), "_dict", None)  # FAISS
+    if isinstance(entries, Mapping):
+        return [(id_, document.page_content) for id_, document in entries.items()]
+    try:
+        found: Any = store.get(include=["documents"])  # type: ignore[attr-defined]  # Chroma
+        return list(zip(found["ids"], found["documents"], strict=True))
+    except (AttributeError, TypeError, KeyError) as error:
+        name = type(store).__name__
+        raise NotImplementedError(f"{name} cannot list its documents; give them: ensure_all(documents)") from error
 
 
 def _ids_of(documents: Sequence[Document], kwargs: dict[str, Any]) -> list[str | None]:

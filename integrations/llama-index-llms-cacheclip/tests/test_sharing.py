@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core import MockEmbedding, StorageContext, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import TextNode
-from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform
+from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, CacheClipVectorStore
 from llama_index.postprocessor.cacheclip import CacheClipPostprocessor
 
 from cacheclip_rag import ConfigurationError, Engine
@@ -89,6 +93,27 @@ def test_duplicates_work(llm: CacheClipLLM, by_name: CacheClipLLM, duplicate: An
         assert not transform.show_progress and transform.handle.engine is original.engine
         transform([TextNode(text=f"{duplicate!r} " * 9)])
         assert original.engine.knows(f"{duplicate!r} " * 9)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_duplicates_of_what_holds_them(llm: CacheClipLLM, duplicate: Any) -> None:
+    texts = [f"{duplicate!r} {number} " * 9 for number in range(2)]
+    store = CacheClipVectorStore(SimpleVectorStore(), llm, show_progress=False)
+    context = StorageContext.from_defaults(vector_store=store)
+    VectorStoreIndex([TextNode(text=texts[0], id_="0")], storage_context=context, embed_model=MockEmbedding(4))
+    twin = duplicate(context.vector_store)
+    assert isinstance(twin, CacheClipVectorStore) and twin.store is not store.store
+    twin.add([TextNode(text=texts[1], id_="1", embedding=[1.0, 0.0, 0.0, 0.0])])
+    twin.delete_nodes(["0"])
+    twin.flush()
+    assert [llm.engine.knows(text) for text in texts] == [False, True]
+    if duplicate is copy.deepcopy:
+        assert duplicate(context).vector_store is not store
+    count = duplicate(llm.tokenizer_fn)
+    assert count("two words") == llm.tokenizer_fn("two words")
+    assert SentenceSplitter(tokenizer=count).split_text("two words") == ["two words"]
+    memory = ChatMemoryBuffer.from_defaults(token_limit=100, tokenizer_fn=llm.tokenizer_fn)
+    assert duplicate(memory).get("two words") == [] and memory.model_copy(deep=True).get() == []
 
 
 def test_fields_are_plain_data(by_name: CacheClipLLM) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -143,7 +142,7 @@ class CacheClipLLM(FunctionCallingLLM):
     @property
     def tokenizer_fn(self) -> Callable[[str], list[int]]:
         """For ``Settings.tokenizer``, so that LlamaIndex packs prompts by this model's tokens and not by another's."""
-        return partial(_token_ids, self.engine)
+        return self._handle.token_ids
 
     def last_report(self) -> Report | None:
         """What happened in this object's latest finished call; each response carries its own in ``raw``."""
@@ -366,8 +365,3 @@ def _constrained(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None)
 def _raw(report: Report) -> dict[str, Any]:
     """``usage`` is where token counters look."""
     return {"usage": report.usage, "cacheclip": report.as_dict()}
-
-
-def _token_ids(engine: Engine, text: str) -> list[int]:
-    ids: list[int] = engine.backbone.tokenise(text).ids.tolist()
-    return ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,8 @@ from llama_index.core.vector_stores.types import (
 )
 
 from cacheclip_rag.frameworks import StoredChunk, StoreFollower, handle_of
+
+from .copies import restore
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -59,7 +60,6 @@ class CacheClipVectorStore(BasePydanticVectorStore):
         own = {"stores_text": store.stores_text, "is_embedding_query": store.is_embedding_query}
         super().__init__(store=store, **{**own, **fields})
         self._follower = StoreFollower(handle, grace=self.grace)
-        weakref.finalize(self, self._follower.at_the_end)
 
     @classmethod
     def class_name(cls) -> str:
@@ -68,6 +68,20 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     def flush(self) -> None:
         """Drop the KV of deleted nodes now."""
         self._follower.flush()
+
+    def ensure_all(self, nodes: Iterable[BaseNode] | None = None) -> int:
+        """Encode what is in the store already, with progress; ``nodes``: for a store that cannot list its own (then,
+        for instance, ``index.docstore.docs.values()``). How many chunks were encoded now.
+
+        Begun again, it goes on where it was. Raises what opening an engine raises, and NotImplementedError for a store
+        that cannot list its nodes.
+        """
+        try:
+            listed = self.store.get_nodes(None, None) if nodes is None else list(nodes)
+        except (NotImplementedError, ValueError) as error:
+            name = type(self.store).__name__
+            raise NotImplementedError(f"{name} cannot list its nodes; give them: ensure_all(nodes)") from error
+        return self._follower.there(_chunks(listed), self.show_progress)
 
     # ---- what changes the store -------------------------------------------------------------------------------------
 
@@ -147,6 +161,9 @@ class CacheClipVectorStore(BasePydanticVectorStore):
             if name.startswith("_") or "store" not in self.__dict__:
                 raise
             return getattr(self.store, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
