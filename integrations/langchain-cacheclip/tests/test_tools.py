@@ -63,6 +63,15 @@ async def test_calls_reach_the_message(engine: Engine, scripted: Callable[..., N
         assert message.response_metadata["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize(("parallel", "number"), [(None, 2), (True, 2), (False, 1)])
+def test_one_call_at_a_time(engine: Engine, scripted: Callable[..., None], parallel: bool | None, number: int) -> None:
+    scripted(*[f"{CALL}\n{CALL}"] * 2)
+    llm = ChatCacheClip.from_engine(engine).bind_tools([weather], parallel_tool_calls=parallel)
+    first, *rest = llm.stream("Weather?")
+    for message in (llm.invoke("Weather?"), first.__add__(rest)):
+        assert len(message.tool_calls) == number
+
+
 def test_a_broken_call_is_an_invalid_one(engine: Engine, scripted: Callable[..., None]) -> None:
     scripted(*['<tool_call>\n{"name": "weather", "arguments": {"pl'] * 2)
     llm = ChatCacheClip.from_engine(engine).bind_tools([weather])

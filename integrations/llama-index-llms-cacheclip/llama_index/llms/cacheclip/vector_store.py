@@ -38,7 +38,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     Everything else is the wrapped store's. Encoding never raises, and comes after the store has the chunk: one without
     KV only costs time. KV belongs to a text, so it stays as long as any node has that text; nodes that were added
     before this process started are seen when they are deleted, if the wrapped store keeps text and can be asked, or if
-    `CacheClipTransform` ingested them and their whole document is deleted.
+    their whole document is deleted.
 
     LlamaIndex changes a document by deleting all of it and adding the new version. So KV of deleted nodes is dropped
     with the next `add`, which may bring their text back, or ``grace`` seconds later, or when the process ends.
