@@ -58,26 +58,22 @@ quality: setup  ## DATA=folder: the quality rows that `bench` prints (hours; res
 
 # All methods at one ratio; every system and set once, whatever was done before. The two sets of long passages (5,000 and
 # 6,000 tokens an item) are shortened to two and four passages: with all of them a run takes some five hours more.
-COMPARED = naive promptcache link0 random epic legolink cacheblend droidspeak cachecraft \
-	cacheclip cacheclip:layers=upper cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct query_guided \
-	fusionrag_selection prophetkv infoflow infoflow:reorder=True ape sel psr \
-	naive:company=prompts auto:company=prompts auto:carry=0,company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False
-MET = company=prompts
+MET = context=prompts
 COMMA = ,
 PARTS = naive:$(MET) random@0.1:$(MET) epic@0.1:$(MET),prefix=system cacheblend@0.1:$(MET),prefix=system \
 	cacheclip@0.1:$(MET),layers=upper fusionrag@0.1:$(MET) infoflow@0.1:$(MET) \
 	"query_guided@0.1:$(MET),layers=(0.69,0.83)" "query_guided@0.1:$(MET),layers=(0.69,1.0),normalise=chunk" \
-	"query_guided@0.1:$(MET),layers=(0.69,0.83),normalise=chunk,window=1" \
-	"query_guided@0.1:$(MET),layers=(0.69,1.0),normalise=chunk,window=1" \
-	"query_guided@0.1:$(MET),layers=all,normalise=chunk,window=1" \
-	"query_guided@0.2:layers=(0.69,1.0),normalise=chunk,window=1" "query_guided@0.2:layers=(0.69,0.83)"
+	"query_guided@0.1:$(MET),layers=(0.69,0.83),normalise=chunk,group_size=1" \
+	"query_guided@0.1:$(MET),layers=(0.69,1.0),normalise=chunk,group_size=1" \
+	"query_guided@0.1:$(MET),layers=all,normalise=chunk,group_size=1" \
+	"query_guided@0.2:layers=(0.69,1.0),normalise=chunk,group_size=1" "query_guided@0.2:layers=(0.69,0.83)"
 SETS = $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion \
 	"ruler_2k=$(DATA)/ruler_niah?approx_tokens=2000" "ruler_4k=$(DATA)/ruler_niah?approx_tokens=4000" \
 	"kv_retrieval_75=$(DATA)/kv_retrieval_75?passages=2" \
 	"musique_cacheblend=$(DATA)/musique_cacheblend?answer_in_passages=True&passages=4"
 
 results: setup  ## DATA=folder: every method on every set, 20 items each (hours; resumable)
-	@$(RUN)/cacheclip eval $(SETS) --methods $(COMPARED) --ratio 0.15 --items 20 \
+	@$(RUN)/cacheclip eval $(SETS) --methods all --ratio 0.15 --items 20 \
 		--out $(RESULTS)/methods-1.5b.jsonl --no-table
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor --methods cachecraft prefix-cache ragcache --ratio 0.15 --items 20 \
 		--out $(RESULTS)/exact-1.5b.jsonl --no-table
@@ -92,11 +88,11 @@ unseen: setup  ## DATA=folder: `auto` on another set, and scales for APE and PSR
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 12 --out $(RESULTS)/scales-1.5b.jsonl --methods ape psr@0.15 \
 		--sweep temperature=0.5,0.6,0.7 --sweep scale=1.0
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 20 --out $(RESULTS)/unseen-1.5b.jsonl --ratio 0.15 --methods naive \
-		auto:company=prompts auto:carry=0,company=prompts auto:company=use auto@0.15:carry=0,fused=False auto@0.15:fused=False \
+		auto:context=prompts auto:carry=0,context=prompts auto:context=use auto@0.15:carry=0,fused=False auto@0.15:fused=False \
 		cacheclip query_guided infoflow cacheblend \
-		prophetkv epic naive:$(MET) auto@0.2:company=use auto@0.4:company=use
+		prophetkv epic naive:$(MET) auto@0.2:context=use auto@0.4:context=use
 	@$(RUN)/cacheclip eval $(UNSEEN) --items 40 --out $(RESULTS)/fresh-1.5b.jsonl --ratio 0.15 --methods \
-		auto:company=prompts auto:carry=0,company=prompts infoflow
+		auto:context=prompts auto:carry=0,context=prompts infoflow
 	@$(RUN)/cacheclip eval $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa $(DATA)/xquad_fusion --items 20 --no-table \
 		--out $(RESULTS)/tuned-1.5b.jsonl --methods ape:scale=1.0,temperature=0.5 psr@0.15:scale=1.0,temperature=0.9
 
@@ -108,8 +104,8 @@ neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 
 	@$(RUN)/cacheclip eval $(DATA)/xquad_fusion $(DATA)/hotpotqa_distractor $(DATA)/2wikimultihopqa --items 8 \
 		--out $(RESULTS)/neighbours-1.5b.jsonl --no-table --methods \
 		$(foreach r,0.0 0.05 0.15,auto@$(r):carry=0$(COMMA)fused=False \
-		$(foreach n,2 5 10 15,auto@$(r):company=similar$(COMMA)neighbours=$(n)) \
-		$(foreach n,5 10,auto@$(r):company=use$(COMMA)neighbours=$(n)))
+		$(foreach n,2 5 10 15,auto@$(r):context=similar$(COMMA)neighbours=$(n)) \
+		$(foreach n,5 10,auto@$(r):context=use$(COMMA)neighbours=$(n)))
 
 analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn (some twenty minutes)
 	@$(RUN)/cacheclip analyse agreement $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/agreement.svg \
@@ -130,7 +126,7 @@ sensitivity: setup  ## DATA=folder: what hangs on the ratio, the prefix and the 
 		--methods naive cacheblend@0.15 cacheclip@0.15 auto@0.15:carry=0,fused=False \
 		--sweep prefix=none,token,newline,generic,system
 	@$(RUN)/cacheclip eval $(foreach n,2 4 6 8 10,"hotpotqa_$(n)=$(DATA)/hotpotqa_distractor?passages=$(n)") $(SMALL) \
-		--out $(RESULTS)/chunks-0.5b.jsonl --methods naive cacheblend@0.15 cacheclip@0.15 auto:carry=0,company=prompts
+		--out $(RESULTS)/chunks-0.5b.jsonl --methods naive cacheblend@0.15 cacheclip@0.15 auto:carry=0,context=prompts
 	@$(RUN)/cacheclip analyse sweep --by ratio --rows $(RESULTS)/ratio-0.5b.jsonl --out docs/figures/ratio.svg
 	@$(RUN)/cacheclip analyse sweep --by prefix --rows $(RESULTS)/prefix-0.5b.jsonl --out docs/figures/prefix.svg
 	@$(RUN)/cacheclip analyse length --by chunks --rows $(RESULTS)/chunks-0.5b.jsonl --out docs/figures/chunks.svg

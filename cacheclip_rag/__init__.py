@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chunks import ChunkKV
-    from .corpus.fusing import Ensured
+    from .corpus.corpus import Ensured
     from .engine import Answer, Engine
     from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError, WeightsError
     from .methods import METHODS, Method
@@ -27,7 +27,7 @@ _HOMES = {
     "ChunkUse": "report",
     "ConfigurationError": "errors",
     "Engine": "engine",
-    "Ensured": "corpus.fusing",
+    "Ensured": "corpus.corpus",
     "Method": "methods",
     "NotComposable": "errors",
     "PromptError": "errors",

@@ -58,6 +58,11 @@ class Background(Generic[Task]):
         with self._changed:
             return bool(self._at_hand)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a task is at hand."""
+        return self._busy
+
     def flush(self) -> None:
         """Wait until nothing is left to do."""
         with self._changed:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-
-from .deprecation import renamed_attribute, renamed_parameters
 
 MIN_CHARS = 64
 """Chunks shorter than this (characters) are not worth recognising: prefilling them is as quick."""
@@ -61,7 +60,6 @@ class Namespace:
         return (hmac.new(self.secret, joined, hashlib.sha256) if self.secret else hashlib.sha256(joined)).hexdigest()
 
 
-@renamed_parameters(company="context", joint="in_sequence")
 @dataclass(frozen=True, eq=False)
 class ChunkKV:
     """One chunk's KV cache as it is stored.
@@ -87,8 +85,17 @@ class ChunkKV:
     in_sequence: bool = False
     packing: Mapping[str, Tensor] = field(default_factory=dict)
 
-    company = renamed_attribute("company", "context")
-    joint = renamed_attribute("joint", "in_sequence")
+    @property
+    def company(self) -> tuple[str, ...]:
+        """The former name of `context`, for one release."""
+        warnings.warn("ChunkKV.company is now context", DeprecationWarning, stacklevel=2)
+        return self.context
+
+    @property
+    def joint(self) -> bool:
+        """The former name of `in_sequence`, for one release."""
+        warnings.warn("ChunkKV.joint is now in_sequence", DeprecationWarning, stacklevel=2)
+        return self.in_sequence
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -12,8 +12,10 @@ T = TypeVar("T")
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that ``old`` is called ``new`` now, and will be gone with the next release."""
-    warnings.warn(f"{old} is now {new}; the old name goes with 0.3", DeprecationWarning, stacklevel=stacklevel)
+    """Warn that ``old`` is called ``new`` now, and works for one more release."""
+    warnings.warn(
+        f"{old} is now {new}; the old name works for one more release", DeprecationWarning, stacklevel=stacklevel
+    )
 
 
 def moved_module(old: str, new: str) -> Callable[[str], Any]:

@@ -73,7 +73,7 @@ def at_least(least: float, **given: float | None) -> None:
 def describe(part: Any) -> str:
     """A dataclass and what of it differs from its defaults; a field that is added later changes no description."""
     changed = []
-    for field in dataclasses.fields(part):
+    for field in filter(lambda field: field.repr, dataclasses.fields(part)):
         value = getattr(part, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
         if value != default:

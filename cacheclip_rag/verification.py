@@ -15,8 +15,7 @@ from . import methods
 from .chunks import ChunkKV
 from .engine import Engine
 from .model.backbone import Backbone
-from .prefill.compose import Prefill, Reuse
-from .prompt import ChunkIndex
+from .prefill.result import Prefill, PrefillRequest
 from .report import Report
 from .store import DiskStore
 from .weights import verified
@@ -114,8 +113,8 @@ def _golden(engine: Engine) -> list[Check]:
 
     # An engine answers ratio 1 by full prefill; here all goes the way of reuse, and everything placed is recomputed.
     report = Report("query_guided", 1.0)
-    room = Reuse(engine.library, _index(engine))
-    redone = room(prompt, methods.resolve("query_guided"), 1.0, _ANSWER + 1, report)
+    request = PrefillRequest(prompt, methods.resolve("query_guided"), 1.0, _ANSWER + 1)
+    redone = engine.prefiller.strategies["compose"](request, report)
     error = _error(redone.forced(answer.tolist()), own) if report.recomputed and not report.reused else float("inf")
     checks.append(Check("reuse at ratio 1 is full prefill", error, limit))
 
@@ -140,12 +139,12 @@ def _moved(engine: Engine) -> Check:
     """A chunk's keys, moved far, against those that the model computes there."""
     backbone, library = engine.backbone, engine.library
     chunk = library.ensure(PASSAGES[0])
-    distance = min(2000, backbone.window // 2)
+    distance = min(2000, backbone.context_length // 2)
     ids = torch.cat([library.prefix_ids, chunk.ids])
     placed, computed = backbone.canvas(len(ids)), backbone.canvas(len(ids))
     backbone.forward(ids, torch.arange(len(ids)), computed, positions=torch.arange(len(ids)) + distance, logits=0)
     start = len(library.prefix_ids)
-    placed.place(chunk, slice(0, len(chunk)), start, backbone.rotary, start + distance)
+    placed.place(chunk, slice(0, len(chunk)), start, start + distance)
     errors = [
         _error(placed.keys[layer, 0, :, start:], computed.keys[layer, 0, :, start:]) for layer in range(backbone.layers)
     ]
@@ -184,13 +183,6 @@ def kl(reference: Tensor, other: Tensor) -> float:
     """
     p, q = reference.float().log_softmax(dim=-1), other.float().log_softmax(dim=-1)
     return float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean"))
-
-
-def _index(engine: Engine) -> ChunkIndex:
-    index = ChunkIndex()
-    for text in PASSAGES:
-        index.add(engine.library.key(text), text)
-    return index
 
 
 def _chat(backbone: Backbone, passages: Sequence[str]) -> str:

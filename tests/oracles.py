@@ -15,14 +15,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cacheclip_rag import Engine
 from cacheclip_rag.methods import Method, resolve
+from cacheclip_rag.methods.recompute.base import Recomputed
 from cacheclip_rag.methods.request import Request
 from cacheclip_rag.model.layers import cache_argument
-from cacheclip_rag.prefill.compose import Prefill
+from cacheclip_rag.prefill.result import Prefill
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Relative error of ``a``."""
-    return float((a.float() - b.float()).norm() / b.float().norm())
+    return float(((a.float() - b.float()).norm() / b.float().norm()).detach())
 
 
 # ---- oracles -------------------------------------------------------------------------------------------------------
@@ -94,10 +95,11 @@ class Watched:
     inner: Any
     seen: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, request: Request, chosen: Tensor, shape: Any) -> tuple[Tensor, Tensor]:
-        stored = tuple(t.clone() for t in request.canvas.read(slice(len(request.layout))))
-        self.seen.update(request=request, chosen=chosen, shape=shape, stored=stored)
-        return self.inner.run(request, chosen, shape)
+    def run(self, request: Request, chosen: Tensor, score_mod: Any) -> Recomputed:
+        canvas: Any = request.workspace
+        stored = tuple(t.clone() for t in canvas.read(slice(len(request.layout))))
+        self.seen.update(request=request, chosen=chosen, score_mod=score_mod, stored=stored)
+        return self.inner.run(request, chosen, score_mod)
 
 
 def watch(engine: Engine, method: str | Method, text: str, **options: Any) -> tuple[Prefill, Request, Any]:

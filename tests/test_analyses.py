@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cacheclip_eval import Item, Passage, plots
-from cacheclip_eval.analyses import _shared, agreement, deviation
+from cacheclip_eval.analyses import agreement, deviation, shared_part
 from cacheclip_eval.hits import ANYWHERE, hits
 from tiny import PASSAGES, tiny_backbone
 
@@ -49,10 +49,10 @@ def test_reused_keys_are_right_in_layer_0_and_behind_their_own_prefix_and_wrong_
 
 def test_what_a_chunk_shares_of_its_deviation_is_its_mean_s_share() -> None:
     groups = torch.tensor([0, 0, 3])
-    same = torch.tensor([[[1.0, 2.0], [1.0, 2.0], [5.0, 0.0]]])
-    assert _shared(same, groups) == pytest.approx(1.0)
-    opposed = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]])
-    assert _shared(opposed, groups) == pytest.approx(1 / 3)  # only the chunk of one token has a mean
+    same = torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]], [[5.0, 0.0]]])
+    assert shared_part(same, groups) == pytest.approx(1.0)
+    opposed = torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]]])
+    assert shared_part(opposed, groups) == pytest.approx(1 / 3)  # only the chunk of one token has a mean
 
 
 def test_exact_reuse_hits_what_stood_in_the_same_place_before(engine: Engine) -> None:
@@ -102,7 +102,7 @@ def test_figures_are_drawn(engine: Engine, tmp_path: Path) -> None:
     plots.pareto(records, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "pareto.svg").read_bytes()  # no churn in what is kept
     plots.sweep(records, tmp_path / "ratio.svg", "ratio")
-    plots.sweep(records, tmp_path / "window.svg", "window")
+    plots.sweep(records, tmp_path / "window.svg", "group_size")
     plots.length(records, tmp_path / "length.svg")
     for file in tmp_path.iterdir():
         assert "</svg>" in file.read_text()
@@ -112,16 +112,16 @@ def test_figures_are_drawn(engine: Engine, tmp_path: Path) -> None:
 
 def test_a_sweep_has_a_line_for_each_system() -> None:
     swept = plots.parameter_of
-    assert swept("cacheclip@0.1:layers=upper,window=4", "window") == ("cacheclip@0.1:layers=upper", 4.0)
-    assert swept("cacheclip@0.1:layers=last,window=4", "window") == ("cacheclip@0.1:layers=last", 4.0)
-    assert swept("query_guided@0.1:layers=(0.69, 0.83),window=1", "window") == (
+    assert swept("cacheclip@0.1:layers=upper,group_size=4", "group_size") == ("cacheclip@0.1:layers=upper", 4.0)
+    assert swept("cacheclip@0.1:layers=last,group_size=4", "group_size") == ("cacheclip@0.1:layers=last", 4.0)
+    assert swept("query_guided@0.1:layers=(0.69, 0.83),group_size=1", "group_size") == (
         "query_guided@0.1:layers=(0.69, 0.83)",
         1.0,
     )
     assert swept("cacheclip@0.05+int8", "ratio") == ("cacheclip+int8", 0.05)
-    assert swept("cacheclip@0.05:window=4+int8", "ratio") == ("cacheclip:window=4+int8", 0.05)
+    assert swept("cacheclip@0.05:group_size=4+int8", "ratio") == ("cacheclip:group_size=4+int8", 0.05)
     assert swept("cacheclip:prefix=none", "prefix") == ("cacheclip", "none")
-    assert swept("naive:prefix='a+b',window=4+int8", "window") == ("naive:prefix='a+b'+int8", 4.0)
+    assert swept("naive:prefix='a+b',group_size=4+int8", "group_size") == ("naive:prefix='a+b'+int8", 4.0)
 
 
 def test_items_that_nothing_can_be_said_about_are_left_out(engine: Engine) -> None:

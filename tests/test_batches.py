@@ -12,7 +12,7 @@ from tiny import CONFIGS, PASSAGES, tiny_backbone
 from cacheclip_rag import Engine, PromptError
 from cacheclip_rag.corpus import batches
 from cacheclip_rag.kv.encode import Blanks, Encoder, Isolated, WithActivations
-from cacheclip_rag.model.attention import REFERENCE, SDPA, Sparse
+from cacheclip_rag.model.attention import REFERENCE, SDPA, SparseRows
 
 SIZES = [300, 64, 129, 1, 200]  # of several blocks of rows, of one, of one row
 
@@ -71,7 +71,7 @@ def test_nothing_of_a_neighbour_is_seen() -> None:
 
 def test_floors_go_with_neither_probe_nor_shape() -> None:
     with pytest.raises(ValueError, match="floors"):
-        Sparse(torch.arange(4), "cpu", shape=object(), floors=torch.zeros(4))  # type: ignore[arg-type]
+        SparseRows(torch.arange(4), "cpu", score_mod=object(), floors=torch.zeros(4))  # type: ignore[arg-type]
 
 
 # ---- through the engine --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cacheclip_rag.methods.select.budget import top, windows
+from cacheclip_rag.methods.select.budget import top, top_groups
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,7 +95,7 @@ def test_top_takes_any_kind_of_number(dtype: torch.dtype) -> None:
 @given(cases())
 def test_windows_are_chosen_as_defined(case: tuple[list[float], list[int], int, int, int]) -> None:
     scores, groups, budget, width, threshold = case
-    chosen = windows(tensor(scores), torch.tensor(groups), budget, width, threshold)
+    chosen = top_groups(tensor(scores), torch.tensor(groups), budget, width, threshold)
     assert chosen.dtype == torch.int64
     assert chosen.tolist() == spelled_out(scores, groups, budget, width, threshold)
 
@@ -104,7 +104,7 @@ def test_windows_are_chosen_as_defined(case: tuple[list[float], list[int], int, 
 @given(cases(), st.floats(1e-6, 1e6))
 def test_the_budget_is_met_exactly(case: tuple[list[float], list[int], int, int, int], scale: float) -> None:
     scores, groups, budget, width, threshold = case
-    chosen = windows(tensor(scores) * scale, torch.tensor(groups), budget, width, threshold)
+    chosen = top_groups(tensor(scores) * scale, torch.tensor(groups), budget, width, threshold)
     assert len(chosen) == min(budget, len(scores))
     assert (chosen.diff() > 0).all(), "sorted, none twice"
     assert len(chosen) == 0 or (int(chosen[0]) >= 0 and int(chosen[-1]) < len(scores))
@@ -119,7 +119,7 @@ def test_with_a_threshold_of_one_every_choice_is_within_reach_of_a_candidate(
     # with a candidate, that is, fewer than `width` tokens away from one of its own chunk.
     scores, groups, budget, width, _ = case
     candidates = best(scores, budget)
-    for i in windows(tensor(scores), torch.tensor(groups), budget, width, 1).tolist():
+    for i in top_groups(tensor(scores), torch.tensor(groups), budget, width, 1).tolist():
         assert any(abs(i - c) < width and groups[i] == groups[c] for c in candidates)
 
 
@@ -127,25 +127,25 @@ def test_a_window_with_enough_candidates_is_taken_whole_before_single_tokens() -
     scores = torch.zeros(40)
     scores[[8, 9, 10, 12, 15]] = 2.0  # five of the window 8..15
     scores[[0, 20, 25, 30, 39]] = 9.0  # better ones, but alone
-    assert windows(scores, chunks(40), 10, width=8, threshold=5).tolist() == [0, 8, 9, 10, 11, 12, 13, 14, 15, 20]
-    assert windows(scores, chunks(40), 10, width=8, threshold=6).tolist() == [0, 8, 9, 10, 12, 15, 20, 25, 30, 39]
+    assert top_groups(scores, chunks(40), 10, size=8, threshold=5).tolist() == [0, 8, 9, 10, 11, 12, 13, 14, 15, 20]
+    assert top_groups(scores, chunks(40), 10, size=8, threshold=6).tolist() == [0, 8, 9, 10, 12, 15, 20, 25, 30, 39]
 
 
 def test_of_several_windows_the_one_with_the_best_mean_goes_first() -> None:
     scores = torch.zeros(40)
     scores[4:8], scores[20:24], scores[30:34] = 3.0, 5.0, 4.0
-    chosen = windows(scores, chunks(40), 12, width=4, threshold=4)
+    chosen = top_groups(scores, chunks(40), 12, size=4, threshold=4)
     assert chosen.tolist() == [*range(4, 8), *range(20, 24), *range(30, 34)]
     scores[8:16] = 2.0
-    assert set(range(20, 24)) <= set(windows(scores, chunks(40), 5, width=4, threshold=4).tolist())
+    assert set(range(20, 24)) <= set(top_groups(scores, chunks(40), 5, size=4, threshold=4).tolist())
 
 
 def test_windows_never_cross_a_border_between_chunks() -> None:
     scores = torch.zeros(32)
     scores[12:20] = 1.0  # four at the end of one chunk, four at the beginning of the next
     scores[[2, 28]] = 0.5
-    across = windows(scores, chunks(32), 10, width=8, threshold=5)
-    apart = windows(scores, chunks(16, 16), 10, width=8, threshold=5)
+    across = top_groups(scores, chunks(32), 10, size=8, threshold=5)
+    apart = top_groups(scores, chunks(16, 16), 10, size=8, threshold=5)
     assert 2 not in across.tolist() and 28 not in across.tolist()  # one window, then its overlapping neighbours
     assert apart.tolist() == [2, *range(12, 20), 28]  # no window at all: single tokens
 
@@ -154,15 +154,15 @@ def test_a_chunk_shorter_than_a_window_counts_as_one() -> None:
     scores = torch.zeros(23)
     scores[20], scores[21] = 1.0, 1.0  # two of the three tokens of the second chunk
     scores[[0, 5, 10, 15]] = 2.0
-    assert 22 in windows(scores, chunks(20, 3), 6, width=8, threshold=2).tolist()
-    assert 22 not in windows(scores, chunks(20, 3), 6, width=8, threshold=3).tolist()
+    assert 22 in top_groups(scores, chunks(20, 3), 6, size=8, threshold=2).tolist()
+    assert 22 not in top_groups(scores, chunks(20, 3), 6, size=8, threshold=3).tolist()
 
 
 @pytest.mark.parametrize("budget", [0, 1, 6, 7, 100])
 @pytest.mark.parametrize("width", [1, 2, 8, 100])
 def test_budgets_and_widths_at_the_limits(budget: int, width: int) -> None:
     scores = tensor([3, 1, 2, 9, 9, 0, 4])
-    chosen = windows(scores, chunks(4, 3), budget, width, threshold=5).tolist()
+    chosen = top_groups(scores, chunks(4, 3), budget, width, threshold=5).tolist()
     assert len(chosen) == min(budget, 7)
     if width == 1:
         assert chosen == top(scores, budget).tolist()
@@ -171,8 +171,8 @@ def test_budgets_and_widths_at_the_limits(budget: int, width: int) -> None:
 
 
 def test_nothing_to_choose_from() -> None:
-    assert windows(torch.zeros(0), torch.zeros(0, dtype=torch.long), 0).tolist() == []
-    assert windows(torch.zeros(0), torch.zeros(0, dtype=torch.long), 5).tolist() == []
+    assert top_groups(torch.zeros(0), torch.zeros(0, dtype=torch.long), 0).tolist() == []
+    assert top_groups(torch.zeros(0), torch.zeros(0, dtype=torch.long), 5).tolist() == []
 
 
 @pytest.mark.parametrize("power", [-40, -30, -20, -10, 10, 40])
@@ -180,22 +180,22 @@ def test_only_the_order_of_scores_counts_and_not_their_size(power: int) -> None:
     # Attention spread over thousands of tokens is small: 1e-5 for a good one, 1e-8 for most.
     generator = torch.Generator().manual_seed(0)
     scores, groups = torch.rand(400, generator=generator), chunks(*[40] * 10)
-    expected = windows(scores, groups, 80, width=8, threshold=3)
+    expected = top_groups(scores, groups, 80, size=8, threshold=3)
     assert not torch.equal(expected, top(scores, 80)), "windows do matter here"
-    assert torch.equal(windows(scores * 2.0**power, groups, 80, width=8, threshold=3), expected)
+    assert torch.equal(top_groups(scores * 2.0**power, groups, 80, size=8, threshold=3), expected)
 
 
 def test_a_single_huge_score_does_not_blur_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, groups = torch.rand(400, generator=generator) * 1e-4, chunks(*[40] * 10)
-    expected = windows(scores, groups, 80, width=8, threshold=3).tolist()
+    expected = top_groups(scores, groups, 80, size=8, threshold=3).tolist()
     sink = torch.cat([tensor([1e4]), scores])  # an attention sink, in a chunk of its own
-    chosen = windows(sink, torch.cat([torch.tensor([10]), groups]), 81, width=8, threshold=3)
+    chosen = top_groups(sink, torch.cat([torch.tensor([10]), groups]), 81, size=8, threshold=3)
     assert chosen.tolist() == [0, *(i + 1 for i in expected)]
 
 
 def test_scores_are_not_changed() -> None:
     scores, groups = torch.rand(50), chunks(25, 25)
     before = scores.clone()
-    windows(scores, groups, 20)
+    top_groups(scores, groups, 20)
     assert torch.equal(scores, before)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cacheclip_rag import Backbone, ConfigurationError, Engine
 from cacheclip_rag.methods import Method, resolve
-from cacheclip_rag.methods.recompute import Carry
+from cacheclip_rag.methods.recompute.carry import Carry
 
 A, B, C = PASSAGES[:3]
 TEXT = f"<|im_start|>Read:\n{A}\n\n{B}\n\n{C}\n\nWho built it, and when was that?<|im_end|>\n"
@@ -31,7 +31,7 @@ def recipe(select: str = "random", **parameters: object) -> Method:
 
 def turned(keys: Tensor, positions: Tensor, engine: Engine, layer: int) -> Tensor:
     """Keys ``[Hk, n, D]`` rotated to other positions, with complex numbers."""
-    frequencies = engine.backbone.inverse_frequencies()
+    frequencies = engine.backbone.rotary.inverse_frequencies
     frequencies = frequencies[layer if len(frequencies) > 1 else 0].double()
     a, b = keys.double().chunk(2, dim=-1)
     moved = torch.complex(a, b) * torch.polar(torch.ones(()).double(), positions[:, None] * frequencies)
@@ -158,7 +158,7 @@ def test_a_failure_while_carrying_costs_time_and_not_the_answer(monkeypatch: pyt
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("cacheclip_rag.methods.recompute.carry._Carried.__call__", broken)
+    monkeypatch.setattr("cacheclip_rag.model.rotary.PerTokenRotation.__call__", broken)
     result = engine.prefill(TEXT, method="auto")
     assert "broken" in result.report.fallbacks[0]
     assert torch.equal(result.logits, engine.prefill(TEXT, method="full").logits)

@@ -49,7 +49,7 @@ def stale_canvas(backbone: Backbone, prefix: torch.Tensor, chunks: list[torch.Te
     backbone.forward(prefix, torch.arange(len(prefix)), canvas, logits=0)
     row = len(prefix)
     for ids in chunks:
-        canvas.place(encoded(backbone, prefix, ids), slice(0, len(ids)), row, backbone.rotary)
+        canvas.place(encoded(backbone, prefix, ids), slice(0, len(ids)), row)
         row += len(ids)
     return canvas
 

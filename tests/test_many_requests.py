@@ -26,18 +26,20 @@ def prompts(count: int) -> list[str]:
     ]
 
 
-def test_fifty_at_once_get_the_answers_of_one_after_another(backbone: Backbone) -> None:
+def test_fifty_at_once_get_the_answers_of_one_after_another(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Engine(backbone, method="query_guided", max_requests=8) as engine:
         engine.ensure(PASSAGES)
         asked = prompts(50)
         expected = [engine.generate(prompt, max_new_tokens=6).ids for prompt in asked]
-        most, taken = [0], engine._prefill
+        most, forward = [0], backbone.computer.forward_one
 
-        def watched(*arguments: Any) -> Any:
+        def watched(*arguments: Any, **options: Any) -> Any:
             most[0] = max(most[0], engine.limit.in_flight)
-            return taken(*arguments)
+            return forward(*arguments, **options)
 
-        engine._prefill = watched  # type: ignore[method-assign]
+        monkeypatch.setattr(backbone.computer, "forward_one", watched)
         with ThreadPoolExecutor(50) as pool:
             answers = list(pool.map(lambda prompt: engine.generate(prompt, max_new_tokens=6), asked))
         assert [answer.ids for answer in answers] == expected
@@ -63,7 +65,7 @@ def test_a_stream_keeps_its_seat_until_it_is_closed(backbone: Backbone) -> None:
         answers: list[Any] = []
         waiting = threading.Thread(target=lambda: answers.append(engine.generate("Next.", max_new_tokens=2)))
         waiting.start()
-        while not engine.limit._queue:
+        while not engine.limit.waiting:
             waiting.join(0.001)
         assert not answers
         first.close()
@@ -79,7 +81,7 @@ def test_a_request_that_waits_can_be_cancelled(backbone: Backbone) -> None:
             results: list[Any] = []
             waiting = threading.Thread(target=lambda: results.append(engine.generate("Next.", cancel=cancel)))
             waiting.start()
-            while not engine.limit._queue:
+            while not engine.limit.waiting:
                 waiting.join(0.001)
             cancel.set()
             waiting.join(60)

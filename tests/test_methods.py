@@ -96,12 +96,12 @@ def test_unknown_names_and_parameters_name_the_valid_ones():
 
 
 def test_a_method_with_parameters_is_one_string():
-    assert resolve("cacheclip:window=16,layers=upper") == resolve("cacheclip", window=16, layers="upper")
+    assert resolve("cacheclip:group_size=16,layers=upper") == resolve("cacheclip", group_size=16, layers="upper")
     assert resolve("infoflow:layers=(0.5, 0.7),reorder=True").select.layers == (0.5, 0.7)
     assert resolve("epic:prefix=system").encode.prefix is None
     for wrong in (
-        "cacheclip:window",
-        "cacheclip:window=wide",
+        "cacheclip:group_size",
+        "cacheclip:group_size=wide",
         "cacheclip:layers=first",
         "epic:prefix=no",
         "sel:keep=(1",
@@ -148,9 +148,9 @@ def test_forgetting_covers_every_encoding():
     engine.forget(PASSAGES[:1])
     for name in methods:
         assert len(engine.prefill(prompt(engine), method=name).report.chunks) in (0, len(PASSAGES) - 1)
-    rooms = {room.library.encoder: room for room in engine._encodings}
-    for room in rooms.values():
-        assert all(entry.text != PASSAGES[0] for entry in room.library.store.entries())
+    for name in ("naive", "link0"):
+        assert all(entry.text != PASSAGES[0] for entry in engine.library_of(name).store.entries())
+    assert not engine.variants_of("cachecraft", PASSAGES[0])
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------

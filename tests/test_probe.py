@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_backbone
 from torch import Tensor
 
-from cacheclip_rag.model.attention.mask import BLOCK, Sparse, trailing, visible
-from cacheclip_rag.model.attention.probe import AttentionProbe, Normalise
+from cacheclip_rag.compute import LayerInput, visible
+from cacheclip_rag.methods.scores import AttentionScores, Normalise
+from cacheclip_rag.model.attention.mask import BLOCK, SparseRows, trailing
 from cacheclip_rag.model.rotary import Rotary
 
 # ---- the mask ----------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def test_block_by_block_rows_see_what_they_see_altogether(seed: int, window: int
     keys = 2 * BLOCK + 150
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(keys, generator=generator)[: 2 * BLOCK + 30].sort().values
-    sparse = Sparse(rows, "cpu")
+    sparse = SparseRows(rows, "cpu")
     seen = torch.zeros(len(rows), keys)
     last = 0
     for start, stop, first_slot, last_slot, _ in sparse.blocks:
@@ -65,9 +67,9 @@ def test_block_by_block_rows_see_what_they_see_altogether(seed: int, window: int
 
 
 def test_only_all_rows_from_the_first_on_are_a_triangle() -> None:
-    assert Sparse(torch.arange(5), "cpu").dense
+    assert SparseRows(torch.arange(5), "cpu").dense
     for rows in ([1, 2, 3], [0, 1, 3], [4]):
-        assert not Sparse(torch.tensor(rows), "cpu").dense
+        assert not SparseRows(torch.tensor(rows), "cpu").dense
 
 
 # ---- the probe ---------------------------------------------------------------------------------------------------
@@ -120,8 +122,26 @@ COLUMNS = [3, 4, 5, 6, 10, 11, 12, 19, 20, 21]
 GROUPS = [1, 1, 1, 1, 0, 0, 0, 2, 2, 2]
 
 
-def probe(normalise: Normalise, layers: list[int]) -> AttentionProbe:
-    return AttentionProbe(torch.tensor(ROWS), torch.tensor(COLUMNS), layers, normalise, torch.tensor(GROUPS))
+class Workspace:
+    """Keys as they are placed; what the forward computes is not there yet, whatever memory holds."""
+
+    def __init__(self, key: Tensor, rows: Tensor) -> None:
+        self.keys = key[0].transpose(0, 1).clone()
+        self.keys[rows] = math.nan
+
+    def placed(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys, self.keys
+
+
+def shown(number: int, query: Tensor, key: Tensor, scaling: float) -> LayerInput:
+    """What a hook is shown of one layer of the forward over `SEEN`."""
+    rows = torch.tensor(SEEN)
+    new, workspace = key[0, :, rows].transpose(0, 1), Workspace(key, rows)
+    return LayerInput(number, rows, query[0].transpose(0, 1), new, new, scaling, workspace)  # type: ignore[arg-type]
+
+
+def probe(normalise: Normalise, layers: list[int]) -> AttentionScores:
+    return AttentionScores(torch.tensor(ROWS), torch.tensor(COLUMNS), layers, normalise, torch.tensor(GROUPS))
 
 
 @pytest.mark.parametrize("normalise", get_args(Normalise))
@@ -131,7 +151,7 @@ def test_scores_are_the_mean_attention(normalise: Normalise, dtype: torch.dtype)
     scaling = 0.3
     looking = probe(normalise, list(layers))
     for number, (query, key) in layers.items():
-        looking(number, query, key, torch.tensor(SEEN), scaling)
+        looking(shown(number, query, key, scaling))
     expected = by_hand(layers, ROWS, SEEN, COLUMNS, normalise, GROUPS, scaling)
     assert looking.scores.shape == (len(COLUMNS),) and looking.scores.dtype == torch.float32
     np.testing.assert_allclose(looking.scores.numpy(), expected, rtol=1e-4, atol=1e-7)
@@ -142,7 +162,7 @@ def test_what_each_normalisation_sums_up_to() -> None:
     scores = {}
     for normalise in get_args(Normalise):
         looking = probe(normalise, [0])
-        looking(0, query, key, torch.tensor(SEEN), 0.3)
+        looking(shown(0, query, key, 0.3))
         scores[normalise] = looking.scores
     assert 0 < float(scores["row"].sum()) < 1  # the rest goes to keys that are no columns
     assert math.isclose(float(scores["context"].sum()), 1, rel_tol=1e-5)
@@ -152,9 +172,9 @@ def test_what_each_normalisation_sums_up_to() -> None:
 
 
 def test_a_row_gives_nothing_to_what_comes_after_it() -> None:
-    looking = AttentionProbe(torch.tensor([9, 17]), torch.tensor([8, 9, 15, 17, 18, 29]), [0], "row")
+    looking = AttentionScores(torch.tensor([9, 17]), torch.tensor([8, 9, 15, 17, 18, 29]), [0], "row")
     query, key = layer(0, len(SEEN))
-    looking(0, query, key, torch.tensor(SEEN), 0.3)
+    looking(shown(0, query, key, 0.3))
     scores = looking.scores
     assert (scores[:4] > 0).all() and (scores[4:] == 0).all()
 
@@ -163,7 +183,7 @@ def test_overwhelming_attention_overflows_nothing() -> None:
     query, key = layer(0, len(SEEN))
     for normalise in get_args(Normalise):
         looking = probe(normalise, [0])
-        looking(0, query * 1000, key * 1000, torch.tensor(SEEN), 1.0)
+        looking(shown(0, query * 1000, key * 1000, 1.0))
         assert looking.scores.isfinite().all() and float(looking.scores.sum()) > 0
 
 
@@ -174,9 +194,24 @@ def test_before_any_layer_the_scores_are_zero() -> None:
 
 
 def test_chunks_cannot_be_told_apart_without_numbers() -> None:
-    looking = AttentionProbe(torch.tensor(ROWS), torch.tensor(COLUMNS), [0], "chunk")
     with pytest.raises(ValueError, match="groups"):
-        looking(0, *layer(0, len(SEEN)), torch.tensor(SEEN), 1.0)
+        AttentionScores(torch.tensor(ROWS), torch.tensor(COLUMNS), [0], "chunk")
+
+
+def test_however_many_rows_ask_scores_are_made_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = layer(0, len(SEEN))
+    whole, parts = probe("row", [0]), probe("row", [0])
+    whole(shown(0, query, key, 0.3))
+    monkeypatch.setattr("cacheclip_rag.methods.scores.BLOCK", HEADS * KEYS)  # a row at a time
+    parts(shown(0, query, key, 0.3))
+    assert torch.allclose(whole.scores, parts.scores, atol=1e-7)
+
+
+def test_a_sliding_window_hides_what_the_model_does_not_see() -> None:
+    query, key = layer(0, len(SEEN))
+    looking = AttentionScores(torch.tensor(ROWS), torch.tensor(COLUMNS), [0], windows=[6])
+    looking(shown(0, query, key, 0.3))
+    assert (looking.scores[:7] == 0).all() and (looking.scores[7:] > 0).all()  # 24 sees 19 and later, 27 from 22 on
 
 
 @pytest.mark.parametrize("normalise", get_args(Normalise))
@@ -184,18 +219,27 @@ def test_looking_changes_nothing(normalise: Normalise) -> None:
     query, key = layer(0, len(SEEN))
     before = query.clone(), key.clone()
     looking = probe(normalise, [0])
-    looking(0, query, key, torch.tensor(SEEN), 0.3)
+    looking(shown(0, query, key, 0.3))
     assert torch.equal(query, before[0]) and torch.equal(key, before[1])
 
 
 def test_only_the_layers_asked_for_are_looked_at() -> None:
-    looking = probe("row", [1, 3])
-    sparse = Sparse(torch.tensor(SEEN), "cpu", looking)
-    for number in range(5):
-        sparse.observe(number, *layer(number, len(SEEN)), 0.3)
-    expected = by_hand({n: layer(n, len(SEEN)) for n in (1, 3)}, ROWS, SEEN, COLUMNS, "row", GROUPS, 0.3)
-    np.testing.assert_allclose(looking.scores.numpy(), expected, rtol=1e-4, atol=1e-7)
-    Sparse(torch.tensor(SEEN), "cpu").observe(0, *layer(0, len(SEEN)), 0.3)  # nobody looks
+    """A forward of a model shows each hook its own layers."""
+    backbone = tiny_backbone("llama")
+    rows = torch.arange(12)
+    looking, noted = AttentionScores(rows[-2:], rows[:6], [1, 3]), []
+
+    class Note:
+        layers = None
+
+        def __call__(self, at: LayerInput) -> None:
+            noted.append(at.layer)
+
+    backbone.forward(rows, rows, backbone.canvas(12), hooks=[looking, Note()])
+    assert noted == [0, 1, 2, 3]
+    alone = [AttentionScores(rows[-2:], rows[:6], [number]) for number in (1, 3)]
+    backbone.forward(rows, rows, backbone.canvas(12), hooks=alone)
+    assert torch.allclose(looking.scores, (alone[0].scores + alone[1].scores) / 2, atol=1e-7)
 
 
 # ---- moving keys -------------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from cacheclip_rag.methods.attend.scaled import ScaledContext
+from cacheclip_rag.methods.scores import AttentionScores
 from cacheclip_rag.model.attention import (
     AUTO,
     REFERENCE,
     SDPA,
     TRITON,
-    AttentionProbe,
-    ScaledContext,
-    Sparse,
+    SparseRows,
     choose,
     implementations,
     reference_attention,
@@ -101,7 +101,7 @@ def test_the_kernel_computes_what_the_oracle_computes(case, dtype, multiplies_bf
         *(query, key[:, :, :keys], value[:, :, :keys], None, 0.3),
         sliding_window=window,
         softcap=softcap,
-        cacheclip=Sparse(rows, DEVICE),
+        cacheclip=SparseRows(rows, DEVICE),
     )
     for buffer in (key, value):
         buffer[:, :, slots[-1] + 1 :] = torch.nan  # nobody may look there
@@ -156,9 +156,9 @@ def test_a_model_prefilled_and_recomputed_by_the_kernel_gives_the_oracles_logits
         assert model.obstacle is None
         launches.clear()
         canvas = prefilled(model)
-        probe = AttentionProbe(ROWS[-15:].to(DEVICE), torch.arange(80, device=DEVICE), model.full_layers)
-        logits[attention] = model.forward(IDS[ROWS], ROWS, canvas, logits=len(ROWS), probe=probe)
-        kv[attention], scores[attention] = canvas.read(slice(None)), probe.scores
+        seen = AttentionScores(ROWS[-15:].to(DEVICE), torch.arange(80, device=DEVICE), model.full_layers)
+        logits[attention] = model.forward(IDS[ROWS], ROWS, canvas, logits=len(ROWS), hooks=[seen])
+        kv[attention], scores[attention] = canvas.read(slice(None)), seen.scores
         expected = [99] * model.layers + [len(ROWS)] * model.layers if attention == TRITON else []
         assert launches == expected
     assert distance(logits[TRITON], logits[REFERENCE]) < 1e-4
@@ -177,7 +177,7 @@ def test_what_the_kernel_is_not_for_goes_another_way(launches):
         logits[attention] = [
             model.forward(IDS, torch.arange(100), canvas, logits=100),
             model.forward(IDS[:1], torch.tensor([100]), canvas),
-            model.forward(OTHER[ROWS], ROWS, canvas, logits=9, shape=ScaledContext(context, 0.5, 0.9)),
+            model.forward(OTHER[ROWS], ROWS, canvas, logits=9, score_mod=ScaledContext(context, 0.5, 0.9)),
         ]
     assert launches == []
     assert all(distance(a, b) < 1e-4 for a, b in zip(logits[TRITON], logits[REFERENCE], strict=True))

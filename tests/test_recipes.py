@@ -26,8 +26,9 @@ from cacheclip_rag.kv.encode.harvested import (
 )
 from cacheclip_rag.kv.prefix_caching import DocumentTree, PrefixBlocks
 from cacheclip_rag.methods import Method, resolve
-from cacheclip_rag.methods.recompute import Once
-from cacheclip_rag.model.attention import ScaledContext, TopChunks
+from cacheclip_rag.methods.attend.scaled import ScaledContext
+from cacheclip_rag.methods.attend.selected_chunks import TopChunks
+from cacheclip_rag.methods.recompute.once import Once
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.prefill.compose import shared_positions
 from cacheclip_rag.prompt import Layout
@@ -108,7 +109,7 @@ def test_a_model_that_scales_its_embeddings_is_not_run_in_stages():
 def test_link0_chunks_are_transformers_own_behind_dummies(kind):
     method = resolve("link0", count=3, token="_")
     engine = known(method, PASSAGES[:1], kind)
-    library = engine._encodings.reuse(method.encode).library
+    library = engine.library_of(method)
     chunk = library.get(library.key(PASSAGES[0]))
     ids = engine.backbone.tokenise("___" + PASSAGES[0]).ids
     assert chunk.position == 3 and torch.equal(chunk.ids, ids[3:])
@@ -164,7 +165,7 @@ def test_droidspeak_keeps_the_residual_stream_that_enters_the_transition_layer(k
     for layer, entered in ((1, 1), (2, 2), (4, 2)):  # of four layers, the last but one is the deepest
         method = resolve("droidspeak", transition_layer=layer)
         engine = known(method, PASSAGES[:1], kind)
-        chunk = engine._encodings.reuse(method.encode).library.ensure(PASSAGES[0])
+        chunk = engine.library_of(method).ensure(PASSAGES[0])
         assert distance(chunk.extra["activations"], own(kind, chunk.ids).hidden_states[entered][0]) < 1e-5
 
 
@@ -208,7 +209,7 @@ def test_one_softmax_is_the_published_merge_of_two(temperature, mass):
     logits = 4 * torch.randn(2, 2, 8, 20, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     logits = logits.masked_fill(torch.arange(20) > rows[:, None], -math.inf)
     logits[:, :, 0, 5:12] = -math.inf  # this row sees nothing of the context
-    ours = ScaledContext(context[:14], temperature, mass).weigh(logits, rows, None)
+    ours = ScaledContext(context[:14], temperature, mass).probabilities(logits, rows, None)
     assert torch.allclose(ours, two_merged(logits, context, temperature, mass), atol=1e-12)
 
 
@@ -281,10 +282,10 @@ def test_sel_by_hand_and_hidden_chunks_weigh_nothing():
     shape = TopChunks(torch.tensor([-1, 0, 0, 1, 1, 2, 2, -1]), keep=1, best=1, start=7, stop=8)
     logits = torch.tensor([0.0, 2.0, 0.0, 1.5, 1.5, 0.0, 0.0, 0.0]).expand(1, 1, 1, 8)
     rows = torch.tensor([7])
-    weights = shape.weigh(logits, rows, shape.survey(iter([(logits, rows)])))[0, 0, 0]
+    weights = shape.probabilities(logits, rows, shape.prepare(iter([(logits, rows)])))[0, 0, 0]
     assert weights[3:7].tolist() == [0.0] * 4 and weights[[0, 1, 2, 7]].min() > 0 and abs(weights.sum() - 1) < 1e-6
     shape.best = 2  # chunk 1's two together outweigh chunk 0's peak
-    weights = shape.weigh(logits, rows, shape.survey(iter([(logits, rows)])))[0, 0, 0]
+    weights = shape.probabilities(logits, rows, shape.prepare(iter([(logits, rows)])))[0, 0, 0]
     assert weights[[1, 2, 5, 6]].tolist() == [0.0] * 4
 
 
@@ -326,13 +327,13 @@ def test_the_variant_with_the_lowest_overhead_is_taken_and_caps_hold():
     assert variants.best("x", "c")[0] is third, "it paid attention to no other chunk"
     assert variants.best("x", "ac")[0] is second, "just as low, and it was computed behind this chunk"
     variants.add("x", variant("d", d=1.0))  # a fourth: the least used goes
-    assert len(variants._kept["x"]) == 3 and first not in variants._kept["x"]
+    assert len(variants.of("x")) == 3 and first not in variants.of("x")
     variants.add("y", variant(""))
     variants.best("x", "a")
     variants.add("z", variant("x", x=1.0))
-    assert list(variants._kept) == ["x", "z"], "the least recently used chunk went"
+    assert [name in variants for name in "xyz"] == [True, False, True], "the least recently used chunk went"
     variants.forget("x")
-    assert list(variants._kept) == [], "what stood behind a forgotten chunk carries it"
+    assert not any(name in variants for name in "xyz"), "what stood behind a forgotten chunk carries it"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -345,8 +346,8 @@ def test_harvested_masses_are_transformers_attentions(kind):
     starts = [int((layout.offsets[:, 0] == text.index(p)).nonzero()[0]) for p in PASSAGES[:3]]
     parts = [slice(s, s + len(p)) for s, p in zip(starts, PASSAGES, strict=False)]
     names = [engine.library.key(p) for p in PASSAGES[:3]]
-    for i, name in enumerate(names):
-        ((v,),) = [engine._encodings.reuse(METHODS["cachecraft"].encode).variants._kept[name]]
+    for i in range(3):
+        (v,) = engine.variants_of("cachecraft", PASSAGES[i])
         paid = [attention[parts[i], parts[j]] for j in range(i)]
         size = [len(p) for p in PASSAGES]
         assert v.before == tuple(names[:i]) and v.inter == pytest.approx(
@@ -364,9 +365,9 @@ def test_cachecraft_recomputes_the_tokens_that_leaned_most():
     engine = known("cachecraft")
     engine.prefill(prompt(PASSAGES), method="cachecraft")
     _, request, seen = watch(engine, "cachecraft", prompt([PASSAGES[i] for i in (2, 0, 1)]))
-    variants, expected = engine._encodings.reuse(METHODS["cachecraft"].encode).variants, []
+    expected = []
     for number, i in enumerate((2, 0, 1)):
-        (v,) = variants._kept[engine.library.key(PASSAGES[i])]
+        (v,) = engine.variants_of("cachecraft", PASSAGES[i])
         before = [engine.library.key(PASSAGES[j]) for j in (2, 0, 1)[:number]]
         count = math.ceil(fix_overhead(v.cci, v.inter, v.before, before) * len(PASSAGES[i]))
         rows = (request.layout.chunk == number).nonzero()[:, 0]
@@ -492,27 +493,53 @@ def test_a_block_is_known_behind_its_own_beginning_only():
     assert len(cache.longest(mixed, [])) == 1 and cache.longest(torch.arange(1, 34), []) == []
 
 
-def test_the_tree_evicts_the_leaf_with_the_lowest_priority():
-    backbone = tiny_backbone()
-    token = 2 * 4 * 2 * 16 * 4  # bytes
-    documents = {name: torch.full((10,), i) for i, name in enumerate("abcde")}
+class Tree:
+    """A `DocumentTree` of so many documents of ten tokens each, asked for paths of letters."""
 
-    def ask(path: str, seconds: float) -> int:
-        ids = torch.cat([*(documents[name] for name in path), torch.tensor([9])])
-        borders = list(range(0, 10 * len(path) + 1, 10))
-        found = len(cache.longest(ids, borders))
-        cache.keep(ids, borders, filled(backbone, len(ids)), seconds)
-        assert cache.nbytes == sum(node.nbytes for node in cache._nodes()) <= cache._capacity
+    BYTES = 10 * 2 * 4 * 2 * 16 * 4  # keys and values of 4 layers, 2 heads, 16 dimensions, 4 bytes
+
+    def __init__(self, documents: int) -> None:
+        self.backbone, self.most = tiny_backbone(), documents * self.BYTES
+        self.cache = DocumentTree(capacity_bytes=self.most).open()
+
+    def found(self, path: str) -> int:
+        return len(self.cache.longest(*self._prompt(path)))
+
+    def ask(self, path: str, seconds: float) -> int:
+        """How many of the documents were there; then all are kept, each at so many seconds a token."""
+        found = self.found(path)
+        ids, borders = self._prompt(path)
+        self.cache.keep(ids, borders, filled(self.backbone, len(ids)), seconds)
+        assert self.cache.nbytes <= self.most
         return found
 
-    cache = DocumentTree(capacity_bytes=50 * token).open()
-    assert ask("ab", 1.0) == 0 and ask("c", 5.0) == 0 and ask("d", 2.0) == 0
-    assert ask("ab", 1.0) == 2 and ask("ab", 1.0) == 2  # a and b: three times a second
-    assert ask("ba", 4.0) == 0, "order matters; six nodes, so d, used once for two seconds, goes"
-    assert [ask(path, 4.0) for path in ("ab", "c")] == [2, 1] and cache._clock == 2.0
-    ask("e", 0.5)  # priority 2 + 0.5, below all others': it goes itself, and the clock moves on
-    assert set(cache._root.children) == {documents[n].numpy().tobytes() for n in "abc"} and cache._clock == 2.5
+    def _prompt(self, path: str) -> tuple[torch.Tensor, list[int]]:
+        ids = torch.cat([*(torch.full((10,), ord(name)) for name in path), torch.tensor([9])])
+        return ids, list(range(0, 10 * len(path) + 1, 10))
 
-    cache = DocumentTree(capacity_bytes=25 * token).open()
-    ask("a", 0.1), ask("ab", 9.0), ask("c", 1.0)  # a costs least, but b stands behind it
-    assert ask("ab", 9.0) == 2 and len(cache._root.children) == 1
+
+def test_the_tree_evicts_the_leaf_with_the_lowest_priority():
+    tree = Tree(5)
+    assert tree.ask("ab", 1.0) == 0 and tree.ask("c", 5.0) == 0 and tree.ask("d", 2.0) == 0
+    assert tree.cache.nbytes == 4 * tree.BYTES
+    assert tree.ask("ab", 1.0) == 2 and tree.ask("ab", 1.0) == 2  # a and b: three times a second
+    assert tree.ask("ba", 4.0) == 0, "order matters; six nodes, so d, used once for two seconds, goes"
+    assert tree.cache.nbytes == tree.most and tree.found("d") == 0
+    assert [tree.ask(path, 4.0) for path in ("ab", "c")] == [2, 1]
+    tree.ask("e", 0.5)  # below all others': it goes itself
+    assert [tree.found(path) for path in ("e", "ab", "ba", "c")] == [0, 2, 2, 1]
+
+    tree = Tree(2)
+    tree.ask("a", 0.1), tree.ask("ab", 9.0), tree.ask("c", 1.0)  # a costs least, but b stands behind it
+    assert tree.found("ab") == 2 and tree.found("c") == 0
+
+
+@pytest.mark.parametrize(("newcomers", "kept"), [("bcd", True), ("bcdefghijk", False)])
+def test_old_fame_fades_from_the_tree(newcomers, kept):
+    """The clock moves on to the priority of what is evicted, and what is new begins there."""
+    tree = Tree(2)
+    for _ in range(3):
+        tree.ask("a", 1.0)
+    for name in newcomers:
+        tree.ask(name, 1.0)
+    assert tree.found("a") == kept

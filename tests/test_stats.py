@@ -12,6 +12,7 @@ import pytest
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine, Report
+from cacheclip_rag.methods.select.query_guided import QueryGuided
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.serving.stats import SECONDS, Tally
 from cacheclip_rag.store import StoreStats
@@ -88,7 +89,7 @@ def test_fallbacks_by_reason(engine: Engine, tmp_path: Path, monkeypatch: pytest
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no memory: at all")
 
-    monkeypatch.setattr(engine._encodings, "reuse", lambda _: broken)
+    monkeypatch.setattr(QueryGuided, "select", broken)
     engine.generate(prompt(engine), max_new_tokens=1)
     assert engine.stats().fallbacks == {"chunk": 1, "full prefill": 1}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_store_promises import HUGE, KEYED, make
+from stores import HUGE, KEYED, make
 from typer.testing import CliRunner
 
 from cacheclip_rag.chunks import Namespace
@@ -46,7 +46,7 @@ def test_stats(folder: Path) -> None:
     text = run(folder, "stats")
     assert "qwen2 bfloat16" in text and "tenant acme" in text and "keyed" in text and "4 chunks" in text
     (one, two) = run(folder, "stats", "--json")
-    assert (one["entries"], one["tokens"], one["bytes_per_token"]) == (3, 33, 2 * 2 * 2 * 4 * 4)
+    assert (one["entries"], one["tokens"], one["bytes_per_token"]) == (3, 33, 2 * 2 * 3 * 4 * 2)
     assert one["about"]["architecture"] == "qwen2" and two["entries"] == 1
     assert one["nbytes"] + two["nbytes"] == sum(path.stat().st_size for path in files_of(folder))
 
@@ -131,4 +131,4 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     ("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1000", 1000), ("1.5 kib", 1536), ("2t", 2 * 10**12)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert store_cli._bytes(text) == size
+    assert store_cli.room(Path("anywhere"), cap=text) == size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from cacheclip_rag import Engine
 from cacheclip_rag.cli import main as cli
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.methods.recompute.once import Once
-from cacheclip_rag.model.canvas import Canvas, _CanvasLayer
+from cacheclip_rag.model.attention import SparseRows
+from cacheclip_rag.model.canvas import Canvas, CanvasLayer
 from cacheclip_rag.model.rotary import Rotary
 from cacheclip_rag.store import DiskStore, format
 from cacheclip_rag.verification import PASSAGES, verify
@@ -61,8 +63,8 @@ def test_keys_that_are_one_position_off_are_found(monkeypatch: pytest.MonkeyPatc
     backbone = tiny_backbone()
     place = Canvas.place
 
-    def beside(self: Canvas, chunk: Any, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
-        place(self, chunk, tokens, row, rotary, (row if position is None else position) + 1)
+    def beside(self: Canvas, chunk: Any, tokens: slice, row: int, position: int | None = None) -> None:
+        place(self, chunk, tokens, row, (row if position is None else position) + 1)
 
     monkeypatch.setattr(Canvas, "place", beside)
     names = failed_of(backbone)
@@ -84,15 +86,21 @@ def test_kv_that_is_placed_at_the_wrong_slots_is_found(monkeypatch: pytest.Monke
 
 def test_scattered_rows_that_are_not_written_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone()
-    update = _CanvasLayer.update
+    update, aim, scattered = CanvasLayer.update, Canvas.set_write_rows, [False]
 
-    def lazy(self: _CanvasLayer, keys: Any, values: Any, *rest: Any, **more: Any) -> Any:
-        if isinstance(self._slots.aimed, slice):
+    def noted(self: Canvas, sparse: SparseRows) -> None:
+        slots = sparse.rows
+        scattered[0] = int(slots[-1] - slots[0]) + 1 != len(slots)
+        aim(self, sparse)
+
+    def lazy(self: CanvasLayer, keys: Any, values: Any, *rest: Any, **more: Any) -> Any:
+        if not scattered[0]:
             return update(self, keys, values, *rest, **more)
-        length = self._slots.length
+        length = self.get_seq_length()
         return self.keys[:, :, :length], self.values[:, :, :length]
 
-    monkeypatch.setattr(_CanvasLayer, "update", lazy)
+    monkeypatch.setattr(Canvas, "set_write_rows", noted)
+    monkeypatch.setattr(CanvasLayer, "update", lazy)
     names = failed_of(backbone)
     assert names and "full prefill is the model's own" not in names
 
@@ -101,9 +109,8 @@ def test_rows_that_are_chosen_and_not_recomputed_are_found(monkeypatch: pytest.M
     backbone = tiny_backbone()
     run = Once.run
 
-    def half(self: Once, request: Any, chosen: Any, shape: Any) -> Any:
-        logits, _ = run(self, request, chosen[::2], shape)
-        return logits, chosen
+    def half(self: Once, request: Any, chosen: Any, score_mod: Any) -> Any:
+        return replace(run(self, request, chosen[::2], score_mod), rows=chosen)
 
     monkeypatch.setattr(Once, "run", half)
     assert failed_of(backbone) == ["reuse at ratio 1 is full prefill"]

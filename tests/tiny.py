@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from cacheclip_rag import Engine
 from cacheclip_rag.model.backbone import Backbone
 
 SHAPE: dict[str, Any] = dict(
@@ -145,3 +146,9 @@ PASSAGES = [
     "The Coastal Prize is awarded every five years by the town council for a work about the sea. Among its "
     "winners are a poem about eels, an atlas of wrecks, and a cookery book that contains no fish at all.",
 ]
+QUESTION = "Who drove the last train?"
+
+
+def prompt_of(engine: Engine, passages: list[str], question: str = QUESTION, head: str = "Read.") -> str:
+    content = f"{head}\n\n" + "\n\n".join(passages) + f"\n\n{question}"
+    return engine.backbone.chat([{"role": "user", "content": content}])

@@ -291,7 +291,7 @@ def fuse(
                 progress("embedding", 0, 0)
                 neighbours = nearest(texts, mean_pooling(), count)
             else:
-                neighbours = engine.context(least, count)
+                neighbours = engine.contexts(least, count)
             result = engine.fuse(neighbours, lambda done: progress("fusing chunks", done, len(neighbours)))
     if not neighbours and not as_json:
         typer.echo(f"no chunk came in {least} prompts yet, so nothing was fused; --similar needs no prompts")

@@ -28,7 +28,8 @@ OfNamespace = Annotated[str, typer.Option("--namespace", "-n", help="Only namesp
 Tenant = Annotated[str, typer.Option(help="Whose document that is.")]
 Secret = Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")]
 DEFAULT = Path(".cacheclip")
-_DISK_BYTES = 32 << 30  # an engine's default; importing it would import torch
+DISK_BYTES = 32 << 30
+"""An engine's default; importing it would import torch."""
 
 
 @app.command()
@@ -228,7 +229,7 @@ def room(folder: Path, cap: str | None) -> int:
     if cap is not None:
         return _bytes(cap)
     there = sum(found.nbytes for found in _folder(folder).usage()) if folder.is_dir() else 0
-    return max(_DISK_BYTES, 2 * there)
+    return max(DISK_BYTES, 2 * there)
 
 
 def secret(path: Path | None) -> bytes:

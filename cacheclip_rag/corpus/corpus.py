@@ -1,168 +1,205 @@
-"""The chunks an engine knows: encoded, fused, kept, found again and forgotten."""
+"""The chunks an engine knows: encoded, kept, found again and forgotten."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
+from ..background import Background
 from ..chunks import canonical
-from ..errors import CacheClipError, StoreError
-from ..kv.encode import HarvestedVariant
+from ..compute import on_cpu
+from ..errors import CacheClipError, ConfigurationError, StoreError
+from ..kv.collections import Collections
 from ..kv.library import Library
-from ..kv.prefix_caching import PrefixCache
 from ..methods import Method
-from ..methods.auxiliary import Auxiliary
-from ..prefill.harvest import Harvesting
-from ..serving.hints import Hints
 from ..serving.limit import RequestLimit
-from ..store import Documents, Place
+from ..serving.lock import FairLock
+from ..store import Place
 from .batches import batch_characters, batches, with_progress
-from .fusing import Ensured, Fusing, Task, require_list
+from .usage import Usage
 
 log = logging.getLogger("cacheclip_rag")
 
+T = TypeVar("T")
+
 _NOT_KEPT = "the store did not keep it"
+_WAIT = 10.0
+"""Seconds that background work gives way to requests; one that was left open must not hold it up for ever."""
 
 
-class Ingestion(Fusing):
-    """The half of an `Engine` that looks after chunks."""
+class Task(NamedTuple):
+    """What is done when no request is being served: encode a chunk, or fuse it with those it came with."""
 
-    composable: bool
-    auxiliary: Auxiliary | None
-    documents: Documents
-    _place: Place
-    limit: RequestLimit
-    _hints: Hints
-    _threads: ThreadPoolExecutor
+    text: str
+    method: Method
+    fuse: bool = False
 
-    def library_of(self, method: str | Method) -> Library:
-        """Where the chunks are kept that are encoded as ``method`` wants them."""
-        return self._encodings.reuse(self.recipe(method).encode).library
 
-    def variants_of(self, method: str | Method, text: str) -> list[HarvestedVariant]:
-        """What finished prompts left of a chunk, for a method that harvests them; for another nothing."""
-        reuse = self._encodings.reuse(self.recipe(method).encode)
-        return reuse.variants.of(self.library.key(text)) if isinstance(reuse, Harvesting) else []
+@dataclass
+class Ensured:
+    """What `Engine.ensure` did: keys of chunks whose KV is kept, how many were encoded now, what was left out."""
 
-    def prefix_cache_of(self, method: str | Method) -> PrefixCache | None:
-        """What a method that reuses prompts' beginnings only has kept of them; None for another method."""
-        exact = self.recipe(method).prefix_cache
-        if exact is not None and exact not in self._exact:
-            self._exact[exact] = exact.open()
-        return None if exact is None else self._exact[exact]
+    keys: list[str] = field(default_factory=list)
+    encoded: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """``(beginning of the text, reason)`` of chunks without KV; prompts with them are prefilled as usual."""
 
-    # ---- ingestion ------------------------------------------------------------------------------------------------
+    def skip(self, texts: Iterable[str], reason: str) -> None:
+        self.skipped += [(text[:40], reason) for text in texts]
 
+
+class Corpus:
+    """Encodes, keeps and forgets chunks, in the foreground and while nothing is asked.
+
+    ``lock`` is the model's, ``limit`` tells whether requests are in flight. ``collections`` hold what is kept,
+    ``place`` where. Thread-safe.
+    """
+
+    def __init__(
+        self, collections: Collections, place: Place, usage: Usage, lock: FairLock, limit: RequestLimit
+    ) -> None:
+        self.collections, self.index, self.documents, self.usage = (
+            collections,
+            collections.index,
+            place.documents,
+            usage,
+        )
+        self.background = Background(self._do_later)
+        self.fuse_later: Callable[[Task], object] = lambda task: None
+        """What is done for a task that fuses."""
+        self._place, self._lock, self._limit = place, lock, limit
+        self._obstacle = collections.backbone.obstacle
+
+    # ---- encode ---------------------------------------------------------------------------------------------------
+
+    @on_cpu
     def ensure(
         self,
         texts: Iterable[str],
+        method: Method,
         progress: Callable[[int], None] | None = None,
-        *,
-        method: str | Method | None = None,
         document: str | None = None,
     ) -> Ensured:
-        """Keep the KV of these chunks: encode what is missing, leave what is there.
-
-        Encoded as the engine's method wants it, or as ``method`` does; short chunks together, as many as keep the
-        processor busy. Never raises for a chunk: one that cannot be encoded or kept is listed with the reason, and
-        prompts that contain it are prefilled as usual. Interrupting it loses nothing that was finished.
-        ``progress(done)`` is called for each chunk. ``document``: what they are chunks of, for `forget_document`.
-
-        Raises `ConfigurationError` for one text instead of several, and for an unknown method.
-        """
+        """Keep the KV of these chunks, encoded as ``method`` wants it (see `Engine.ensure`)."""
         result, texts = Ensured(), require_list(texts)
         if document is not None:
             texts = list(texts)
             try:
                 self.documents.add(document, texts)
             except StoreError as error:  # what is stored now could not be forgotten with its document
-                result.skipped += [(text[:40], str(error)) for text in texts]
+                result.skip(texts, str(error))
                 return result
-        chosen = self.recipe(method)
-        for batch in with_progress(batches(texts, batch_characters(self.backbone.device)), progress):
-            self._ensure_batch(batch, chosen, result)
+        characters = batch_characters(self.collections.backbone.device)
+        for batch in with_progress(batches(texts, characters), progress):
+            with self.skipping(batch, result, "not encoded"):
+                self._ensure_batch(batch, method, result)
         return result
+
+    @contextmanager
+    def skipping(self, texts: Sequence[str], result: Ensured, what: str) -> Iterator[None]:
+        """What goes wrong with these chunks is noted in ``result`` and not raised."""
+        try:
+            yield
+        except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
+            log.warning("%d chunks %s: %s", len(texts), what, error)
+            result.skip(texts, str(error))
 
     def _ensure_batch(
         self, texts: Sequence[str], method: Method, result: Ensured, wanted: Callable[[], bool] = lambda: True
     ) -> None:
-        try:
-            if not self.composable:
-                for text in texts:  # a control token in a document is text, whoever prefills it
-                    self.index.add(canonical(text), canonical(text))
-                result.skipped += [(text[:40], f"{self.backbone.obstacle}") for text in texts]
-            elif method.ahead:
-                self._ensure(texts, self._encodings.reuse(method.encode).library, result, wanted)
-            else:  # nothing to compute before the first prompt, but to be recognised there
-                for text in texts:
-                    self.index.add(self.library.key(text), text)
-                    result.keys.append(self.library.key(text))
-        except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
-            log.warning("%d chunks not encoded: %s", len(texts), error)
-            result.skipped += [(text[:40], str(error)) for text in texts]
+        if self._obstacle is not None:
+            for text in texts:  # a control token in a document is text, whoever prefills it
+                self.index.add(canonical(text), canonical(text))
+            result.skip(texts, self._obstacle)
+        elif method.ahead:
+            self._encode(texts, self.collections.of(method.encode).library, result, wanted)
+        else:  # nothing to compute before the first prompt, but to be recognised there
+            for text in texts:
+                self.index.add(self.collections.name(text), text)
+                result.keys.append(self.collections.name(text))
 
-    def _ensure(
-        self, texts: Sequence[str], library: Library, result: Ensured, wanted: Callable[[], bool] = lambda: True
-    ) -> None:
-        """``wanted`` is asked once it is this call's turn: what was forgotten meanwhile must not come back."""
+    def _encode(self, texts: Sequence[str], library: Library, result: Ensured, wanted: Callable[[], bool]) -> None:
+        """``wanted`` is asked once this call has the lock: what was forgotten meanwhile must not come back."""
         keys = [library.key(text) for text in texts]
         if all(self._settled(key, text, library) for key, text in zip(keys, texts, strict=True)):
             result.keys += keys
             return
-        with self.lock:  # nothing of it can be forgotten meanwhile
+        with self._lock:  # nothing of it can be forgotten meanwhile
             if not wanted():
                 return
-            missing = {
-                key: text
-                for key, text in zip(keys, texts, strict=True)
-                if not self._held(key, text, library) and library.get(key) is None
-            }
-            made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
-            refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
-            refused |= {key: _NOT_KEPT for key in made if key not in refused and not library.keeps(key)}
-            # What a full disk refuses may still be in memory, and serve prompts as long as this process lives.
-            kept = {t: k for k, t in zip(keys, texts, strict=True) if k not in refused or k in library.store}
-            for text in kept:
-                self.index.add(self.library.key(text), canonical(text))
-            if self.auxiliary is not None:  # a chunk that it cannot take is scored 0 later
-                other = self.auxiliary.library
-                other.ensure_each([text for text in kept if text not in other])
+            made, refused = self._encode_missing(dict(zip(keys, texts, strict=True)), library)
         for key, text in zip(keys, texts, strict=True):
             if key in refused:
                 log.warning("chunk not encoded: %s", refused[key])
-                result.skipped.append((text[:40], refused[key]))
+                result.skip([text], refused[key])
             else:
                 result.keys.append(key)
-        result.encoded += len(made) - len(refused)
+        result.encoded += made - len(refused)
+
+    def _encode_missing(self, texts: dict[str, str], library: Library) -> tuple[int, dict[str, str]]:
+        """Encode those of ``texts``, by key, whose KV is not there: how many that were, and by key why some failed."""
+        missing = {
+            key: text for key, text in texts.items() if not self._held(key, text, library) and library.get(key) is None
+        }
+        made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
+        refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
+        refused |= {key: _NOT_KEPT for key in made if key not in refused and not library.keeps(key)}
+        # What a full disk refuses may still be in memory, and serve prompts as long as this process lives.
+        kept = [text for key, text in texts.items() if key not in refused or key in library.store]
+        for text in kept:
+            self.index.add(self.collections.name(text), canonical(text))
+        if (auxiliary := self.collections.auxiliary) is not None:  # a chunk that it cannot take is scored 0 later
+            auxiliary.ensure_each([text for text in kept if text not in auxiliary])
+        return len(made), refused
 
     def _settled(self, key: str, text: str, library: Library) -> bool:
-        """Whether there is nothing left to do for this chunk, so that no turn need be waited for."""
-        return self._held(key, text, library) and (self.auxiliary is None or text in self.auxiliary.library)
+        """Whether there is nothing left to do for this chunk, so that the lock need not be waited for."""
+        auxiliary = self.collections.auxiliary
+        return self._held(key, text, library) and (auxiliary is None or text in auxiliary)
 
     def _held(self, key: str, text: str, library: Library) -> bool:
-        return self.index.text(self.library.key(text)) is not None and key in library.store
+        return self.index.text(self.collections.name(text)) is not None and key in library.store
 
-    def ensure_later(self, texts: Iterable[str]) -> None:
+    # ---- in the background ------------------------------------------------------------------------------------------
+
+    def ensure_later(self, texts: Iterable[str], method: Method) -> None:
         """Like `ensure`, in the background, while no request is being served."""
         texts = require_list(texts)
-        if self.composable:
-            self._background.add(Task(text) for text in texts)
+        if self._obstacle is None:
+            self.background.add(Task(text, method) for text in texts)
+
+    @on_cpu
+    def _do_later(self, task: Task) -> None:
+        patience = time.monotonic() + _WAIT
+        while self._limit.in_flight and time.monotonic() < patience:
+            time.sleep(0.02)
+        if task.fuse:
+            self.fuse_later(task)
+            return
+        result = Ensured()
+        with self.skipping([task.text], result, "not encoded"):
+            self._ensure_batch([task.text], task.method, result, wanted=self.background.wanted)
 
     def flush(self) -> None:
-        """Wait until everything asked of `ensure_later` is done, and is at the remote store if there is one."""
-        self._background.flush()
+        """Wait until everything that waits in the background is done, and is at the remote store if there is one."""
+        self.background.flush()
         self.usage.save()
         self._place.settle()
 
-    def forget(self, texts: Iterable[str]) -> None:
-        """Drop the KV of these chunks, whatever was computed behind them, the auxiliary model's included, and all
-        that exact reuse keeps of prompts; whichever documents have them, for all models in the store's folder.
+    def close(self) -> None:
+        """Stop background work, but for uploads, which are waited for."""
+        self.background.close()
+        self.usage.save()
+        self._place.settle()
 
-        It reads the beginning of every file of other models and encodings in the folder. Interrupted, it can be
-        repeated. Raises `StoreError` when something cannot be removed: repeat it then.
-        """
+    # ---- forget -----------------------------------------------------------------------------------------------------
+
+    def forget(self, texts: Iterable[str]) -> None:
+        """Drop the KV of these chunks and whatever was computed behind them (see `Engine.forget`)."""
         if gone := list(require_list(texts)):
             self._forget(gone)
             opened = [library.namespace for library in self._libraries()]
@@ -170,12 +207,7 @@ class Ingestion(Fusing):
             self.documents.drop(gone)
 
     def forget_document(self, *documents: str) -> None:
-        """Drop what `ensure` kept of these documents, for all models in the store's folder and at the remote; chunks
-        that another document has as well stay.
-
-        It reads the beginning of every file in the folder, and once of those at the remote. Interrupted, it can be
-        repeated. Raises `StoreError` when something cannot be removed, a remote that is away included: repeat it then.
-        """
+        """Drop what `ensure` kept of these documents and of no others (see `Engine.forget_document`)."""
         if wanted := self.documents.only(documents):
             self._forget([text for text in self.index.texts() if self.documents.text(text) in wanted])
             self._place.forget_everywhere(wanted)
@@ -183,53 +215,26 @@ class Ingestion(Fusing):
 
     def _forget(self, gone: Sequence[str]) -> None:
         unwanted = {canonical(text) for text in gone}
-        if not self.composable:
+        if self._obstacle is not None:
             for text in unwanted:
                 self.index.remove(text)
             return
-        self._background.drop(lambda task: canonical(task[0]) in unwanted)
-        with self.lock:  # a prompt on its way would leave behind what it harvests
-            self._exact.clear()
-            self.usage.forget([self.library.key(text) for text in gone])
-            try:
-                if self.auxiliary is not None:
-                    self.auxiliary.library.forget(unwanted)
-            finally:
-                self._encodings.forget(gone, unwanted)
+        self.background.drop(lambda task: canonical(task.text) in unwanted)
+        with self._lock:  # a prompt on its way would leave behind what it harvests
+            self.usage.forget([self.collections.name(text) for text in gone])
+            self.collections.forget(gone, unwanted)
 
-    def knows(self, text: str) -> bool:
-        """Whether the KV of this chunk is kept."""
-        if not self.composable:
-            return False
-        return text in self.library if self.method.ahead else self.library.key(text) in self.index
-
-    def hint(self, texts: Sequence[str], question: str | None = None) -> None:
-        """Advice from a retriever: these chunks and this question are about to come in a prompt.
-
-        Starts loading their KV into memory, settles ties in recognition, and tells the question from the instructions
-        around it. Wrong or missing advice costs nothing but time. Raises `ConfigurationError` for one text instead of
-        several.
-        """
-        texts = list(require_list(texts))
-        if not self.composable:
-            return
-        keys = frozenset(self.library.key(text) for text in texts)
-        self._hints.note(question, keys)
-        self._threads.submit(lambda: [self.library.get(key) for key in keys])
-
-    # ---- inside ---------------------------------------------------------------------------------------------------
+    def follow(self) -> None:
+        """Take note of what other processes did. What they forgot must not be found, nor encoded again, here."""
+        if lost := set(self.collections.follow()):
+            self.background.drop(lambda task: canonical(task.text) in lost)
 
     def _libraries(self) -> list[Library]:
-        """All that this engine has opened."""
-        aside = [] if self.auxiliary is None else [self.auxiliary.library]
-        return [reuse.library for reuse in self._encodings] + aside
+        return [] if self._obstacle is not None else self.collections.libraries()
 
-    def _do_later(self, task: Task) -> None:
-        patience = time.monotonic() + 10.0  # requests go first, but one that was left open must not hold this up
-        while self.limit.in_flight and time.monotonic() < patience:
-            time.sleep(0.02)
-        if task.fuse:
-            met = map(self.index.text, self.usage.expected_context(self.library.key(task.text), 10))
-            self.fuse({task.text: [text for text in met if text is not None]}, method=task.method)
-        else:
-            self._ensure_batch([task.text], task.method or self.method, Ensured(), wanted=self._background.wanted)
+
+def require_list(texts: Iterable[T]) -> Iterable[T]:
+    """These; raises `ConfigurationError` for one text, whose characters would be taken for texts."""
+    if isinstance(texts, str):
+        raise ConfigurationError("chunks are given as several texts, not as one: [text]")
+    return texts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import MIN_CHARS, ChunkKV, Namespace, canonical
-from ..errors import CacheClipError, PromptError, StoreError
+from ..errors import CacheClipError, ConfigurationError, PromptError, StoreError
 from ..model.backbone import Backbone
 from ..store import ChunkStore, Int8Store, MemoryStore, TieredStore
 from ..store.format import FORMAT
@@ -38,6 +38,7 @@ class Library:
         kv_dtype: KVDtype = "auto",
     ) -> None:
         self.backbone, self.encoder = backbone, encoder
+        self._state = backbone.state()
         self.prefix_ids: Tensor = encoder.prefix_ids(backbone)
         self.namespace = Namespace(
             {
@@ -56,6 +57,15 @@ class Library:
         self.store: ChunkStore = store if self.lossless else Int8Store(store)
         self._prefix_kv: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
+
+    def changed(self) -> str | None:
+        """Why the model computes other KV now than when this was opened, or None."""
+        if self.backbone.state() == self._state:
+            return None
+        return (
+            "the model's weights, mode, hooks or adapters were changed after the engine was opened: put it back, or "
+            "open another engine for the model as it is now"
+        )
 
     def key(self, text: str, context: Sequence[str] = (), in_sequence: bool = False) -> str:
         return self.namespace.key(text, context, in_sequence)
@@ -103,6 +113,8 @@ class Library:
                 checked.append(self._tokenised(text))
             except PromptError as error:
                 checked.append(error)
+        if (changed := self.changed()) is not None:
+            return [ConfigurationError(changed)] * len(texts)
         good = [text for text in checked if not isinstance(text, Exception)]
         made: dict[str, ChunkKV | Exception] = {}
         try:
@@ -122,7 +134,7 @@ class Library:
                 f"a chunk of {len(text)} characters is not kept: under {MIN_CHARS}, prefilling is as quick"
             )
         tokens = self.backbone.tokenise(text, plain=True)
-        longest = self.backbone.window - len(self.prefix_ids)
+        longest = self.backbone.context_length - len(self.prefix_ids)
         if len(tokens) > longest:
             raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's window of {longest}; split it")
         return text, tokens

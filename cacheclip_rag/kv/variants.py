@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..chunks import ChunkKV, canonical
-from ..errors import CacheClipError, StoreError
+from ..errors import CacheClipError, ConfigurationError, StoreError
 from .encode import fused
 from .fit import Context, Fit
 from .library import Library
@@ -119,7 +119,7 @@ class FusedVariants:
     def _fitting(self, chunk: ChunkKV | None, texts: Sequence[str]) -> list[ChunkKV]:
         """The chunks with these texts by themselves, each once, as many as the window has room for beside ``chunk``."""
         library = self._library
-        room = library.backbone.window - len(library.prefix_ids) - (0 if chunk is None else len(chunk))
+        room = library.backbone.context_length - len(library.prefix_ids) - (0 if chunk is None else len(chunk))
         fitting: list[ChunkKV] = []
         for text in dict.fromkeys(map(canonical, texts)):
             found = library.ensure(text)
@@ -155,6 +155,8 @@ class FusedVariants:
         meanwhile: forgetting removes chunks by themselves before it looks for what was computed with them.
         """
         library = self._library
+        if (changed := library.changed()) is not None:
+            raise ConfigurationError(changed)
         texts, contexts = zip(*chunks, strict=True)
         made = fused(library.encoder, library.backbone, texts, contexts, library.prefix_kv)
         made = [replace(chunk, in_sequence=in_sequence) for chunk in made]

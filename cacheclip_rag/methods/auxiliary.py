@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..chunks import ChunkKV
+from ..compute import Computer, Part
 from ..errors import PromptError
-from ..kv.library import Library
-from ..model.attention import AttentionProbe
+from .scores import AttentionScores
+
+if TYPE_CHECKING:
+    from ..kv.library import Library
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,18 +46,17 @@ class Auxiliary:
 
     Its own chunk KV is kept in the store like the primary's, so a question costs it only its own tokens: the chunks are
     placed one after another behind its shared prefix and the question runs over them in one pass, all chunks competing
-    in one softmax, on reused KV (docs/methods.md). Chunks beyond its window are scored in several passes.
+    in one softmax, on reused KV (docs/methods.md). Chunks beyond its context length are scored in several passes.
     Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
     """
 
     def __init__(self, library: Library) -> None:
-        self.library = library
-        self.backbone = library.backbone
-        self._rotary = self.backbone.rotary
+        self.library, self.backbone = library, library.backbone
+        self.computer: Computer = library.backbone.computer
 
     def layers(self, which: str | int) -> list[int]:
         """``"last"``: the published choice; ``"upper"``: the upper half, averaged; a number: that layer."""
-        full = self.backbone.full_layers
+        full = self.computer.full_layers
         if isinstance(which, int):
             return [which]
         return full[-1:] if which == "last" else full[len(full) // 2 :]
@@ -61,12 +64,12 @@ class Auxiliary:
     def score(self, texts: Sequence[str], question: str, layers: str | int = "last") -> list[CharacterScores]:
         """Attention from the question to every chunk: mean over heads, question tokens and ``layers``.
 
-        Softmax probabilities over everything the question sees. Of a question longer than half of the window its
-        end is asked; chunks that do not fit beside it score 0.
+        Softmax probabilities over everything the question sees. Of a question longer than half of the context length
+        the end is asked; chunks that do not fit beside it score 0.
         """
-        window = self.backbone.window - len(self.library.prefix_ids)
-        asked = self.backbone.tokenise("\n\n" + question, plain=True).ids[-max(window // 2, 1) :]
-        room = window - len(asked)
+        length = self.backbone.context_length - len(self.library.prefix_ids)
+        asked = self.backbone.tokenise("\n\n" + question, plain=True).ids[-max(length // 2, 1) :]
+        room = length - len(asked)
         chunks: dict[int, ChunkKV] = {}
         for number, text in enumerate(texts):
             try:
@@ -94,15 +97,16 @@ class Auxiliary:
         start = len(self.library.prefix_ids)
         lengths = [len(chunk) for chunk in chunks]
         stop = start + sum(lengths)
-        canvas = self.backbone.canvas(stop + len(question))
+        workspace = self.computer.workspace(stop + len(question))
         if self.library.prefix_kv is not None:
-            canvas.write(0, *self.library.prefix_kv)
+            workspace.write(0, *self.library.prefix_kv)
         row = start
         for chunk in chunks:
-            canvas.place(chunk, slice(0, len(chunk)), row, self._rotary)
+            workspace.place(chunk, slice(0, len(chunk)), row)
             row += len(chunk)
-        device = self.backbone.device
+        device = self.computer.device
         rows = torch.arange(stop, stop + len(question), device=device)
-        probe = AttentionProbe(rows, torch.arange(start, stop, device=device), self.layers(layers))
-        self.backbone.forward(question, rows, canvas, logits=0, probe=probe)
-        return [part.numpy() for part in probe.scores.cpu().split(lengths)]
+        columns = torch.arange(start, stop, device=device)
+        scores = AttentionScores(rows, columns, self.layers(layers), windows=self.computer.windows)
+        self.computer.forward([Part(workspace, question, rows, hooks=[scores])], logits=0)
+        return [part.numpy() for part in scores.scores.cpu().split(lengths)]

@@ -1,65 +1,32 @@
-"""The recipe table: every method is a way of encoding and a way of selecting, and every name is one row."""
+"""The table of methods: every name is one row, and a string like ``"cacheclip:group_size=16"`` is a row, changed."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from .. import spec
+from ..deprecation import warn
 from ..errors import ConfigurationError
-from ..kv.encode import Blanks, Encoder, Harvested, Isolated, WithActivations
+from ..kv.encode import Blanks, Harvested, Isolated, WithActivations
 from ..kv.fit import Fit, LongestPath, Nearest, Ordered
-from ..kv.prefix_caching import DocumentTree, PrefixBlocks, PrefixCaching
-from .attend import Attend, Plain, Scaled, SelectedChunks
-from .recompute import Carry, EarlyStop, Once, Recompute, Reselect
-from .select import (
-    CacheClip,
-    Everything,
-    InterAttentionTokens,
-    KeyDeviation,
-    LeadingTokens,
-    Nothing,
-    QueryGuided,
-    Random,
-    Selector,
-)
-
-Positions = Literal["global", "shared"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A recipe: how chunks are encoded, which tokens are chosen, how they are recomputed, how the question attends.
-
-    ``positions``: ``"global"``, every token at its place in the prompt; ``"shared"``, all chunks from the same position
-    on, and the question behind the longest (APE). ``exact``: reuse only what stood in the same place behind the same
-    tokens, and compute the rest; the other parts are then idle. ``fit``: take the fused variant of a chunk that fits
-    the prompt best; None takes its KV computed by itself. ``reorder``: put the chunks the question attends to
-    most next to it before anything is recomputed (InfoFlow's option; which end is our reading). ``recompute_ratio``:
-    the share of context tokens to recompute unless a request asks for another; with a ``fitted_ratio``, the share for a
-    prompt all of whose chunks were computed by themselves, and ``fitted_ratio`` that for one all of whose chunks stand
-    in the context they were computed in; between the two in proportion to `context_fit`.
-    """
-
-    name: str
-    select: Selector
-    encode: Encoder = field(default_factory=Isolated)
-    recompute: Recompute = field(default_factory=Once)
-    attend: Attend = field(default_factory=Plain)
-    positions: Positions = "global"
-    prefix_cache: PrefixCaching | None = None
-    fit: Fit | None = None
-    reorder: bool = False
-    recompute_ratio: float = 0.2
-    fitted_ratio: float | None = None
-
-    @property
-    def ahead(self) -> bool:
-        """Whether chunks are encoded ahead of the prompts they come in."""
-        return self.prefix_cache is None and not isinstance(self.encode, Harvested)
-
+from ..kv.prefix_caching import DocumentTree, PrefixBlocks
+from .attend.scaled import Scaled
+from .attend.selected_chunks import SelectedChunks
+from .method import Method, check_ratio
+from .recompute.carry import Carry
+from .recompute.early_stop import EarlyStop
+from .recompute.reselect import Reselect
+from .select.a3 import A3
+from .select.cacheblend import KeyDeviation
+from .select.cacheclip import CacheClip
+from .select.cachecraft import InterAttentionTokens
+from .select.epic import LeadingTokens
+from .select.everything import Everything
+from .select.nothing import Nothing
+from .select.query_guided import QueryGuided
+from .select.random import Random
 
 FUSED = "fused"
 """A parameter of every method that encodes ahead: whether, and by what rule, it takes fused variants."""
@@ -74,59 +41,166 @@ _FITS: dict[Any, Fit | None] = {
 
 _PARTS = ("select", "encode", "recompute", "attend", "prefix_cache", "fit")
 _OWN = ("fitted_ratio", "positions", "recompute_ratio", "reorder")
+RENAMED = {"window": "group_size"}
+"""Former names of parameters."""
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in [
-        Method("full", Everything(), recompute_ratio=1.0),
-        Method("prefix-cache", Everything(), prefix_cache=PrefixBlocks(), recompute_ratio=0.0),
-        Method("ragcache", Everything(), prefix_cache=DocumentTree(), recompute_ratio=0.0),
-        Method("naive", Nothing(), recompute_ratio=0.0),
-        Method("promptcache", Nothing(), Isolated(prefix=""), recompute_ratio=0.0),
-        Method("link0", Nothing(), Blanks(), recompute_ratio=0.0),
-        Method("random", Random(), recompute_ratio=0.15),
-        Method("epic", LeadingTokens(), Isolated(prefix=""), recompute_ratio=0.15),
-        Method("legolink", LeadingTokens(tokens=16), Isolated(prefix=""), recompute_ratio=0.15),
-        Method("cacheblend", KeyDeviation(), Isolated(prefix=""), recompute_ratio=0.15),
-        Method("droidspeak", KeyDeviation(), WithActivations(prefix=""), Reselect(), recompute_ratio=0.15),
-        Method("cachecraft", InterAttentionTokens(), Harvested(), EarlyStop()),
-        Method("cacheclip", CacheClip()),
-        Method("query_guided", QueryGuided()),
-        Method("fusionrag_selection", QueryGuided("last", "chunk", window=1), recompute_ratio=0.15),
-        Method("fusionrag", QueryGuided("last", "chunk", window=1), fit=Nearest(), recompute_ratio=0.15),
-        Method("prophetkv", QueryGuided("all", "context", window=1)),
-        Method("infoflow", QueryGuided((0.69, 0.83), "row", window=1), recompute_ratio=0.15),
-        Method(
-            "auto",
-            QueryGuided((0.69, 0.83), "chunk", window=1),
-            recompute=Carry(),
-            fit=Nearest(),
-            fitted_ratio=0.04,
-        ),
-        Method("ape", Nothing(), attend=Scaled(), positions="shared", recompute_ratio=0.0),
-        Method("sel", Nothing(), attend=SelectedChunks(), recompute_ratio=0.0),
-        Method("psr", KeyDeviation(), Blanks(), attend=Scaled(first=1), recompute_ratio=0.15),
-    ]
-}
+_BARE = Isolated(prefix="")
+_BAND = (0.69, 0.83)
+"""The relative depths at which InfoFlow found the question's attention to tell most."""
+
+_ROWS = [
+    Method("full", Everything(), recompute_ratio=1.0, about="compute everything; the oracle"),
+    Method(
+        "prefix-cache",
+        Everything(),
+        prefix_cache=PrefixBlocks(),
+        recompute_ratio=0.0,
+        about="prefix caching in chained blocks of 16 tokens (automatic prefix caching in vLLM)",
+    ),
+    Method(
+        "ragcache",
+        Everything(),
+        prefix_cache=DocumentTree(),
+        recompute_ratio=0.0,
+        about="prefix caching in a tree of documents (RAGCache, 2404.12457)",
+    ),
+    Method("naive", Nothing(), recompute_ratio=0.0, about="reuse everything as it is, behind a shared prefix"),
+    Method("promptcache", Nothing(), _BARE, recompute_ratio=0.0, about="reuse everything, encoded bare (PromptCache)"),
+    Method(
+        "link0",
+        Nothing(),
+        Blanks(),
+        recompute_ratio=0.0,
+        about="reuse everything, encoded behind 5 dummy tokens (EPIC's zero-overhead linking, 2410.15332)",
+    ),
+    Method("random", Random(), recompute_ratio=0.15, about="tokens by lot: what every choice must beat"),
+    Method(
+        "epic",
+        LeadingTokens(),
+        _BARE,
+        recompute_ratio=0.15,
+        about="the first r of every chunk, encoded bare (EPIC, 2410.15332, as the study normalises it)",
+    ),
+    Method(
+        "legolink",
+        LeadingTokens(tokens=16),
+        _BARE,
+        recompute_ratio=0.15,
+        about="the first 16 tokens of every chunk, whatever the ratio (EPIC's LegoLink-16, 2410.15332)",
+    ),
+    Method(
+        "cacheblend",
+        KeyDeviation(),
+        _BARE,
+        recompute_ratio=0.15,
+        about="tokens whose keys deviate most from a full prefill's at layer 1 (CacheBlend, 2405.16444)",
+    ),
+    Method(
+        "droidspeak",
+        KeyDeviation(),
+        WithActivations(prefix=""),
+        Reselect(),
+        recompute_ratio=0.15,
+        about="as cacheblend, chosen again at layer 5 from stored activations (DroidSpeak, 2411.02820, by the study)",
+    ),
+    Method(
+        "cachecraft",
+        InterAttentionTokens(),
+        Harvested(),
+        EarlyStop(),
+        about="variants from finished prompts; tokens that attended to chunks now missing (Cache-Craft, 2502.15734)",
+    ),
+    Method(
+        "cacheclip",
+        CacheClip(),
+        about="an auxiliary model's attention from the question, in groups of 8 (CacheClip, 2510.10129)",
+    ),
+    Method(
+        "query_guided",
+        QueryGuided(),
+        about="the model's own last-layer attention from the question, in groups of 8 (the generic form)",
+    ),
+    Method(
+        "fusionrag_selection",
+        QueryGuided("last", "chunk", group_size=1),
+        recompute_ratio=0.15,
+        about="the same, softmax inside each chunk, single tokens (FusionRAG's online half, 2601.12904)",
+    ),
+    Method(
+        "fusionrag",
+        QueryGuided("last", "chunk", group_size=1),
+        fit=Nearest(),
+        recompute_ratio=0.15,
+        about="the same over fused chunks (FusionRAG, 2601.12904)",
+    ),
+    Method(
+        "prophetkv",
+        QueryGuided("all", "context", group_size=1),
+        about="the question's attention in all layers, softmax over the context (ProphetKV, 2602.02579)",
+    ),
+    Method(
+        "infoflow",
+        QueryGuided(_BAND, "row", group_size=1),
+        recompute_ratio=0.15,
+        about="the question's attention in a band of mid-late layers (InfoFlow, 2603.05353)",
+    ),
+    A3,
+    Method(
+        "auto",
+        QueryGuided(_BAND, "chunk", group_size=1),
+        recompute=Carry(),
+        fit=Nearest(),
+        fitted_ratio=0.04,
+        about="infoflow's band, softmax inside each chunk, over fused chunks; elsewhere what recomputing changed is "
+        "carried over to the other tokens; less is recomputed the better fused chunks fit (our own)",
+    ),
+    Method(
+        "ape",
+        Nothing(),
+        attend=Scaled(),
+        positions="shared",
+        recompute_ratio=0.0,
+        about="reuse everything at shared positions; temperature and scale on the context (APE, 2502.05431)",
+    ),
+    Method(
+        "sel",
+        Nothing(),
+        attend=SelectedChunks(),
+        recompute_ratio=0.0,
+        about="reuse everything; the question sees 2 chunks a layer (SEL, 2412.16545)",
+    ),
+    Method(
+        "psr",
+        KeyDeviation(),
+        Blanks(),
+        attend=Scaled(first=1),
+        recompute_ratio=0.15,
+        about="cacheblend's choice behind dummy tokens; temperature and scale on the rest (the study, 2603.20218)",
+    ),
+]
+
+METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
-def with_prefix(method: str | Method, prefix: str | None) -> Method:
-    """The recipe called ``method`` with its chunks behind the text ``prefix``, unless it names another itself, as in
-    ``"cacheblend:prefix=none"``, puts tokens of its own there, or is a `Method`, which says all. None changes nothing.
-    Raises as `resolve` does.
+def register(method: Method) -> Method:
+    """Make a method of another package known by its name, and return it.
+
+    Raises `ConfigurationError` for a name that another method has, and for one that cannot be written in a string.
     """
-    named = resolve(method)
-    if prefix is None or isinstance(method, Method) or "prefix" in spec.parse(method)[1]:
-        return named
-    return resolve(named, prefix=prefix) if hasattr(named.encode, "prefix") else named
+    if not method.name or set(method.name) & set(":,=@ \"'()[]"):
+        raise ConfigurationError(f"a method's name is a word without :, =, @, blanks or quotes, not {method.name!r}")
+    if METHODS.get(method.name, method) != method:
+        raise ConfigurationError(f'there is a method "{method.name}" already: choose another name')
+    METHODS[method.name] = method
+    return method
 
 
 def resolve(method: str | Method, **changes: Any) -> Method:
-    """The recipe called ``method``, with parameters of its parts changed by name.
+    """The method called ``method``, with parameters of its parts changed by name.
 
-    ``resolve("cacheclip", window=16)``, or all in one string, ``resolve("cacheclip:window=16")``, which works wherever
-    a method's name does. A parameter that several parts share is changed in all of them. Raises `ConfigurationError`
-    naming what is valid.
+    ``resolve("cacheclip", group_size=16)``, or all in one string, ``resolve("cacheclip:group_size=16")``, which works
+    wherever a method's name does. A parameter that several parts share is changed in all of them. Raises
+    `ConfigurationError` naming what is valid.
     """
     if isinstance(method, str):
         name, written = spec.parse(method)
@@ -144,6 +218,17 @@ def resolve(method: str | Method, **changes: Any) -> Method:
     return method
 
 
+def with_prefix(method: str | Method, prefix: str | None) -> Method:
+    """The method called ``method`` with its chunks behind the text ``prefix``, unless it names another itself, as in
+    ``"cacheblend:prefix=none"``, puts tokens of its own there, or is a `Method`, which says all. None changes nothing.
+    Raises as `resolve` does.
+    """
+    named = resolve(method)
+    if prefix is None or isinstance(method, Method) or "prefix" in spec.parse(method)[1]:
+        return named
+    return resolve(named, prefix=prefix) if hasattr(named.encode, "prefix") else named
+
+
 def _fused(method: Method, value: Any) -> Method:
     if not isinstance(value, bool | str) or value not in _FITS:
         raise ConfigurationError(f"{FUSED} is one of {', '.join(map(repr, _FITS))}, not {value!r}")
@@ -153,6 +238,9 @@ def _fused(method: Method, value: Any) -> Method:
 
 
 def _changed(method: Method, name: str, value: Any) -> Method:
+    if name in RENAMED:
+        warn(f"the parameter {name}", RENAMED[name], stacklevel=4)
+        name = RENAMED[name]
     parts = {part: getattr(method, part) for part in _PARTS if getattr(method, part) is not None}
     takers = {p: v for p, v in parts.items() if name in {f.name for f in dataclasses.fields(v)}}
     if not takers and name not in _OWN:
@@ -164,10 +252,3 @@ def _changed(method: Method, name: str, value: Any) -> Method:
         return dataclasses.replace(method, **{name: value})
     changed: dict[str, Any] = {p: dataclasses.replace(v, **{name: value}) for p, v in takers.items()}
     return dataclasses.replace(method, **changed)
-
-
-def check_ratio(ratio: float, name: str = "recompute_ratio") -> float:
-    """Raises `ConfigurationError`, which calls it ``name``, unless ``ratio`` lies in 0..1."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
-        raise ConfigurationError(f"{name} must be a number from 0 (plain reuse) to 1 (full prefill), not {ratio!r}")
-    return float(ratio)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,45 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..compute import Hook, Part, ScoreMod, on_cpu
+from ..deprecation import renamed_attribute
 from ..errors import ConfigurationError, NotComposable, WeightsError
-from .attention import AUTO, Shape
+from ..prompt import Tokens
+from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
 from .fingerprint import fingerprint
 from .layers import Layers, cache_argument
 from .rotary import Rotary
+from .state import State, state_of
+from .tokenizer import Texts
 
 _ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
 """What the model's own generation config may say otherwise, for loops that are not ours."""
 
 
-class Backbone(Layers):
+class Backbone:
     """A causal language model of transformers with its tokenizer, and the few operations the engine needs of them.
 
-    Thread-safe in use: a forward keeps its state in its own `Canvas`.
+    ``computer`` computes rows (see `Layers`), ``texts`` makes tokens of text and prompts of messages; what is asked of
+    either most often stands here, too. Thread-safe in use: a forward keeps its state in its own `Canvas`.
     """
 
+    @on_cpu
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
         """The model's attention becomes ours, which takes one text at a time and no padding: load another model for
         batches. Setting it to something else afterwards makes every forward here raise `ConfigurationError`.
         """
-        super().__init__(model, tokenizer, attention=attention)
-        self.obstacle: str | None = obstacle_of(self)
+        self.texts = Texts(tokenizer)
+        self.computer = Layers(model, attention=attention)
+        self.model, self.tokenizer, self.config = self.computer.model, tokenizer, self.computer.config
+        self.device, self.dtype, self.attention = self.computer.device, self.computer.dtype, self.computer.attention
+        self.layers, self.kv_heads, self.head_dim = (
+            self.computer.layers,
+            self.computer.kv_heads,
+            self.computer.head_dim,
+        )
+        self.obstacle: str | None = obstacle_of(self.computer)
         """Why chunks cannot be composed with this model, or None."""
         if self.obstacle is None:
             model.set_attn_implementation(self.attention)
@@ -75,6 +90,116 @@ class Backbone(Layers):
         if not tokenizer.is_fast:
             raise WeightsError(f"{path} has no fast tokenizer; character offsets need one (tokenizer.json)")
         return cls(model.to(device), tokenizer, attention=attention)
+
+    # ---- texts ----------------------------------------------------------------------------------------------------
+
+    def tokenise(self, text: str, plain: bool = False) -> Tokens:
+        """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
+        return self.texts.tokenise(text, plain)
+
+    def tokenise_prompt(self, prompt: str, documents: Sequence[tuple[int, int]] = ()) -> Tokens:
+        """A whole prompt's tokens. ``documents``: character spans in which control tokens stay text."""
+        return self.texts.tokenise_prompt(prompt, documents)
+
+    def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The prompt for chat ``messages``, ready for the assistant's turn; plain texts where there is no template."""
+        return self.texts.chat(messages, **options)
+
+    def shared_prefix(self) -> str:
+        """What stands before a user's text in this model's chat template: the prefix chunks are encoded behind."""
+        return self.texts.shared_prefix()
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """The texts that the tokenizer reads as control tokens."""
+        return self.texts.control_tokens
+
+    @property
+    def opening(self) -> str:
+        """What stands before the user's text in this model's chat template; nothing where there is none."""
+        return self.texts.opening
+
+    @property
+    def closing(self) -> str:
+        """What stands behind the user's text in this model's chat template, up to where the answer begins."""
+        return self.texts.closing
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    @property
+    def context_length(self) -> int:
+        """The longest prompt with its answer, in tokens."""
+        return self.computer.context_length
+
+    @context_length.setter
+    def context_length(self, length: int) -> None:
+        self.computer.context_length = length
+
+    window = renamed_attribute("window", "context_length")
+
+    @property
+    def full_layers(self) -> list[int]:
+        """The layers that attend to the whole context; all of them where every layer has a sliding window."""
+        return self.computer.full_layers
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How far the `full_layers` see, in tokens; None for everything."""
+        return self.computer.sliding_window
+
+    def canvas(self, capacity: int, layers: int | None = None) -> Canvas:
+        """An empty canvas; of fewer ``layers`` for a forward that does not go deeper."""
+        return self.computer.workspace(capacity, layers)
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        canvas: Canvas,
+        *,
+        positions: Tensor | None = None,
+        logits: int = 1,
+        hooks: Sequence[Hook] = (),
+        score_mod: ScoreMod | None = None,
+        floors: Tensor | None = None,
+        first: int = 0,
+        depth: int | None = None,
+    ) -> Tensor | None:
+        """Compute the tokens ``x [S]`` at canvas ``rows [S]`` (strictly increasing); their KV is written before it is
+        attended to.
+
+        This one primitive is full prefill (all rows on an empty canvas), selective recompute (scattered rows over
+        placed chunks) and a decoding step (one row). Returns the last ``logits`` rows' logits ``[logits, V]`` in
+        float32, or None for ``logits=0``, which spares the lm head, and where a hook raised `StopForward`.
+        ``depth`` runs the first layers only (no logits). ``first``: start at this layer, from the residual stream
+        ``x [S, d]`` that `advance` returned. ``positions [S]`` are the RoPE positions where they differ from the slots;
+        ``floors [S]`` the first slots that the rows may see, where several texts share the canvas; ``hooks`` and
+        ``score_mod`` are those of `compute.Part`.
+        """
+        part = Part(canvas, x, rows, positions, hooks, score_mod)
+        return self.computer.forward_one(part, first=first, depth=depth, logits=logits, floors=floors)
+
+    def advance(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        canvas: Canvas,
+        first: int,
+        last: int,
+        *,
+        positions: Tensor | None = None,
+        hooks: Sequence[Hook] = (),
+        score_mod: ScoreMod | None = None,
+        floors: Tensor | None = None,
+    ) -> Tensor:
+        """The layers ``[first, last)`` only: returns the residual stream ``[S, d]`` that enters layer ``last``.
+
+        ``x`` is ``ids [S]`` for ``first=0``, else the residual stream entering layer ``first``; other arguments as in
+        `forward`. Raises `NotComposable` for a model that cannot be run in stages.
+        """
+        return self.computer.advance_one(Part(canvas, x, rows, positions, hooks, score_mod), first, last, floors)
+
+    # ---- decoding -------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -121,15 +246,22 @@ class Backbone(Layers):
             **(_ONE_ANSWER | options),
         )
 
-    def check_options(self, names: Iterable[str]) -> None:
-        """Raises ConfigurationError for names that are no options of ``model.generate``."""
+    def check_options(self, options: Mapping[str, Any], effective: Container[str]) -> None:
+        """Raises `ConfigurationError` for names that are no options of ``model.generate``, and for options that are not
+        ``effective`` here and ask for something else than the model's default.
+        """
         config = self.model.generation_config
         known = {*vars(config), *inspect.signature(self.model.generate).parameters} - {"self", "kwargs"}
-        for name in names:
+        for name, value in options.items():
             if name not in known:
                 close = difflib.get_close_matches(name, known | {"max_new_tokens"}, n=1)
                 hint = f'; did you mean "{close[0]}"?' if close else ""
                 raise ConfigurationError(f'"{name}" is no option of a request or of transformers\' generate{hint}')
+            default = getattr(config, name, None)
+            if name not in effective and value not in (None, default) and not (value is False and not default):
+                raise ConfigurationError(
+                    f"{name}={value!r} is not possible here: answers are decoded greedily or sampled, one at a time"
+                )
 
     def ends(self, given: int | Sequence[int] | None = None) -> frozenset[int]:
         """The tokens that end an answer: those ``given``, else the model's own."""
@@ -137,7 +269,7 @@ class Backbone(Layers):
         return frozenset() if ids is None else frozenset(torch.as_tensor(ids).flatten().tolist())
 
     def on_canvas(
-        self, canvas: Canvas, *, shift: int = 0, shape: Shape | None = None
+        self, canvas: Canvas, *, shift: int = 0, score_mod: ScoreMod | None = None
     ) -> Callable[[Tensor, int], Tensor]:
         """The decoding step of `generate` that appends to ``canvas``: ``step(ids [n], row)`` gives logits ``[n, V]``.
 
@@ -147,7 +279,8 @@ class Backbone(Layers):
         def step(tokens: Tensor, row: int) -> Tensor:
             rows = torch.arange(row, row + len(tokens))
             positions = rows + shift if shift else None
-            logits = self.forward(tokens, rows, canvas, positions=positions, logits=len(tokens), shape=shape)
+            part = Part(canvas, tokens, rows, positions, score_mod=score_mod)
+            logits = self.computer.forward_one(part, logits=len(tokens))
             assert logits is not None
             return logits
 
@@ -190,13 +323,17 @@ class Backbone(Layers):
     @property
     def rotary(self) -> Rotary:
         """The rotation that moves this model's keys. Raises `NotComposable` where there is none."""
-        if self.obstacle is not None:
-            raise NotComposable(self.obstacle)
-        return Rotary(self.inverse_frequencies())
+        if self.obstacle is not None or self.computer.rotary is None:
+            raise NotComposable(self.obstacle or "the model has no rotation that moves its keys")
+        return self.computer.rotary
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies this model for stored KV (see `fingerprint.fingerprint`)."""
-        return fingerprint(self.model, self.config, self._encoder.to_str(), self.dtype)
+        return fingerprint(self.model, self.config, self.texts.definition, self.dtype)
+
+    def state(self) -> State:
+        """Another value once weights, mode, hooks or adapters have changed (see `state.state_of`)."""
+        return state_of(self.model)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

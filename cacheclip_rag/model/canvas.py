@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..chunks import ChunkKV
-from .attention import Sparse
+from .attention import SparseRows
 from .rotary import Rotary
 
 
-class Amend(Protocol):
-    """Changes KV that a forward does not write, layer by layer, in the light of what it writes."""
-
-    def __call__(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor]) -> None:
-        """``rows [S]`` int64 are about to be written with ``new``, keys and values ``[Hk, S, D]``; ``keys``, ``values
-        [Hk, capacity, D]`` are the layer's, still without them, to be changed in place.
-        """
-
-
 class Canvas(Cache):
-    """KV of ``capacity`` slots for all layers, ``[L, 1, Hk, capacity, D]``.
+    """The `Workspace` of a model of transformers: KV of ``capacity`` slots for all layers, ``[L, 1, Hk, capacity, D]``.
 
     Chunk KV is *placed* on it (copied and rotated, so the store stays untouched), a forward over some rows *overwrites*
     those rows in every layer before they are attended to, and decoding appends. `length` is the number of slots in use;
-    `aim` says which slots the next forward writes.
+    `set_write_rows` says which slots the next forward writes.
     """
 
     def __init__(
@@ -42,15 +31,17 @@ class Canvas(Cache):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        rotary: Rotary | None = None,
     ) -> None:
         shape = (layers, 1, kv_heads, capacity, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         # Layers do not know the canvas: in a circle its memory would outlive the request until the collector runs.
         self._slots = _Slots(capacity)
+        self._rotary = rotary
         super().__init__(
             layers=[
-                _CanvasLayer(number, keys, values, self._slots)
+                CanvasLayer(number, keys, values, self._slots)
                 for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))
             ]
         )
@@ -71,40 +62,56 @@ class Canvas(Cache):
     def nbytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def aim(self, sparse: Sparse) -> None:
+    def set_write_rows(self, sparse: SparseRows) -> None:
         """The next forward writes its K and V at these rows."""
         first, last = sparse.blocks[0].first, sparse.blocks[-1].last
         if last >= self.capacity:
             raise IndexError(f"row {last} does not fit on a canvas of {self.capacity} slots")
         # A run of rows is a slice: writing it costs a copy, not a scatter.
         run = last - first + 1 == len(sparse.rows)
-        self._slots.aimed = slice(first, last + 1) if run else sparse.rows
+        self._slots.rows = slice(first, last + 1) if run else sparse.rows
+        self._slots.held_back, self._slots.pending = sparse.hooked, {}
         self.length = max(self.length, last + 1)
 
-    @contextmanager
-    def amended(self, amend: Amend) -> Iterator[None]:
-        """Have ``amend`` called in every layer of the forwards inside, before the layer's rows are written."""
-        self._slots.amend = amend
-        try:
-            yield
-        finally:
-            self._slots.amend = None
+    def pending(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The new keys and values ``[1, Hk, S, D]`` of a layer, held back until hooks have seen them, if it has any."""
+        return self._slots.pending.get(layer)
 
-    def place(self, chunk: ChunkKV, tokens: slice, row: int, rotary: Rotary, position: int | None = None) -> None:
+    def write_pending(self, layer: int) -> None:
+        """Write what was held back of a layer."""
+        keys, values = self._slots.pending.pop(layer)
+        rows = self._slots.rows
+        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if isinstance(rows, slice):
+                buffer[:, :, rows] = new
+            else:
+                buffer.index_copy_(2, rows, new)
+
+    def place(self, chunk: ChunkKV, tokens: slice, row: int, position: int | None = None) -> None:
         """Copy the KV of ``chunk``'s ``tokens`` to the slots from ``row`` on, rotated to ``position`` (or to row)."""
+        assert self._rotary is not None, "a canvas without a rotation takes no chunks"
         keys, values = chunk.keys[:, :, tokens], chunk.values[:, :, tokens]
         target = slice(row, row + keys.shape[2])
         delta = (row if position is None else position) - (chunk.position + tokens.start)
-        rotary.rotate(keys.to(self.keys.device), delta, out=self.keys[:, 0, :, target])
+        self._rotary.rotate(keys.to(self.keys.device), delta, out=self.keys[:, 0, :, target])
         self.values[:, 0, :, target] = values
         self.length = max(self.length, target.stop)
 
     def write(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Copy exact KV ``[L, Hk, n, D]``, already at its position, to the slots from ``row`` on."""
+        """Copy KV ``[L, Hk, n, D]`` of all layers, already at its position, to the slots from ``row`` on."""
         target = slice(row, row + keys.shape[2])
         self.keys[:, 0, :, target] = keys
         self.values[:, 0, :, target] = values
         self.length = max(self.length, target.stop)
+
+    def write_layer(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy KV ``[n, Hk, D]`` of one layer to the slots ``rows [n]``."""
+        self.keys[layer, 0].index_copy_(1, rows, keys.transpose(0, 1))
+        self.values[layer, 0].index_copy_(1, rows, values.transpose(0, 1))
+
+    def placed(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of one layer's keys and values, ``[capacity, Hk, D]``."""
+        return self.keys[layer, 0].transpose(0, 1), self.values[layer, 0].transpose(0, 1)
 
     def read(self, rows: slice) -> tuple[Tensor, Tensor]:
         """A copy of the KV at ``rows``: keys and values ``[L, Hk, n, D]``."""
@@ -116,15 +123,19 @@ class Canvas(Cache):
 
 @dataclass
 class _Slots:
-    """What a canvas and its layers share: how many slots there are and in use, and which the next forward writes."""
+    """What a canvas and its layers share: how many slots there are and in use, and which the next forward writes.
+
+    ``held_back``: whether new KV waits in ``pending``, by layer, until hooks have seen it.
+    """
 
     capacity: int
     length: int = 0
-    aimed: slice | Tensor = field(default_factory=lambda: slice(0, 0))
-    amend: Amend | None = None
+    rows: slice | Tensor = field(default_factory=lambda: slice(0, 0))
+    held_back: bool = False
+    pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class _CanvasLayer(CacheLayerMixin):
+class CanvasLayer(CacheLayerMixin):
     """transformers' view of one layer of a `Canvas`: ``keys``, ``values [1, Hk, capacity, D]``."""
 
     is_sliding = False  # sliding windows are a matter of the mask here; the buffer keeps every row
@@ -141,16 +152,15 @@ class _CanvasLayer(CacheLayerMixin):
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        aimed, length = self._slots.aimed, self._slots.length
-        if self._slots.amend is not None:
-            rows = torch.arange(aimed.start, aimed.stop, device=self.keys.device) if isinstance(aimed, slice) else aimed
-            self._slots.amend(self._number, rows, self.keys[0], self.values[0], (key_states[0], value_states[0]))
-        if isinstance(aimed, slice):
-            self.keys[:, :, aimed] = key_states
-            self.values[:, :, aimed] = value_states
+        rows, length = self._slots.rows, self._slots.length
+        if self._slots.held_back:
+            self._slots.pending[self._number] = key_states, value_states
+        elif isinstance(rows, slice):
+            self.keys[:, :, rows] = key_states
+            self.values[:, :, rows] = value_states
         else:
-            self.keys.index_copy_(2, aimed, key_states)
-            self.values.index_copy_(2, aimed, value_states)
+            self.keys.index_copy_(2, rows, key_states)
+            self.values.index_copy_(2, rows, value_states)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
     def get_seq_length(self) -> int:

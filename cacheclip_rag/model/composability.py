@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..compute import LayerInput, Part
 from ..errors import CacheClipError
 from .attention import NOTING, windows_given
 from .layers import Layers, relative_error
@@ -43,16 +44,17 @@ def _tried(model: Layers) -> str | None:
     native = model.model.config._attn_implementation
     model.model.set_attn_implementation(model.attention)
     try:
-        here, there = model.canvas(12), model.canvas(12)
+        here, there = model.workspace(12), model.workspace(12)
         for canvas in (here, there):  # what no layer writes must not pass by what memory happens to hold
             canvas.keys.fill_(float("nan"))
             canvas.values.fill_(float("nan"))
-        ours = model.forward(ids, rows, here, logits=12)
+        ours = model.forward_one(Part(here, ids, rows), logits=12)
         # Attention is relative: the same tokens elsewhere must give the same keys up to one rotation.
-        model.forward(ids, rows, there, positions=rows + shift, logits=0)
+        model.forward_one(Part(there, ids, rows, rows + shift), logits=0)
         rotated = Rotary(model.inverse_frequencies()).rotate(here.keys[:, 0], shift)
         model.model.set_attn_implementation(NOTING)
-        last = model.forward(ids, rows, model.canvas(12), logits=1)  # some models narrow their last layers to it
+        # Some models narrow their last layers to the last row. A hook holds each layer's KV back until it has seen it.
+        last = model.forward_one(Part(model.workspace(12), ids, rows, hooks=[_Look()]), logits=1)
         given = windows_given(model.model)
     finally:
         model.model.set_attn_implementation(native)
@@ -73,9 +75,19 @@ def _tried(model: Layers) -> str | None:
     return None
 
 
+class _Look:
+    """A hook that changes nothing."""
+
+    layers = None
+
+    def __call__(self, at: LayerInput) -> None:
+        pass
+
+
 def _worst(a: Iterable[Tensor | None], b: Iterable[Tensor]) -> float:
     """The `relative_error` of the layer that is furthest off: a layer of large numbers must not hide one of small ones.
 
     NaN where one of them is.
     """
-    return float(torch.tensor([relative_error(one, other) for one, other in zip(a, b, strict=True)]).max())
+    errors = [relative_error(one, other) for one, other in zip(a, b, strict=True)]
+    return float(torch.tensor(errors, dtype=torch.float64).max())

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from ..compute import Part, Rotation, StopForward
 from ..errors import ConfigurationError, NotComposable
-from .attention import AUTO, IMPLEMENTATIONS, Enough, Shape, Sparse, choose
-from .attention.mask import Probe
+from .attention import AUTO, IMPLEMENTATIONS, SparseRows, choose
 from .canvas import Canvas
-from .tokenizer import Texts
+from .rotary import PerTokenRotation, Rotary
 
 
-class Layers(Texts):
-    """The forward of a causal language model of transformers, with its tokenizer.
+class Layers:
+    """The forward of a causal language model of transformers: a `Computer` whose workspaces are canvases.
 
     Thread-safe in use: a forward keeps its state in its own `Canvas`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, model: PreTrainedModel, *, attention: str = AUTO) -> None:
         self.model = model.eval()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -36,9 +37,9 @@ class Layers(Texts):
             getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         )
         self.attention = choose(attention, self.device, self.dtype, self.head_dim)
-        self.window: int = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
+        self.context_length: int = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
         self._views: dict[tuple[int, int, bool], nn.Module] = {}
-        self._head_views: dict[int, nn.Module] = {}
+        self._causal_lm_views: dict[int, nn.Module] = {}
 
     # ---- what the layers are --------------------------------------------------------------------------------------
 
@@ -52,10 +53,10 @@ class Layers(Texts):
     @cached_property
     def windows(self) -> list[int | None]:
         """Each layer's sliding window as the configuration has it, in tokens; None for one that attends to everything
-        that fits into the model's own window.
+        that fits into the context length.
         """
         window = getattr(self.config, "sliding_window", None)
-        if window is not None and window >= self.window:
+        if window is not None and window >= self.context_length:
             window = None
         types = getattr(self.config, "layer_types", None) or ["sliding_attention"] * self.layers
         return [window if kind == "sliding_attention" else None for kind in types]
@@ -72,73 +73,77 @@ class Layers(Texts):
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
-    def canvas(self, capacity: int, layers: int | None = None) -> Canvas:
+    def workspace(self, capacity: int, layers: int | None = None) -> Canvas:
         """An empty canvas; of fewer ``layers`` for a forward that does not go deeper."""
         return Canvas(
-            layers or self.layers, self.kv_heads, self.head_dim, capacity, dtype=self.dtype, device=self.device
+            layers or self.layers,
+            self.kv_heads,
+            self.head_dim,
+            capacity,
+            dtype=self.dtype,
+            device=self.device,
+            rotary=self.rotary,
         )
 
-    @torch.inference_mode()
+    @cached_property
+    def rotary(self) -> Rotary | None:
+        """The rotation that moves this model's keys; None where its rotary module is not one we can read."""
+        try:
+            return Rotary(self.inverse_frequencies())
+        except (AttributeError, RuntimeError, TypeError):
+            return None
+
+    def rotation(self, by: Tensor) -> Rotation:
+        """Moves one layer's keys, token j by ``by[j]`` positions (see `PerTokenRotation`)."""
+        assert self.rotary is not None
+        return PerTokenRotation(self.rotary, by)
+
     def forward(
+        self, parts: Sequence[Part], *, first: int = 0, depth: int | None = None, logits: int = 1
+    ) -> list[Tensor | None]:
+        """As `Computer.forward`; parts go through one after the other."""
+        return [self.forward_one(part, first=first, depth=depth, logits=logits) for part in parts]
+
+    def advance(self, parts: Sequence[Part], first: int, last: int) -> list[Tensor]:
+        """As `Computer.advance`; parts go through one after the other."""
+        return [self.advance_one(part, first, last) for part in parts]
+
+    @torch.inference_mode()
+    def forward_one(
         self,
-        x: Tensor,
-        rows: Tensor,
-        canvas: Canvas,
+        part: Part,
         *,
-        positions: Tensor | None = None,
-        logits: int = 1,
-        probe: Probe | None = None,
-        shape: Shape | None = None,
-        floors: Tensor | None = None,
         first: int = 0,
         depth: int | None = None,
+        logits: int = 1,
+        floors: Tensor | None = None,
     ) -> Tensor | None:
-        """Compute the tokens ``x [S]`` at canvas ``rows [S]`` (strictly increasing); their KV is written before it is
-        attended to.
+        """Compute one request's rows; their KV is written before it is attended to.
 
-        This one primitive is full prefill (all rows on an empty canvas), selective recompute (scattered rows over
-        placed chunks) and a decoding step (one row). Returns the last ``logits`` rows' logits ``[logits, vocabulary]``
-        in float32, or None for ``logits=0``, which spares the language-model head, and for a probe that had `Enough`.
-        ``depth`` runs the first layers only (no logits). ``first``: start at this layer, from the residual stream
-        ``x [S, d]`` that `advance` returned. ``positions [S]`` are the RoPE positions where they differ from the slots;
-        ``floors [S]`` the first slots that the rows may see, where several texts share the canvas; ``shape`` changes
-        how rows weigh what they see.
+        ``floors [S]``: the first slots that the rows may see, where several texts share a canvas; with neither
+        hooks nor a score modification. The rest as in `Computer.forward`.
         Source: the sparse prefill of CacheBlend and EPIC, with the exact causal mask.
         """
-        kwargs = self._inputs(x, rows, canvas, positions, probe, shape, floors)
-        try:
+        kwargs = self._inputs(part, floors)
+        # KV is kept under the name of the model's own precision, whatever the caller has switched on.
+        with torch.autocast(self.device.type, enabled=False), suppress(StopForward):
             if logits and depth is None:
-                output = self._head_view(first)(**kwargs, logits_to_keep=logits)
+                output = self._causal_lm_view(first)(**kwargs, logits_to_keep=logits)
                 return output.logits[0].float()
             self._view(first, depth or self.layers)(**kwargs)
-        except Enough:
-            pass
         return None
 
     @torch.inference_mode()
-    def advance(
-        self,
-        x: Tensor,
-        rows: Tensor,
-        canvas: Canvas,
-        first: int,
-        last: int,
-        *,
-        positions: Tensor | None = None,
-        probe: Probe | None = None,
-        shape: Shape | None = None,
-        floors: Tensor | None = None,
-    ) -> Tensor:
-        """The layers ``[first, last)`` only: returns the residual stream ``[S, d]`` that enters layer ``last``.
+    def advance_one(self, part: Part, first: int, last: int, floors: Tensor | None = None) -> Tensor:
+        """The residual stream ``[S, d]`` of one request's rows that enters layer ``last``.
 
-        ``x`` is ``ids [S]`` for ``first=0``, else the residual stream entering layer ``first``; other arguments as in
-        `forward`. Methods that change their rows half way through the model (DroidSpeak) go in such stages. Raises
-        `NotComposable` for a model that cannot.
+        Methods that change their rows half way through the model (DroidSpeak) go in such stages. Raises `NotComposable`
+        for a model that cannot.
         """
         if not self._stages:
             raise NotComposable(f"{self.config.model_type} does something to its input that stages would repeat")
-        kwargs = self._inputs(x, rows, canvas, positions, probe, shape, floors)
-        return self._view(first, last, norm=False)(**kwargs).last_hidden_state[0]
+        with torch.autocast(self.device.type, enabled=False):
+            return self._view(first, last, norm=False)(**self._inputs(part, floors)).last_hidden_state[0]
 
     @cached_property
     def _stages(self) -> bool:
@@ -150,40 +155,34 @@ class Layers(Texts):
             return True
         rows, half = torch.arange(12), self.layers // 2
         ids = rows % self.config.vocab_size
-        once, staged = self.canvas(12), self.canvas(12)
-        self.forward(ids, rows, once, logits=0)
-        stream = self._view(0, half, norm=False)(**self._inputs(ids, rows, staged))
-        self.forward(stream.last_hidden_state[0], rows, staged, first=half, logits=0)
+        once, staged = self.workspace(12), self.workspace(12)
+        self.forward_one(Part(once, ids, rows), logits=0)
+        stream = self._view(0, half, norm=False)(**self._inputs(Part(staged, ids, rows)))
+        self.forward_one(Part(staged, stream.last_hidden_state[0], rows), first=half, logits=0)
         return relative_error(staged.values, once.values) < 0.1
 
-    def _inputs(
-        self,
-        x: Tensor,
-        rows: Tensor,
-        canvas: Canvas,
-        positions: Tensor | None = None,
-        probe: Probe | None = None,
-        shape: Shape | None = None,
-        floors: Tensor | None = None,
-    ) -> dict[str, Any]:
+    def _inputs(self, part: Part, floors: Tensor | None = None) -> dict[str, Any]:
         used = self.config._attn_implementation
         if used != self.attention and used not in IMPLEMENTATIONS:
             raise ConfigurationError(
                 f'the model\'s attention was set to "{used}" after it was given to Backbone: put it back by '
                 f'model.set_attn_implementation("{self.attention}"), and load another model for other purposes'
             )
-        sparse = Sparse(rows, self.device, probe, shape, floors)
-        canvas.aim(sparse)
+        canvas, x = part.workspace, part.x
+        assert isinstance(canvas, Canvas)
+        sparse = SparseRows(part.rows, self.device, canvas, part.hooks, part.score_mod, floors)
+        canvas.set_write_rows(sparse)
+        positions = sparse.rows if part.positions is None else part.positions.to(self.device)
         return {
             "inputs_embeds" if x.is_floating_point() else "input_ids": x.to(self.device)[None],
-            "position_ids": sparse.rows[None] if positions is None else positions.to(self.device)[None],
+            "position_ids": positions[None],
             cache_argument(self.model): canvas,
             "use_cache": True,
             "cacheclip": sparse,
         }
 
     def _view(self, first: int, last: int, norm: bool = True) -> nn.Module:
-        """The decoder without its head, cut to the layers ``[first, last)``; the weights are shared.
+        """The decoder without its lm head, cut to the layers ``[first, last)``; the weights are shared.
 
         Without ``norm`` it returns the residual stream as it is.
         """
@@ -204,16 +203,16 @@ class Layers(Texts):
             self._views[name] = view
         return self._views[name]
 
-    def _head_view(self, first: int) -> nn.Module:
+    def _causal_lm_view(self, first: int) -> nn.Module:
         """The whole model from layer ``first`` on."""
         if first == 0:
             return self.model
-        if first not in self._head_views:
+        if first not in self._causal_lm_views:
             view = copy.copy(self.model)
             view._modules = dict(self.model._modules)
             setattr(view, self.model.base_model_prefix, self._view(first, self.layers))
-            self._head_views[first] = view
-        return self._head_views[first]
+            self._causal_lm_views[first] = view
+        return self._causal_lm_views[first]
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -40,9 +40,9 @@ class Rotary:
 
 
 class PerTokenRotation:
-    """One layer's keys ``[Hk, n, D]`` float32, each moved by positions of its own, ``by [n]`` (may be negative).
+    """One layer's keys ``[n, Hk, D]`` float32, each moved by positions of its own, ``by [n]`` (may be negative).
 
-    Keys that are turned back to position 0 can be added up, whatever `Rotary` moved them.
+    Keys that are moved to position 0 can be averaged, wherever they stood.
     """
 
     def __init__(self, rotary: Rotary, by: Tensor) -> None:
@@ -53,8 +53,8 @@ class PerTokenRotation:
         frequencies = self._frequencies[min(layer, len(self._frequencies) - 1)]
         name = tuple(frequencies.tolist())
         if name not in self._angles:
-            angle = self._by[:, None].double() * frequencies.to(keys.device).double()
-            self._angles[name] = torch.cos(angle).float(), torch.sin(angle).float()
+            angle = self._by[:, None, None].double() * frequencies.to(keys.device).double()
+            self._angles[name] = torch.cos(angle).float(), torch.sin(angle).float()  # [n, 1, d/2]
         cos, sin = self._angles[name]
         half = cos.shape[-1]
         a, b, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PromptError
-from ..prompt import any_of
+from ..prompt import Tokens, any_of
 
 _SENTINEL = "\u2063cacheclip\u2063"  # stands for the user's text when a chat template is cut open
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """``ids [n]`` int64 and ``offsets [n, 2]`` int64: the character span of each token in the text they came from."""
-
-    ids: Tensor
-    offsets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class Texts:
@@ -91,6 +78,11 @@ class Texts:
             offsets += [around.offsets[row:first], piece.offsets + start]
             row = last
         return Tokens(torch.cat([*ids, around.ids[row:]]), torch.cat([*offsets, around.offsets[row:]]))
+
+    @property
+    def definition(self) -> str:
+        """The tokenizer in JSON."""
+        return self._encoder.to_str()
 
     @cached_property
     def control_tokens(self) -> list[str]:

@@ -1,32 +1,31 @@
-"""From a prompt to its KV on a canvas: wholly computed, or put together from stored chunks and repaired."""
+"""Prefill from stored chunks: place their KV, choose rows, recompute those."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..chunks import ChunkKV, canonical
-from ..errors import ConfigurationError, PromptError
+from ..errors import ConfigurationError
+from ..kv.collections import Collection, Collections
 from ..kv.fit import context_fit
-from ..kv.library import Library
-from ..kv.preamble import PreambleCache
-from ..kv.prefix_caching import PrefixCache
-from ..kv.variants import FusedVariants
 from ..methods import Method
 from ..methods.auxiliary import Auxiliary, CharacterScores
+from ..methods.recompute.base import Recomputed
 from ..methods.request import Request
 from ..methods.select.query_guided import question_scores
-from ..model.backbone import Backbone
 from ..model.canvas import Canvas
-from ..model.tokenizer import Tokens
-from ..prompt import ChunkIndex, Layout, Span, align, documents, find_question
-from ..report import ChunkUse, Report, TokenSource, TokenSources
+from ..prompt import Layout, Span, Tokens
+from ..report import ChunkUse, Report
+from .reading import Reading, read, workspace_size
+from .result import Prefill, PrefillRequest
+from .sources import sources_of
 
 _GONE = "its stored KV is gone or damaged"
 _OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name}") does so ahead'
@@ -37,313 +36,215 @@ _COPY = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Prefill:
-    """A prompt whose KV stands on a canvas: ``logits [1, V]`` of its last token, and everything to go on from there.
+class Loaded:
+    """The stored chunk of each span, if it is there, and by key the reason why others are not.
 
-    ``canvas`` is None for a model served by plain prefill. ``step`` is what `Backbone.generate` decodes with.
+    ``in_place``: whether a chunk right behind the prefix it was encoded behind needs no repair.
     """
 
-    layout: Layout
-    canvas: Canvas | None
-    logits: Tensor
-    report: Report
-    step: Callable[[Tensor, int], Tensor]
-
-    def forced(self, answer: Sequence[int]) -> Tensor:
-        """Logits ``[n, V]`` of the n answer tokens' positions, the answer given.
-
-        By the method's own decoding step, since some methods shape attention while decoding, too; all tokens at once,
-        which costs little more than one.
-        """
-        if len(answer) < 2:
-            return self.logits
-        return torch.cat([self.logits, self.step(torch.tensor(answer[:-1]), len(self.layout))])
+    chunks: Sequence[ChunkKV | None]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    in_place: bool = True
 
 
-def recognise(backbone: Backbone, index: ChunkIndex, prompt: str, hints: Collection[str] = ()) -> list[Span]:
-    """The documents in a prompt: known chunks and parts of them, the chat template's own text left out."""
-    spans = index.find(prompt, hints)
-    return documents(prompt, spans, index.whole, backbone.control_tokens, backbone.opening, backbone.closing)
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A prompt whose stored KV is placed: what a method sees of it, and what the report says.
 
-
-def native(backbone: Backbone, index: ChunkIndex, prompt: str, report: Report) -> Prefill:
-    """Full prefill with transformers' own attention and cache. Of the chunks only their control tokens matter."""
-    quoted = [(span.start, span.end) for span in recognise(backbone, index, prompt)]
-    tokens = fitting(backbone, backbone.tokenise_prompt(prompt, quoted))
-    logits, step = backbone.native_prefill(tokens.ids)
-    report.prompt_tokens = report.fresh = len(tokens)
-    layout = align(prompt, tokens.ids, tokens.offsets, [], [])
-    report.token_sources = token_sources(layout)
-    return Prefill(layout, None, logits, report, step)
-
-
-def full(backbone: Backbone, index: ChunkIndex, prompt: str, room: int, report: Report) -> Prefill:
-    """Full prefill on a canvas. Chunks are still recognised: control tokens inside documents stay text."""
-    with report.timed("tokenise"):
-        quoted = [(span.start, span.end) for span in recognise(backbone, index, prompt)]
-        tokens = fitting(backbone, backbone.tokenise_prompt(prompt, quoted))
-    canvas = backbone.canvas(slots(backbone, len(tokens), room))
-    with report.timed("recompute"):
-        logits = backbone.forward(tokens.ids, torch.arange(len(tokens)), canvas)
-    assert logits is not None
-    report.prompt_tokens = report.fresh = len(tokens)
-    report.canvas_bytes = canvas.nbytes
-    layout = align(prompt, tokens.ids, tokens.offsets, [], [])
-    report.token_sources = token_sources(layout)
-    return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
-
-
-def exact(backbone: Backbone, index: ChunkIndex, cache: PrefixCache, prompt: str, room: int, report: Report) -> Prefill:
-    """Full prefill behind the longest beginning that an earlier prompt left in ``cache``: the same KV."""
-    with report.timed("recognise"):
-        spans = recognise(backbone, index, prompt)
-    with report.timed("tokenise"):
-        tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
-        layout = align(prompt, tokens.ids, tokens.offsets, spans, [None] * len(spans))
-        borders = document_borders(tokens, spans)
-    count, known = len(tokens), 0
-    canvas = backbone.canvas(slots(backbone, count, room))
-    with report.timed("place"):
-        for keys, values in cache.longest(tokens.ids, borders):
-            keys, values = keys[:, :, : count - 1 - known], values[:, :, : count - 1 - known]
-            canvas.write(known, keys, values)
-            known += keys.shape[2]
-    with report.timed("recompute"):
-        logits = backbone.forward(tokens.ids[known:], torch.arange(known, count), canvas)
-    assert logits is not None
-    with report.timed("keep"):
-        cache.keep(tokens.ids, borders, canvas, report.seconds["recompute"] / (count - known))
-    report.prompt_tokens, report.prefix, report.fresh = count, known, count - known
-    report.canvas_bytes = canvas.nbytes
-    report.token_sources = token_sources(layout, known)
-    return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
-
-
-def token_sources(
-    layout: Layout, prefix: int = 0, recomputed: Tensor | None = None, exact: Tensor | None = None
-) -> TokenSources:
-    """What became of each token: the first ``prefix`` came from an earlier request.
-
-    Where chunks were reused, ``recomputed [n]`` (rows) were refreshed, and those in ``exact [T]`` (bool) needed no
-    repair.
+    The first ``prefix`` rows came from an earlier prompt; ``held [T]``, bool: rows with stored KV that is used or
+    repaired; ``in_place [T]``, bool: those of them that need no repair.
     """
-    kinds = torch.where(layout.edge, int(TokenSource.EDGE), int(TokenSource.FRESH))
-    if recomputed is not None and exact is not None:
-        kinds[layout.reusable] = int(TokenSource.REUSED)
-        kinds[exact] = int(TokenSource.IN_PLACE)
-        kinds[recomputed] = int(TokenSource.RECOMPUTED)
-        if layout.reusable[-1]:
-            kinds[-1] = int(TokenSource.FRESH)  # the last token is always computed
-    kinds[:prefix] = int(TokenSource.PREFIX)
-    borders = [border for span in layout.spans for border in (span.start, span.end)]
-    return TokenSources.of(layout.prompt, layout.offsets[:, 0].numpy(), kinds.numpy(), borders)
+
+    request: Request
+    canvas: Canvas
+    loaded: Loaded
+    prefix: int
+    held: Tensor
+    in_place: Tensor
 
 
-def document_borders(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
-    """The rows at which the prompt's documents begin, and where the last one ends, sorted."""
-    firsts = tokens.offsets[:, 0].contiguous()
-    characters = torch.tensor([*(span.start for span in spans), *(span.end for span in spans[-1:])], dtype=torch.long)
-    return sorted(set(torch.searchsorted(firsts, characters).tolist()))
+class Compose:
+    """Prefill from the chunks that are encoded as the method wants them."""
+
+    def __init__(self, collections: Collections, composer: Composer) -> None:
+        self._collections, self._composer = collections, composer
+
+    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+        collection = self._collections.of(request.method.encode)
+        reading = read(self._collections.backbone, self._collections.index, request, report)
+
+        def load(reading: Reading) -> Loaded:
+            return self._load(reading, collection, request.method)
+
+        return self._composer(request, reading, collection, load, report)
+
+    def _load(self, reading: Reading, collection: Collection, method: Method) -> Loaded:
+        texts = [canonical(self._collections.index.text(span.key) or "") for span in reading.spans]
+        variants, fit = collection.variants, method.fit
+        chunks = [
+            variants.get(text, ()) if fit is None else variants.fitting(text, texts[:number], fit)
+            for number, text in enumerate(texts)
+        ]
+        missing = {
+            span.key: _GONE if span.key == collection.library.key(text) else _OTHERWISE.format(name=method.name)
+            for span, text, chunk in zip(reading.spans, texts, chunks, strict=True)
+            if chunk is None
+        }
+        return Loaded(chunks, missing, in_place=collection.library.lossless)
 
 
-class Reuse:
-    """Prefill from stored chunks. Not for two threads at once; the engine's turns see to that."""
+class Composer:
+    """Place, select, recompute, whatever chunks a prompt is composed of. ``auxiliary`` is None where there is none.
 
-    def __init__(self, library: Library, index: ChunkIndex) -> None:
-        self.library, self.fused, self._index = library, FusedVariants(library), index
-        self._backbone = library.backbone
-        self._rotary = library.backbone.rotary
-        self._prefixes = PreambleCache()
+    Not for two threads at once; the engine's lock sees to that.
+    """
+
+    def __init__(self, collections: Collections) -> None:
+        self.auxiliary: Auxiliary | None = None
+        self._backbone, self._index = collections.backbone, collections.index
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
 
     def __call__(
         self,
-        prompt: str,
-        method: Method,
-        ratio: float,
-        room: int,
+        asked: PrefillRequest,
+        reading: Reading,
+        collection: Collection,
+        load: Callable[[Reading], Loaded],
         report: Report,
-        *,
-        auxiliary: Auxiliary | None = None,
-        question: str | None = None,
-        hints: Collection[str] = (),
     ) -> Prefill:
-        """Recognise, tokenise, load, place, select, recompute.
+        """Whatever this raises, apart from `PromptError`, the caller answers by full prefill."""
+        placed = self._place(asked, reading, collection, load, report)
+        if asked.method.reorder and len(placed.request.layout.chunk[placed.held].unique()) > 1:
+            with report.timed("reorder"):
+                prompt = _reordered(placed)
+            asked = dataclasses.replace(asked, prompt=prompt, question=reading.question.text)
+            reading = read(self._backbone, self._index, asked, report)
+            placed = self._place(asked, reading, collection, load, report)
+        ratio = self._ratio(asked, placed, report)
+        chosen = placed.request.rows[:0]
+        if budget := int(ratio * len(placed.request.rows) + 1e-9):
+            with report.timed("select"):
+                chosen = asked.method.select.select(placed.request, budget)
+        with report.timed("recompute"):
+            score_mod = asked.method.attend.score_mod(placed.request, chosen)
+            done = asked.method.recompute.run(placed.request, chosen, score_mod)
+        layout, canvas = placed.request.layout, placed.canvas
+        collection.preambles.keep(layout.ids, _first(layout.reusable, 0), canvas)
+        self._report(report, placed, done)
+        shift = int(placed.request.positions.max()) + 1 - len(layout)
+        step = self._backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
+        return Prefill(layout, canvas, done.logits, report, step)
 
-        At most ``ratio`` of the placed tokens are recomputed, next to everything that has no stored KV. ``question``
-        and ``hints`` (keys) are advice. Whatever this raises, apart from `PromptError`, the caller answers by full
-        prefill.
-        """
-        backbone = self._backbone
-        with report.timed("recognise"):
-            spans = recognise(backbone, self._index, prompt, hints)
-            asked = find_question(prompt, spans, question, backbone.control_tokens, backbone.closing)
-        scores = self._auxiliary_scores(auxiliary, method, ratio, spans, asked.text)
-        with report.timed("tokenise"):
-            tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
+    # ---- place ----------------------------------------------------------------------------------------------------
+
+    def _place(
+        self,
+        asked: PrefillRequest,
+        reading: Reading,
+        collection: Collection,
+        load: Callable[[Reading], Loaded],
+        report: Report,
+    ) -> Placed:
+        """Load the chunks, align the prompt's tokens with theirs, and place their KV."""
+        backbone, method = self._backbone, asked.method
+        scores = self._auxiliary_scores(asked, reading)
         with report.timed("load"):
-            chunks, missing = self._load([span.key for span in spans], method)
+            loaded = load(reading)
         with report.timed("tokenise"):
-            stored = [None if chunk is None else (chunk.ids, chunk.offsets) for chunk in chunks]
-            layout = align(prompt, tokens.ids, tokens.offsets, spans, stored)
-
+            tokens = [None if chunk is None else Tokens(chunk.ids, chunk.offsets) for chunk in loaded.chunks]
+            layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
+            # A caller's question may hold what no tokenizer takes; it is advice.
+            text = reading.question.text.encode("utf-8", "replace").decode()
+            question_ids = backbone.tokenise("\n\n" + text, plain=True).ids
         count = len(layout)
         positions = shared_positions(layout) if method.positions == "shared" else torch.arange(count)
-        canvas = backbone.canvas(slots(backbone, count, room) + _COPY)
+        canvas = backbone.canvas(workspace_size(backbone, count, asked.room) + _COPY)
         with report.timed("place"):
-            prefix = self._place_prefix(layout, canvas)
+            prefix = _place_preamble(layout, canvas, collection)
             for number, row, part in layout.runs():
-                chunk = chunks[number]
+                chunk = loaded.chunks[number]
                 assert chunk is not None
-                canvas.place(chunk, part, row, self._rotary, int(positions[row]))
-            exact = self._exact_rows(layout, chunks)
-
+                canvas.place(chunk, part, row, int(positions[row]))
+            in_place = _in_place(layout, loaded, collection)
         held = layout.reusable.clone()
         held[count - 1] = False  # the last token's logits are wanted, so it is always computed
-        rows = (held & ~exact).nonzero()[:, 0]
-        applied = ratio
-        if method.fitted_ratio is not None:
-            tokens_each = torch.bincount(layout.chunk[rows] + 1, minlength=len(spans) + 1)[1:]
-            report.fit = _mean(self._fits(spans, chunks), tokens_each)
-            applied += (method.fitted_ratio - ratio) * report.fit
-            report.requested_ratio = applied
-        fresh = (~held).nonzero()[:, 0]
-        fresh = fresh[fresh >= prefix]
+        rows, fresh = (held & ~in_place).nonzero()[:, 0], (~held).nonzero()[:, 0]
         request = Request(
             layout=layout,
             positions=positions,
-            chunks=tuple(chunks),
-            canvas=canvas,
-            backbone=backbone,
+            chunks=tuple(loaded.chunks),
+            workspace=canvas,
+            computer=backbone.computer,
             auxiliary=scores,
             rows=rows,
             groups=layout.chunk[rows],
-            fresh=fresh,
-            question=asked.text,
-            question_rows=asked.rows(layout),
+            fresh=fresh[fresh >= prefix],
+            question=reading.question.text,
+            question_rows=reading.question.rows(layout),
+            question_ids=question_ids,
         )
-        everywhere = held.nonzero()[:, 0]  # a chunk whose KV is exact where it stands may be asked for as well
-        if method.reorder and len(layout.chunk[everywhere].unique()) > 1:
-            with report.timed("reorder"):
-                prompt = _reordered(dataclasses.replace(request, rows=everywhere, groups=layout.chunk[everywhere]))
-            method = dataclasses.replace(method, reorder=False)
-            return self(prompt, method, ratio, room, report, auxiliary=auxiliary, question=asked.text, hints=hints)
-        chosen = rows[:0]
-        if budget := int(applied * len(rows) + 1e-9):
-            with report.timed("select"):
-                chosen = method.select.select(request, budget)
-        with report.timed("recompute"):
-            shape = method.attend.shape(request, chosen)
-            logits, chosen = method.recompute.run(request, chosen, shape)
-        self._prefixes.keep(layout.ids, _first(layout.reusable, 0), canvas)
+        return Placed(request, canvas, loaded, prefix, held, in_place)
 
-        report.prompt_tokens, report.prefix = count, prefix
-        report.recomputed, report.fresh = len(chosen), len(fresh)
-        report.reused = count - prefix - len(chosen) - len(fresh)
-        report.edges = int(layout.edge.sum())
-        report.canvas_bytes = canvas.nbytes
-        report.token_sources = token_sources(layout, prefix, chosen, exact)
-        report.chunks = [self._use(layout, n, chosen, held, exact, missing) for n in range(len(spans))]
-        report.fallbacks += [f"chunk {key[:12]} prefilled: {reason}" for key, reason in missing.items()]
-        step = backbone.on_canvas(canvas, shift=int(positions.max()) + 1 - count, shape=shape)
-        return Prefill(layout, canvas, logits, report, step)
-
-    def forget(self, text: str, name: str) -> None:
-        """Drop what is kept of a chunk; ``name`` is its key in the index."""
-        self.library.store.delete([self.library.key(text)])
-        self._prefixes = PreambleCache()  # a chunk whose KV was missing was part of a prompt's head
-
-    def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:
-        """Each span's chunk, if it is there, and by key the reason why others are not."""
-        texts = [canonical(self._index.text(key) or "") for key in keys]
-        chunks = [
-            self.fused.get(text, ()) if method.fit is None else self.fused.fitting(text, texts[:number], method.fit)
-            for number, text in enumerate(texts)
-        ]
-        missing = {
-            key: _GONE if key == self.library.key(text) else _OTHERWISE.format(name=method.name)
-            for key, text, chunk in zip(keys, texts, chunks, strict=True)
-            if chunk is None
-        }
-        return chunks, missing
-
-    def _fits(self, spans: Sequence[Span], chunks: Sequence[ChunkKV | None]) -> list[float]:
-        """How well each span's KV context_fit what stands in front of it, 0..1 (see `fusion.context_fit`)."""
-        texts = [canonical(self._index.text(span.key) or "") for span in spans]
-        return [0.0 if c is None else context_fit(c.context, texts[:number]) for number, c in enumerate(chunks)]
-
-    def _place_prefix(self, layout: Layout, canvas: Canvas) -> int:
-        """Put the KV of the prompt's head on the canvas, where an earlier request left it; the number of its rows."""
-        kept = self._prefixes.longest(layout.ids)
-        if kept is None:
-            return 0
-        length = min(kept[0].shape[2], _first(layout.reusable, len(layout)), len(layout) - 1)
-        if length:
-            canvas.write(0, kept[0][:, :, :length], kept[1][:, :, :length])
-        return length
-
-    def _exact_rows(self, layout: Layout, chunks: Sequence[ChunkKV | None]) -> Tensor:
-        """``[T]`` bool: chunk tokens that follow the very prefix they were encoded behind; their KV is right."""
-        exact = torch.zeros(len(layout), dtype=torch.bool)
-        if not self.library.lossless:
-            return exact
-        prefix = self.library.prefix_ids
-        for number, row, part in layout.runs()[:1]:
-            alone = (chunk := chunks[number]) is not None and not chunk.context
-            if alone and part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
-                exact[row : row + part.stop] = True
-        return exact
-
-    def _auxiliary_scores(
-        self, auxiliary: Auxiliary | None, method: Method, ratio: float, spans: Sequence[Span], question: str
-    ) -> Callable[[str], list[CharacterScores]]:
+    def _auxiliary_scores(self, asked: PrefillRequest, reading: Reading) -> Callable[[str], list[CharacterScores]]:
         """The auxiliary model's scores on demand; on a device of its own it starts now, while KV is loaded."""
+        auxiliary, method = self.auxiliary, asked.method
 
         def score(layers: str) -> list[CharacterScores]:
             if auxiliary is None:
                 raise ConfigurationError(f'method "{method.name}" needs an auxiliary model')
-            return auxiliary.score([self._index.text(span.key) or "" for span in spans], question, layers)
+            texts = [self._index.text(span.key) or "" for span in reading.spans]
+            return auxiliary.score(texts, reading.question.text, layers)
 
         apart = auxiliary is not None and auxiliary.backbone.device != self._backbone.device
-        if not (apart and method.select.needs_auxiliary and ratio and spans):
+        if not (apart and method.select.needs_auxiliary and asked.ratio and reading.spans):
             return score
         future = self._threads.submit(score, getattr(method.select, "layers", "last"))
         return lambda layers: future.result()
 
-    def _use(
-        self, layout: Layout, number: int, chosen: Tensor, held: Tensor, exact: Tensor, missing: dict[str, str]
-    ) -> ChunkUse:
-        span, mine = layout.spans[number], layout.chunk == number
-        starts, ends = layout.offsets.T
+    # ---- what to recompute, and what was ----------------------------------------------------------------------------
+
+    def _ratio(self, asked: PrefillRequest, placed: Placed, report: Report) -> float:
+        """The share of ``request.rows`` to recompute: as asked for, or less the better the chunks' contexts fit."""
+        fitted = asked.method.fitted_ratio
+        if fitted is None:
+            return asked.ratio
+        spans, layout = placed.request.layout.spans, placed.request.layout
+        texts = [canonical(self._index.text(span.key) or "") for span in spans]
+        fits = [
+            0.0 if chunk is None else context_fit(chunk.context, texts[:number])
+            for number, chunk in enumerate(placed.request.chunks)
+        ]
+        tokens_each = torch.bincount(layout.chunk[placed.request.rows] + 1, minlength=len(spans) + 1)[1:]
+        report.fit = _mean(fits, tokens_each)
+        report.requested_ratio = asked.ratio + (fitted - asked.ratio) * report.fit
+        return report.requested_ratio
+
+    def _report(self, report: Report, placed: Placed, done: Recomputed) -> None:
+        layout, fresh = placed.request.layout, placed.request.fresh
+        report.prefix, report.recomputed, report.fresh = placed.prefix, len(done.rows), len(fresh)
+        report.reused = len(layout) - placed.prefix - len(done.rows) - len(fresh)
+        report.adjusted, report.edges = len(done.adjusted), int(layout.edge.sum())
+        report.canvas_bytes = placed.canvas.nbytes
+        report.token_sources = sources_of(layout, placed.prefix, done.rows, placed.in_place, done.adjusted)
+        report.chunks = [self._use(placed, number, span, done.rows) for number, span in enumerate(layout.spans)]
+        report.fallbacks += [f"chunk {key[:12]} prefilled: {why}" for key, why in placed.loaded.missing.items()]
+
+    def _use(self, placed: Placed, number: int, span: Span, recomputed_rows: Tensor) -> ChunkUse:
+        layout = placed.request.layout
+        mine, (starts, ends) = layout.chunk == number, layout.offsets.T
         inside = (starts >= span.start) & (starts < span.end) & (ends > starts)
-        recomputed, placed = int(mine[chosen].sum()), int((held & mine).sum())
+        recomputed, held = int(mine[recomputed_rows].sum()), int((placed.held & mine).sum())
         return ChunkUse(
             key=span.key,
             start=span.start,
             end=span.end,
-            reused=placed - recomputed,
+            reused=held - recomputed,
             recomputed=recomputed,
-            computed=int(inside.sum()) - placed,
-            whole=len(span) == len(self._index.text(span.key) or ""),
-            in_place=bool((exact & mine).any()),
-            missing=missing.get(span.key),
+            computed=int(inside.sum()) - held,
+            whole=self._index.whole(span),
+            in_place=bool((placed.in_place & mine).any()),
+            missing=placed.loaded.missing.get(span.key),
         )
-
-
-def _reordered(request: Request) -> str:
-    """The prompt with its chunks in the order of the attention the question pays to them, the most attended one last.
-
-    Texts trade places; what stands between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
-    """
-    layout = request.layout
-    flow = torch.zeros(len(layout.spans))
-    flow.index_add_(0, request.groups, question_scores(request, request.backbone.full_layers).cpu())
-    texts = [layout.prompt[span.start : span.end] for span in layout.spans]
-    prompt, last = "", 0
-    for span, number in zip(layout.spans, flow.argsort(stable=True).tolist(), strict=True):
-        prompt += layout.prompt[last : span.start] + texts[number]
-        last = span.end
-    return prompt + layout.prompt[last:]
 
 
 def shared_positions(layout: Layout) -> Tensor:
@@ -367,28 +268,52 @@ def shared_positions(layout: Layout) -> Tensor:
     return positions
 
 
-def slots(backbone: Backbone, count: int, room: int) -> int:
-    """The size of a canvas for a prompt of ``count`` tokens and ``room`` more, as far as the model's window goes:
-    "as many as you like" must not cost memory that no answer can fill.
+def _place_preamble(layout: Layout, canvas: Canvas, collection: Collection) -> int:
+    """Place the KV of the prompt's preamble, where an earlier prompt left it; the number of its rows."""
+    kept = collection.preambles.longest(layout.ids)
+    if kept is None:
+        return 0
+    length = min(kept[0].shape[2], _first(layout.reusable, len(layout)), len(layout) - 1)
+    if length:
+        canvas.write(0, kept[0][:, :, :length], kept[1][:, :, :length])
+    return length
+
+
+def _in_place(layout: Layout, loaded: Loaded, collection: Collection) -> Tensor:
+    """``[T]`` bool: tokens of a chunk right behind the very prefix it was encoded behind; their KV is right."""
+    in_place = torch.zeros(len(layout), dtype=torch.bool)
+    if not loaded.in_place:
+        return in_place
+    prefix = collection.library.prefix_ids
+    for number, row, part in layout.runs()[:1]:
+        alone = (chunk := loaded.chunks[number]) is not None and not chunk.context
+        if alone and part.start == 0 and row == len(prefix) and torch.equal(layout.ids[:row], prefix):
+            in_place[row : row + part.stop] = True
+    return in_place
+
+
+def _reordered(placed: Placed) -> str:
+    """The prompt with its chunks in the order of the attention the question pays to them, the most attended one last.
+
+    Texts trade places; what stands between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
     """
-    return min(count + room, max(backbone.window, count))
-
-
-def fitting(backbone: Backbone, tokens: Tokens) -> Tokens:
-    """The tokens, or a `PromptError` when there are none or more than the model's window."""
-    if not len(tokens):
-        raise PromptError("the prompt is empty")
-    if len(tokens) >= backbone.window:
-        raise PromptError(
-            f"the prompt has {len(tokens):,} tokens, the model's context window {backbone.window:,}: "
-            "retrieve fewer or smaller chunks, or choose a model with a larger window"
-        )
-    return tokens
+    layout = placed.request.layout
+    rows = placed.held.nonzero()[:, 0]  # a chunk that is in place may be attended to as well
+    request = dataclasses.replace(placed.request, rows=rows, groups=layout.chunk[rows])
+    flow = torch.zeros(len(layout.spans), dtype=torch.float32)
+    flow.index_add_(0, request.groups, question_scores(request, request.computer.full_layers).cpu())
+    texts = [layout.prompt[span.start : span.end] for span in layout.spans]
+    prompt, last = "", 0
+    for span, number in zip(layout.spans, flow.argsort(stable=True).tolist(), strict=True):
+        prompt += layout.prompt[last : span.start] + texts[number]
+        last = span.end
+    return prompt + layout.prompt[last:]
 
 
 def _mean(numbers: Sequence[float], weights: Tensor) -> float:
     """The weighted mean; 0 where nothing weighs anything."""
-    return float((torch.tensor(numbers) * weights).sum() / weights.sum()) if int(weights.sum()) else 0.0
+    total = int(weights.sum())
+    return float((torch.tensor(numbers, dtype=torch.float32) * weights).sum() / total) if total else 0.0
 
 
 def _first(mask: Tensor, otherwise: int) -> int:

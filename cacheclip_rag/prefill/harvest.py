@@ -2,80 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..chunks import ChunkKV
-from ..kv.encode import Harvested, HarvestedVariants
+from ..kv.collections import Collections
+from ..kv.encode import HarvestedVariants
 from ..kv.encode.harvested import ChunkMass, harvest
-from ..kv.library import Library
-from ..methods import Method
-from ..prompt import ChunkIndex, Span, align
+from ..model.canvas import Canvas
 from ..report import Report
-from .compose import Prefill, Reuse, fitting, recognise, slots, token_sources
+from .compose import Composer, Loaded
+from .reading import Reading, read, workspace_size
+from .result import Prefill, PrefillRequest
+from .sources import sources_of
 
 
-class Harvesting(Reuse):
-    """A prompt all of whose chunks have a variant is put together from them; any other is prefilled and harvested."""
+class Harvest:
+    """A prompt all of whose chunks have a variant is composed of them; any other is prefilled and harvested.
 
-    def __init__(self, library: Library, index: ChunkIndex, recipe: Harvested) -> None:
-        super().__init__(library, index)
-        self.variants = HarvestedVariants(recipe)
+    Source: Cache-Craft (arXiv 2502.15734).
+    """
 
-    def __call__(self, prompt: str, method: Method, ratio: float, room: int, report: Report, **options: Any) -> Prefill:
-        spans = recognise(self._backbone, self._index, prompt, options.get("hints", ()))
-        if spans and all(span.key in self.variants for span in spans):
-            return super().__call__(prompt, method, ratio, room, report, **options)
-        return self._cold(prompt, spans, room, report)
+    def __init__(self, collections: Collections, composer: Composer) -> None:
+        self._collections, self._composer = collections, composer
 
-    def forget(self, text: str, name: str) -> None:
-        super().forget(text, name)
-        self.variants.forget(name)
+    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+        collection = self._collections.of(request.method.encode)
+        variants = collection.harvested
+        assert variants is not None
+        reading = read(self._collections.backbone, self._collections.index, request, report)
+        if reading.spans and all(span.key in variants for span in reading.spans):
+            return self._composer(request, reading, collection, lambda reading: _load(reading, variants), report)
+        return self._cold(request, reading, variants, report)
 
-    def _cold(self, prompt: str, spans: Sequence[Span], room: int, report: Report) -> Prefill:
+    def _cold(self, request: PrefillRequest, reading: Reading, variants: HarvestedVariants, report: Report) -> Prefill:
         """Full prefill; every chunk that stands whole in the prompt leaves a variant."""
-        backbone = self._backbone
-        tokens = fitting(backbone, backbone.tokenise_prompt(prompt, [(s.start, s.end) for s in spans]))
-        layout = align(prompt, tokens.ids, tokens.offsets, spans, [None] * len(spans))
-        groups = torch.full((len(tokens),), -1)
-        for number, span in enumerate(spans):
-            groups[(tokens.offsets[:, 0] >= span.start) & (tokens.offsets[:, 1] <= span.end)] = number
-        canvas = backbone.canvas(slots(backbone, len(tokens), room))
-        probe: ChunkMass | None = None
-        if spans:
-            probe = ChunkMass(groups.to(backbone.device), frozenset(backbone.full_layers), backbone.sliding_window)
+        backbone = self._collections.backbone
+        layout, groups = reading.layout([(span, None) for span in reading.spans]), _chunk_of_rows(reading)
+        canvas = backbone.canvas(workspace_size(backbone, len(layout), request.room))
+        mass: ChunkMass | None = None
+        if reading.spans:
+            mass = ChunkMass(groups.to(backbone.device), frozenset(backbone.full_layers), backbone.sliding_window)
         with report.timed("recompute"):
-            logits = backbone.forward(tokens.ids, torch.arange(len(tokens)), canvas, probe=probe)
+            hooks = [] if mass is None else [mass]
+            logits = backbone.forward(layout.ids, torch.arange(len(layout)), canvas, hooks=hooks)
         assert logits is not None
-        lengths = torch.tensor([int((groups == number).sum()) for number in range(len(spans))])
+        if mass is not None:
+            self._harvest(reading, groups, canvas, mass.mass, variants)
+        report.fresh, report.canvas_bytes = len(layout), canvas.nbytes
+        report.token_sources = sources_of(layout)
+        return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
+
+    def _harvest(
+        self, reading: Reading, groups: Tensor, canvas: Canvas, mass: Tensor, variants: HarvestedVariants
+    ) -> None:
+        """``groups [T]``: the number of the chunk each row belongs to; ``mass [T, chunks]``: what it attends to."""
+        spans, tokens = reading.spans, reading.tokens
+        lengths = torch.bincount(groups + 1, minlength=len(spans) + 1)[1:]
         for number, span in enumerate(spans):
             rows = (groups == number).nonzero()[:, 0]
-            if probe is None or not len(rows) or len(span) != len(self._index.text(span.key) or ""):
+            if not len(rows) or not self._collections.index.whole(span):
                 continue
             keys, values = canvas.read(slice(int(rows[0]), int(rows[-1]) + 1))
             offsets = tokens.offsets[rows] - span.start
-            text = prompt[span.start : span.end]
+            text = reading.prompt[span.start : span.end]
             kv = ChunkKV(text, tokens.ids[rows], offsets, keys.cpu(), values.cpu(), position=int(rows[0]))
             before = [(s.key, j) for j, s in enumerate(spans[:number]) if int(lengths[j])]
-            self.variants.add(span.key, harvest(kv, number, before, probe.mass[rows].cpu(), lengths))
-        report.prompt_tokens = report.fresh = len(tokens)
-        report.canvas_bytes = canvas.nbytes
-        report.token_sources = token_sources(layout)
-        return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
+            variants.add(span.key, harvest(kv, number, before, mass[rows].cpu(), lengths))
 
-    def _load(self, keys: Sequence[str], method: Method) -> tuple[list[ChunkKV | None], dict[str, str]]:
-        chunks: list[ChunkKV | None] = []
-        for number, key in enumerate(keys):
-            if (found := self.variants.best(key, keys[:number])) is None:
-                chunks.append(None)
-                continue
-            variant, overhead = found
-            extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead)}
-            chunks.append(replace(variant.kv, extra=extra))
-        return chunks, {}
 
-    def _exact_rows(self, layout: Any, chunks: Any) -> torch.Tensor:
-        return torch.zeros(len(layout), dtype=torch.bool)  # the overhead of 0 says it instead
+def _chunk_of_rows(reading: Reading) -> Tensor:
+    """``[T]`` int64: the number of the span that a token lies in, -1 for none."""
+    starts, ends = reading.tokens.offsets.T
+    groups = torch.full((len(reading.tokens),), -1)
+    for number, span in enumerate(reading.spans):
+        groups[(starts >= span.start) & (ends <= span.end)] = number
+    return groups
+
+
+def _load(reading: Reading, variants: HarvestedVariants) -> Loaded:
+    """Of each span the variant with the lowest fix-up overhead, which it carries as ``extra["overhead"]``."""
+    names = [span.key for span in reading.spans]
+    chunks: list[ChunkKV | None] = []
+    for number, name in enumerate(names):
+        if (found := variants.best(name, names[:number])) is None:
+            chunks.append(None)
+            continue
+        variant, overhead = found
+        extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead, dtype=torch.float32)}
+        chunks.append(replace(variant.kv, extra=extra))
+    return Loaded(chunks, in_place=False)  # the overhead of 0 says it instead

@@ -5,6 +5,7 @@ from .documents import any_of, documents
 from .index import ANCHOR_LENGTH, MAX_CANDIDATES, MAX_TRIES, ChunkIndex, Span
 from .layout import Layout, align
 from .question import Question, find_question
+from .tokens import Tokens
 
 __all__ = [
     "ANCHOR_LENGTH",
@@ -14,6 +15,7 @@ __all__ = [
     "Layout",
     "Question",
     "Span",
+    "Tokens",
     "align",
     "any_of",
     "documents",

@@ -1,7 +1,8 @@
 """What happened in a request: numbers, and how they are shown in a notebook, as a figure and at a terminal."""
 
 from ..deprecation import renamed_names
-from .record import ChunkUse, Report
+from .record import ChunkUse
+from .shown import Report
 from .token_sources import Run, TokenSource, TokenSources
 
 __all__ = ["ChunkUse", "Report", "Run", "TokenSource", "TokenSources"]

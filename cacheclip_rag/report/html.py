@@ -15,12 +15,10 @@ from . import summary
 from .token_sources import Run, TokenSource
 
 if TYPE_CHECKING:
-    from .record import Report
-
-STAGE_COLOURS = ("#56b4e9", "#cc79a7", "#1b9e77", "#f0e442", "#d55e00", "#4477aa", "#8f8f8f")
+    from .record import Record
 
 
-def html(report: Report) -> str:
+def html(report: Record) -> str:
     """The whole picture. Some 100 bytes a run of tokens, however many tokens the prompt has."""
     body = [f"<h4>{escape(report.method)}: {escape(summary.headline(report))}</h4>"]
     if told := summary.comparison(report):
@@ -40,7 +38,7 @@ def _style() -> str:
     return Path(__file__).with_name("report.css").read_text(encoding="utf-8") + token_sources + lines
 
 
-def _times(report: Report) -> str:
+def _times(report: Record) -> str:
     """Two bars on one scale: this request by stage, and a full prefill."""
     parts, full = summary.stages(report), summary.full_prefill(report)
     if not parts:
@@ -49,7 +47,7 @@ def _times(report: Report) -> str:
     bars = [
         f'<i style="width:{100 * value / longest:.2f}%;background:{colour}" '
         f'title="{escape(stage)} {summary.seconds(value)}"></i>'
-        for (stage, value), colour in zip(parts.items(), cycle(STAGE_COLOURS), strict=False)
+        for (stage, value), colour in zip(parts.items(), cycle(summary.STAGE_COLOURS), strict=False)
     ]
     text = _row("this request", "".join(bars), summary.seconds(report.ttft))
     if full:
@@ -58,7 +56,7 @@ def _times(report: Report) -> str:
         text += _row(label, bar, summary.seconds(full[0]))
     keys = "".join(
         f'<span class="key"><b style="background:{colour}"></b>{escape(stage)} {summary.seconds(value)}</span>'
-        for (stage, value), colour in zip(parts.items(), cycle(STAGE_COLOURS), strict=False)
+        for (stage, value), colour in zip(parts.items(), cycle(summary.STAGE_COLOURS), strict=False)
     )
     return f"{text}<div>{keys}</div>"
 
@@ -69,7 +67,7 @@ def _row(label: str, bars: str, number: str) -> str:
     )
 
 
-def _strip(report: Report) -> str:
+def _strip(report: Record) -> str:
     """All tokens in a row: one path a source, and a tick where a chunk begins."""
     if report.token_sources is None or not report.token_sources.tokens:
         return ""
@@ -86,7 +84,7 @@ def _strip(report: Report) -> str:
     )
 
 
-def _legend(report: Report) -> str:
+def _legend(report: Record) -> str:
     if report.token_sources is None:
         return ""
     counts = report.token_sources.counts()
@@ -103,14 +101,14 @@ def _legend(report: Report) -> str:
     )
 
 
-def _why(report: Report) -> str:
+def _why(report: Record) -> str:
     found = summary.reasons(report)
     if not found:
         return ""
     return f'<div class="why"><ul>{"".join(f"<li>{escape(reason)}</li>" for reason in found)}</ul></div>'
 
 
-def _chunks(report: Report) -> str:
+def _chunks(report: Record) -> str:
     if not report.chunks:
         return ""
     rows = "".join(
@@ -129,7 +127,7 @@ def _number(count: int) -> str:
     return f'<td class="num">{count:,}</td>'
 
 
-def _prompt(report: Report) -> str:
+def _prompt(report: Record) -> str:
     if report.token_sources is None:
         return ""
     prompt, parts, number = report.token_sources.prompt, [], 0

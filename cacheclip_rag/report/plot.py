@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from . import summary
-from .html import STAGE_COLOURS
 from .token_sources import TokenSource
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .record import Report
+    from .record import Record
 
 
-def figure(report: Report) -> Figure:
+def figure(report: Record) -> Figure:
     """Where the time went, the prompt token by token, and what was reused of each chunk.
 
     Raises `ConfigurationError` without matplotlib.
@@ -45,9 +44,9 @@ def figure(report: Report) -> Figure:
     return drawn
 
 
-def _times(axis: Any, report: Report) -> None:
+def _times(axis: Any, report: Record) -> None:
     left, full = 0.0, summary.full_prefill(report)
-    for (stage, value), colour in zip(summary.stages(report).items(), cycle(STAGE_COLOURS), strict=False):
+    for (stage, value), colour in zip(summary.stages(report).items(), cycle(summary.STAGE_COLOURS), strict=False):
         axis.barh("this request", value, left=left, color=colour, label=f"{stage} {summary.seconds(value)}")
         left += value
     if full:
@@ -59,7 +58,7 @@ def _times(axis: Any, report: Report) -> None:
         axis.legend(fontsize=7, ncols=7, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
 
 
-def _strip(axis: Any, report: Report) -> None:
+def _strip(axis: Any, report: Record) -> None:
     axis.set_yticks([])
     axis.tick_params(labelsize=8)
     axis.set_xlabel("prompt token", fontsize=8)
@@ -79,12 +78,12 @@ def _strip(axis: Any, report: Report) -> None:
     axis.legend(fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.75), frameon=False)
 
 
-def _chunks(axis: Any, report: Report) -> None:
+def _chunks(axis: Any, report: Record) -> None:
     if not report.chunks:
         axis.set_axis_off()
         return
     # mathtext and control characters in a document's text are not for matplotlib to interpret
-    names = [f"{n}. {plain(summary.title(report, use))[:44]}" for n, use in enumerate(report.chunks, start=1)]
+    names = [f"{n}. {summary.plain(summary.title(report, use))[:44]}" for n, use in enumerate(report.chunks, start=1)]
     left = [0] * len(names)
     for source, counts in (
         (TokenSource.REUSED, [use.reused for use in report.chunks]),
@@ -97,8 +96,3 @@ def _chunks(axis: Any, report: Report) -> None:
     axis.invert_yaxis()
     axis.tick_params(axis="x", labelsize=8)
     axis.set_xlabel("tokens of each chunk", fontsize=8)
-
-
-def plain(text: str) -> str:
-    """Without characters that are none to be seen, or that steer a terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -1,4 +1,4 @@
-"""The report itself: what happened in one request, in numbers."""
+"""What happened in one request, in numbers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..deprecation import renamed_attribute, renamed_parameters
 from .token_sources import TokenSources
-
-if TYPE_CHECKING:  # how a report is shown is loaded when it is
-    from matplotlib.figure import Figure
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @renamed_parameters(exact="in_place")
@@ -39,16 +35,9 @@ class ChunkUse:
     exact = renamed_attribute("exact", "in_place")
 
 
-@renamed_parameters(fates="token_sources")
 @dataclass
-class Report:
-    """One request. Tokens are counted once each: ``prompt_tokens = prefix + reused + recomputed + fresh``.
-
-    ``prefix``: KV of the prompt's beginning, kept from an earlier request; ``reused``: stored chunk KV as it is;
-    ``recomputed``: chunk tokens that had stored KV and were refreshed; ``fresh``: everything else (question, template,
-    unknown text, chunk edges that the tokenizer cut differently). ``ratio`` is recomputed / (reused + recomputed), as
-    it came out; ``requested_ratio`` as it was asked for. ``seconds`` breaks the time to first token down by stage.
-    """
+class Record:
+    """The numbers of one request; `Report` says what they mean, and shows them."""
 
     method: str
     requested_ratio: float
@@ -57,6 +46,8 @@ class Report:
     reused: int = 0
     recomputed: int = 0
     fresh: int = 0
+    adjusted: int = 0
+    """Of the reused tokens, those whose KV was moved by what recomputing changed in others (`recompute.carry`)."""
     edges: int = 0
     """Fresh tokens inside known chunks."""
     completion_tokens: int = 0
@@ -137,24 +128,6 @@ class Report:
     def line(self) -> str:
         """The request in one line, for logs."""
         return " ".join(str(self).replace("\n  ", "; ").split())
-
-    def plot(self) -> Figure:
-        """A matplotlib figure of what `_repr_html_` shows. Raises `ConfigurationError` without matplotlib."""
-        from .plot import figure
-
-        return figure(self)
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: every token coloured by its source, where the time went, why anything missed."""
-        from .html import html
-
-        return html(self)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """What ``rich.print`` shows at a terminal."""
-        from .terminal import renderables
-
-        yield from renderables(self)
 
     def __str__(self) -> str:
         from .summary import nothing_known

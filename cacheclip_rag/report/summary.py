@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from .token_sources import Run, TokenSource
 
 if TYPE_CHECKING:
-    from .record import ChunkUse, Report
+    from .record import ChunkUse, Record
 
 NAMES = {
     TokenSource.PREFIX: "prefix",
     TokenSource.IN_PLACE: "in place",
     TokenSource.REUSED: "reused",
+    TokenSource.ADJUSTED: "adjusted",
     TokenSource.RECOMPUTED: "recomputed",
     TokenSource.EDGE: "edge",
     TokenSource.FRESH: "fresh",
@@ -27,6 +28,7 @@ MEANINGS = {
     TokenSource.PREFIX: "the beginning of the prompt, kept from an earlier request",
     TokenSource.IN_PLACE: "stored KV right behind the prefix it was encoded behind: nothing to repair",
     TokenSource.REUSED: "stored KV as it is",
+    TokenSource.ADJUSTED: "stored KV, moved by what recomputing changed in its chunk: not computed",
     TokenSource.RECOMPUTED: "had stored KV and was refreshed",
     TokenSource.EDGE: "inside a chunk, cut differently by the tokenizer: computed",
     TokenSource.FRESH: "computed: question, template, unknown text",
@@ -36,11 +38,15 @@ COLOURS = {
     TokenSource.PREFIX: "#1b9e77",
     TokenSource.IN_PLACE: "#56b4e9",
     TokenSource.REUSED: "#4477aa",
+    TokenSource.ADJUSTED: "#88ccee",
     TokenSource.RECOMPUTED: "#e69f00",
     TokenSource.EDGE: "#cc79a7",
     TokenSource.FRESH: "#8f8f8f",
 }
 """Told apart with any colour vision, on light and on dark ground."""
+
+STAGE_COLOURS = ("#56b4e9", "#cc79a7", "#1b9e77", "#f0e442", "#d55e00", "#4477aa", "#8f8f8f")
+"""One after the other, of the stages of a request."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Piece:
     runs: tuple[Run, ...]
 
 
-def headline(report: Report) -> str:
+def headline(report: Record) -> str:
     """The request in half a line."""
     text = f"{report.cached_tokens:,} of {report.prompt_tokens:,} prompt tokens from cache"
     if report.recomputed:
@@ -63,7 +69,7 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
 
 
-def stages(report: Report) -> dict[str, float]:
+def stages(report: Record) -> dict[str, float]:
     """Seconds to the first token by stage, in order; ``other`` is what no stage accounts for. Nothing under 0.5 %."""
     parts = dict(report.seconds)
     parts["other"] = report.ttft - sum(parts.values())
@@ -71,7 +77,7 @@ def stages(report: Report) -> dict[str, float]:
     return {stage: value for stage, value in parts.items() if value > least}
 
 
-def full_prefill(report: Report) -> tuple[float, bool] | None:
+def full_prefill(report: Record) -> tuple[float, bool] | None:
     """Seconds a full prefill takes, and whether they were measured; None where there is nothing to compare.
 
     Not measured, they are what this request's own recompute stage took a token, times the prompt's tokens. On two CPU
@@ -85,7 +91,7 @@ def full_prefill(report: Report) -> tuple[float, bool] | None:
     return work * report.prompt_tokens / report.computed_tokens, False
 
 
-def comparison(report: Report) -> str:
+def comparison(report: Record) -> str:
     """How many times faster to the first token than a full prefill, or nothing to say."""
     full = full_prefill(report)
     if full is None or not report.ttft:
@@ -96,7 +102,7 @@ def comparison(report: Report) -> str:
     return f"no faster to the first token than a full prefill ({about}{seconds(full[0])})"
 
 
-def pieces(report: Report) -> Iterator[Piece]:
+def pieces(report: Record) -> Iterator[Piece]:
     """The prompt in order, cut at the borders of its chunks. A token belongs where its first character stands."""
     if report.token_sources is None:
         return
@@ -110,7 +116,7 @@ def _around(uses: list[ChunkUse], run: Run) -> ChunkUse | None:
     return uses[number] if number >= 0 and run.start < uses[number].end else None
 
 
-def title(report: Report, use: ChunkUse) -> str:
+def title(report: Record, use: ChunkUse) -> str:
     """What a chunk is called: its source where it is known, else how it begins."""
     if use.key in report.sources:
         return report.sources[use.key]
@@ -134,7 +140,7 @@ def remark(use: ChunkUse) -> str:
     return "; ".join(remarks)
 
 
-def reasons(report: Report) -> list[str]:
+def reasons(report: Record) -> list[str]:
     """Why tokens were computed that are not the question's, and what went wrong; empty when there is nothing to say."""
     found = list(report.fallbacks)
     if report.edges:
@@ -147,14 +153,14 @@ def reasons(report: Report) -> list[str]:
     return found
 
 
-def nothing_known(report: Report) -> str:
+def nothing_known(report: Record) -> str:
     """Why no chunk was reused where none was found; empty where there is another reason, or nothing to say."""
-    if (
-        report.chunks
-        or report.reused
-        or report.fallbacks
-        or report.requested_ratio >= 1
-        or report.prefix > report.fresh
-    ):
+    reused = report.chunks or report.reused or report.prefix > report.fresh
+    if reused or report.fallbacks or report.requested_ratio >= 1:
         return ""
     return "no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way"
+
+
+def plain(text: str) -> str:
+    """Without characters that are none to be seen, or that steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -11,18 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from . import summary
-from .html import STAGE_COLOURS
-from .plot import plain
 from .token_sources import TokenSource
 
 if TYPE_CHECKING:
-    from .record import Report
+    from .record import Record
 
 WIDTH = 60
 """Characters of a bar."""
 
 
-def renderables(report: Report) -> Iterator[RenderableType]:
+def renderables(report: Record) -> Iterator[RenderableType]:
     """Headline, bars, chunks, and why anything missed. The prompt itself is left to the notebook."""
     yield Text(f"{report.method}: {summary.headline(report)}", style="bold")
     if told := summary.comparison(report):
@@ -32,16 +30,16 @@ def renderables(report: Report) -> Iterator[RenderableType]:
     if report.chunks:
         yield _chunks(report)
     for reason in summary.reasons(report):
-        yield Text(f"! {plain(reason)}", style="magenta")
+        yield Text(f"! {summary.plain(reason)}", style="magenta")
 
 
-def _times(report: Report) -> Iterator[Text]:
+def _times(report: Record) -> Iterator[Text]:
     parts, full = summary.stages(report), summary.full_prefill(report)
     if not parts:
         return
     longest = max(sum(parts.values()), full[0] if full else 0.0)
     bar, keys = Text("this request  "), Text("              ")
-    for (stage, value), colour in zip(parts.items(), cycle(STAGE_COLOURS), strict=False):
+    for (stage, value), colour in zip(parts.items(), cycle(summary.STAGE_COLOURS), strict=False):
         bar.append("█" * max(1, round(WIDTH * value / longest)), style=colour)
         keys.append("█ ", style=colour)
         keys.append(f"{stage} {summary.seconds(value)}  ")
@@ -53,7 +51,7 @@ def _times(report: Report) -> Iterator[Text]:
     yield keys
 
 
-def _strip(report: Report) -> Iterator[Text]:
+def _strip(report: Record) -> Iterator[Text]:
     """The prompt in `WIDTH` cells, each in the colour of the source that most of its tokens had."""
     if report.token_sources is None or not report.token_sources.tokens:
         return
@@ -75,7 +73,7 @@ def _strip(report: Report) -> Iterator[Text]:
     yield keys
 
 
-def _chunks(report: Report) -> Table:
+def _chunks(report: Record) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("", justify="right")
     table.add_column("chunk", overflow="ellipsis", no_wrap=True, max_width=44)
@@ -85,6 +83,9 @@ def _chunks(report: Report) -> Table:
     for number, use in enumerate(report.chunks, start=1):
         counts = (f"{count:,}" for count in (use.reused, use.recomputed, use.computed))
         table.add_row(
-            str(number), Text(plain(summary.title(report, use))), *counts, Text(plain(summary.remark(use)), style="dim")
+            str(number),
+            Text(summary.plain(summary.title(report, use))),
+            *counts,
+            Text(summary.plain(summary.remark(use)), style="dim"),
         )
     return table

@@ -27,6 +27,8 @@ class TokenSource(IntEnum):
     EXACT = 4  # the former name of IN_PLACE
     PREFIX = 5
     """The beginning of the prompt, kept from an earlier request (prefix caching)."""
+    ADJUSTED = 6
+    """The stored KV, moved by what recomputing changed in other tokens of its chunk; not computed."""
 
 
 @dataclass(frozen=True)

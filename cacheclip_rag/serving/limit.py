@@ -8,10 +8,10 @@ from collections import deque
 
 log = logging.getLogger("cacheclip_rag")
 
-_LOOK = 0.05
-"""Seconds between two looks at whether a waiting caller has gone."""
-_PATIENCE = 60.0
+PATIENCE = 60.0
 """Seconds of waiting after which the log says so."""
+
+_LOOK = 0.05  # seconds between two looks at whether a waiting caller has gone
 
 
 class RequestLimit:
@@ -60,7 +60,7 @@ class RequestLimit:
             self._call()
 
     def _call(self) -> None:
-        """RequestLimit that are free go to those who wait."""
+        """Free seats go to those who wait."""
         while self._free and self._queue:
             self._free -= 1
             try:
@@ -74,7 +74,7 @@ class RequestLimit:
             if cancel is not None and cancel.is_set():
                 return False
             waited += _LOOK
-            if waited >= _PATIENCE > waited - _LOOK:
+            if waited >= PATIENCE > waited - _LOOK:
                 log.warning("a request waits for one of %d in flight to end; is a stream left open?", self.limit)
         return True
 

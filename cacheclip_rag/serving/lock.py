@@ -48,3 +48,8 @@ class FairLock:
     @property
     def idle(self) -> bool:
         return not self._busy
+
+    @property
+    def waiting(self) -> int:
+        """How many callers wait for it."""
+        return len(self._queue)

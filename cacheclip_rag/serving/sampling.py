@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
 from ..errors import ConfigurationError
+
+log = logging.getLogger("cacheclip_rag")
 
 
 def _whole(value: Any) -> bool:
@@ -64,6 +67,13 @@ _ELSEWHERE: Mapping[str, tuple[Any, str]] = {
 """Options that ask for another loop than ours: the value that does not, and what to do instead."""
 
 
+EFFECTIVE = {*OPTIONS, *PASSED, "min_length", "pad_token_id", "bos_token_id", "forced_bos_token_id"}
+"""All options that our decoding loop heeds: they become logits processors and stopping criteria of transformers."""
+
+_FILTERS = ("top_p", "top_k", "min_p", "typical_p")
+"""Options that sampling alone heeds."""
+
+
 def check(name: str, value: Any, option: str | None = None) -> None:
     """Raises ConfigurationError unless ``value`` makes sense for the ``option``, which the caller calls ``name``."""
     valid, wanted = OPTIONS[option or name]
@@ -84,6 +94,9 @@ def decoding(options: Mapping[str, Any]) -> dict[str, Any]:
             check(name, value)
     if settled.get("temperature") and "do_sample" not in settled:
         settled["do_sample"] = True
+    idle = [f"{name}={settled[name]!r}" for name in _FILTERS if settled.get(name) is not None]
+    if idle and "do_sample" not in settled and settled.get("temperature") is None:
+        log.warning("%s: no effect in greedy decoding; to sample, give a temperature above 0", ", ".join(idle))
     if settled.get("do_sample") and settled.get("temperature") == 0:
         raise ConfigurationError("do_sample=True needs a temperature above 0; greedy decoding is do_sample=False")
     if not settled.setdefault("do_sample", False):

@@ -19,8 +19,9 @@ LOW_WATER = 0.9
 """Eviction goes down to this share of the cap, so that it does not run at every put."""
 STALE = 3600.0
 """Seconds after which a temporary file is taken for a crashed process's, and a damaged file is dropped."""
+PATIENCE = 10.0
+"""Seconds for another process to finish making room."""
 
-_PATIENCE = 10.0  # seconds for another process to finish making room
 _AT_ONCE = 1.0  # seconds, or as long as counting took, of removing more than is needed
 _NOTE = len(b"%020d %020d\n" % (0, 0))
 _CHUNK = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -70,7 +71,7 @@ class SharedCap:
 
         Raises TimeoutError when another one keeps everybody waiting for ``patience`` seconds.
         """
-        patience = _PATIENCE if patience is None else patience
+        patience = PATIENCE if patience is None else patience
         if not self._threads.acquire(timeout=patience):
             raise TimeoutError("another thread keeps the store busy")
         try:

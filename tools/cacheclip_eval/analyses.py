@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cacheclip_rag.compute import LayerInput
 from cacheclip_rag.engine import Engine
 from cacheclip_rag.methods.auxiliary import Auxiliary
-from cacheclip_rag.methods.select import top
-from cacheclip_rag.model.attention import AttentionProbe
+from cacheclip_rag.methods.scores import AttentionScores
+from cacheclip_rag.methods.select.budget import top
 from cacheclip_rag.model.rotary import PerTokenRotation
-from cacheclip_rag.prefill.compose import Prefill
+from cacheclip_rag.prefill.result import Prefill
 
 from .data import Item, prompt
 
@@ -28,17 +29,17 @@ EPSILON = 1e-8  # keeps the KL finite where a model pays a token no attention at
 
 
 class _ByLayer:
-    """A probe that keeps every layer's scores apart."""
+    """A hook that keeps every layer's scores apart."""
 
     def __init__(self, rows: Tensor, columns: Tensor, layers: Sequence[int]) -> None:
         self.layers = frozenset(layers)
-        self._probes = {layer: AttentionProbe(rows, columns, [layer]) for layer in layers}
+        self._each = {layer: AttentionScores(rows, columns, [layer]) for layer in layers}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
-        self._probes[layer](layer, query, key, rows, scaling)
+    def __call__(self, at: LayerInput) -> None:
+        self._each[at.layer](at)
 
     def scores(self) -> dict[int, Tensor]:
-        return {layer: probe.scores.cpu() for layer, probe in self._probes.items()}
+        return {layer: each.scores.cpu() for layer, each in self._each.items()}
 
 
 def agreement(
@@ -95,11 +96,11 @@ def _attention(engine: Engine, full: Prefill, question: str, context: Tensor) ->
     assert full.canvas is not None
     at = layout.prompt.rfind(question)
     rows = ((layout.offsets[:, 0] < at + len(question)) & (layout.offsets[:, 1] > at)).nonzero()[:, 0]
-    probe = _ByLayer(rows.to(backbone.device), context.to(backbone.device), backbone.full_layers)
+    hook = _ByLayer(rows.to(backbone.device), context.to(backbone.device), backbone.full_layers)
     # Computing the last rows again changes nothing on the canvas, and shows what they attend to.
     again = torch.arange(int(rows[0]), len(layout))
-    backbone.forward(layout.ids[again], again, full.canvas, logits=0, probe=probe)
-    return probe.scores()
+    backbone.forward(layout.ids[again], again, full.canvas, logits=0, hooks=[hook])
+    return hook.scores()
 
 
 def _mapped(prefill: Prefill, texts: Sequence[str], results: Sequence[Any]) -> Tensor:
@@ -138,28 +139,16 @@ def deviation(
         if not len(rows):
             log.warning("%s is left out: it has no passages that are chunks", item.id)
             continue
-        # [L, Hk, C, D] -> [L, C], a layer at a time
+        # [C, Hk, D] -> [C], a layer at a time
         distances = torch.stack(
-            [
-                (full.canvas.keys[layer, 0][:, rows].float() - stale.canvas.keys[layer, 0][:, rows].float())
-                .norm(dim=-1)
-                .mean(dim=0)
-                .cpu()
-                for layer in range(engine.backbone.layers)
-            ]
+            [_change(full, stale, layer, rows)[0].norm(dim=-1).mean(dim=1) for layer in range(engine.backbone.layers)]
         )
         place = _place(stale.layout.chunk[rows], bins)
         budget = max(1, int(ratio * len(rows)))
         best = [set(top(d, budget).tolist()) for d in distances]
         back, groups = PerTokenRotation(engine.backbone.rotary, -rows), stale.layout.chunk[rows]
         for layer, d in enumerate(distances):
-            keys, values = (
-                (whole[layer, 0][:, rows].float() - reused[layer, 0][:, rows].float()).cpu()
-                for whole, reused in (
-                    (full.canvas.keys, stale.canvas.keys),
-                    (full.canvas.values, stale.canvas.values),
-                )
-            )
+            keys, values = _change(full, stale, layer, rows)
             yield {
                 "id": item.id,
                 "method": method,
@@ -168,17 +157,25 @@ def deviation(
                 "mean": float(d.mean()),
                 "by_place": [float(d[place == b].mean()) if bool((place == b).any()) else None for b in range(bins)],
                 "overlap": [len(best[layer] & other) / budget for other in best],
-                "shared_keys": _shared(back(keys, layer), groups) if layer else None,
-                "shared_values": _shared(values, groups) if layer else None,
+                "shared_keys": shared_part(back(keys, layer), groups) if layer else None,
+                "shared_values": shared_part(values, groups) if layer else None,
             }
 
 
-def _shared(change: Tensor, groups: Tensor) -> float:
-    """The share of the squares of ``change [Hk, C, D]`` that is its groups' means'; ``groups [C]`` int64."""
+def _change(full: Prefill, stale: Prefill, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[C, Hk, D]`` float32 of a full prefill less the reused ones, at ``rows [C]`` of one layer."""
+    assert full.canvas is not None and stale.canvas is not None
+    pairs = zip(full.canvas.placed(layer), stale.canvas.placed(layer), strict=True)
+    keys, values = ((whole[rows].float() - reused[rows].float()).cpu() for whole, reused in pairs)
+    return keys, values
+
+
+def shared_part(change: Tensor, groups: Tensor) -> float:
+    """The share of the squares of ``change [C, Hk, D]`` that is its groups' means'; ``groups [C]`` int64."""
     number = groups.unique(return_inverse=True)[1]
-    sums = change.new_zeros(change.shape[0], int(number.max()) + 1, change.shape[2]).index_add_(1, number, change)
-    means = sums / torch.bincount(number)[:, None]
-    return float(means[:, number].square().sum() / change.square().sum().clamp_min(1e-12))
+    sums = change.new_zeros(int(number.max()) + 1, *change.shape[1:]).index_add_(0, number, change)
+    means = sums / torch.bincount(number)[:, None, None]
+    return float(means[number].square().sum() / change.square().sum().clamp_min(1e-12))
 
 
 def _place(chunk: Tensor, bins: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cacheclip_rag.engine import Engine
 from cacheclip_rag.methods.auxiliary import Auxiliary
-from cacheclip_rag.prefill.compose import Prefill
+from cacheclip_rag.prefill.result import Prefill
 from cacheclip_rag.verification import kl
 
 from . import access, metrics, rows
@@ -52,12 +52,12 @@ def answers(
         try:
             if row["system"] == "full":
                 answer = _text(engine, reference.answer)
-                done = row | _scores(item, answer, answer, 0.0) | reference.numbers
+                done = row | scores(item, answer, answer, 0.0) | reference.numbers
                 done |= {"stored_bytes": 0, "stored_tokens": 0, "auxiliary_bytes": 0}
             else:
                 system = systems[row["system"]]
                 engine.auxiliary = system.auxiliary or own
-                done = row | _measure(engine, item, text, system, reference, row["max_new_tokens"])
+                done = row | measure(engine, item, text, system, reference, row["max_new_tokens"])
         except Exception as error:
             done = _failed(row, error)
         yield done
@@ -68,7 +68,7 @@ def _failed(row: Row, error: Exception, where: str = "") -> Row:
     return row | {"error": f"{where}{type(error).__name__}: {error}"}
 
 
-def _measure(
+def measure(
     engine: Engine, item: Item, text: str, system: System, reference: Reference, max_new_tokens: int
 ) -> dict[str, Any]:
     chunks, method = [passage.chunk for passage in item.passages], system.recipe
@@ -80,7 +80,7 @@ def _measure(
         text, question=item.question, method=method, recompute_ratio=system.ratio, room=max_new_tokens + 1
     )
     logits = prefill.forced(reference.answer)
-    answer = _text(engine, _decode(engine, prefill, reference.answer, logits, max_new_tokens))
+    answer = _text(engine, decode(engine, prefill, reference.answer, logits, max_new_tokens))
     compared = logits[: len(reference.logits)].bfloat16().cpu()
     if method.ahead:
         size = access.stored(engine.library_of(method), chunks, method.fit)
@@ -89,7 +89,7 @@ def _measure(
     helper = engine.auxiliary if method.select.needs_auxiliary else None
     aside = access.stored(helper.library, chunks) if helper is not None else (0, 0)
     return {
-        **_scores(item, answer, _text(engine, reference.answer), kl(reference.logits, compared)),
+        **scores(item, answer, _text(engine, reference.answer), kl(reference.logits, compared)),
         **measured(prefill.report),
         "stored_bytes": size and size[0],
         "stored_tokens": size and size[1],
@@ -97,7 +97,7 @@ def _measure(
     }
 
 
-def _decode(
+def decode(
     engine: Engine, prefill: Prefill, forced: Sequence[int], logits: Tensor, max_new_tokens: int
 ) -> Sequence[int]:
     """The greedy answer. As long as it is the forced one, its steps have been taken; later ones write over the rest."""
@@ -130,7 +130,7 @@ def score(item: Item, text: str) -> float:
     return metrics.f1(text, item.answers)
 
 
-def _scores(item: Item, text: str, full: str, distance: float) -> dict[str, Any]:
+def scores(item: Item, text: str, full: str, distance: float) -> dict[str, Any]:
     """An answer against the item's answers, and against full prefill's."""
     return {
         "answer": text,

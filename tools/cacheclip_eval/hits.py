@@ -13,7 +13,7 @@ from cacheclip_rag.kv.prefix_caching import PrefixCaching
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.model.canvas import Canvas
-from cacheclip_rag.prefill.compose import document_borders
+from cacheclip_rag.prefill.reading import borders_of
 from cacheclip_rag.prompt import ChunkIndex
 
 from .data import Item, prompt
@@ -50,7 +50,7 @@ def hits(
         text = prompt(item, backbone)
         spans = index.find(text)
         tokens = backbone.tokenise_prompt(text, [(span.start, span.end) for span in spans])
-        borders = document_borders(tokens, spans)
+        borders = borders_of(tokens, spans)
         canvas = Canvas(1, 1, 1, len(tokens), dtype=torch.int8, device="cpu")
         canvas.length = len(tokens)
         for name, cache in caches.items():

@@ -41,7 +41,7 @@ _SHAPES = {  # keys (of vt: variables), values a key, keys asked for
 TASKS: tuple[str, ...] = tuple(_SHAPES)
 
 # No word of a key is prose, and none begins or ends another, so that no key occurs in another.
-_KEYS = (
+KEYS = (
     "amber brisk cobalt dusky eager frosty gentle hollow ivory jolly keen lunar mellow nimble opaque placid quaint "
     "rustic silent tender urban velvet wistful young zesty",
     "anchor beacon cactus dolphin ember falcon glacier hammock island jigsaw kettle lagoon magnet nutmeg orchid "
@@ -188,7 +188,7 @@ def _item(
 
 
 def _magic(rng: random.Random, text: str, keys: int, values_each: int, queries: int) -> _Riddle:
-    adjectives, nouns = (words.split() for words in _KEYS)
+    adjectives, nouns = (words.split() for words in KEYS)
     names = _distinct(lambda: f"{_pick(rng, adjectives)}-{_pick(rng, nouns)}", keys, text)
     values = _distinct(lambda: str(1_000_000 + int(rng.random() * 9_000_000)), keys * values_each, text)
     needles = [f"One of the special magic numbers for {names[i // values_each]} is: {v}." for i, v in enumerate(values)]

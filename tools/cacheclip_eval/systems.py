@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from cacheclip_rag import spec
+from cacheclip_rag.deprecation import warn
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.methods import FUSED, Method, check_ratio, resolve
+from cacheclip_rag.methods import FUSED, METHODS, Method, check_ratio, resolve
 from cacheclip_rag.methods.auxiliary import Auxiliary
+from cacheclip_rag.methods.table import RENAMED
 
 from .contexts import SOURCES, Meet
 
@@ -61,18 +63,44 @@ class _Spec:
         return f"{self.name}{ratio}{':' if parameters else ''}{parameters}"
 
 
+VARIANTS = (
+    "cacheclip:layers=upper",
+    "cacheclip:auxiliary=qwen2.5-coder-0.5b-instruct",
+    "infoflow:reorder=True",
+    "naive:context=prompts",
+    "auto:context=prompts",
+    "auto:carry=0,context=prompts",
+    "auto:context=use",
+    "auto@0.15:carry=0,fused=False",
+    "auto@0.15:fused=False",
+)
+"""What `ALL` compares beside the methods as they stand: options worth a row of their own, and fused chunks."""
+
+ALL = "all"
+
+
+def everything() -> list[str]:
+    """Every registered method that reuses chunks by themselves, and the `VARIANTS`.
+
+    Full prefill always runs; prefix caching gives its answers; a method that takes fused variants needs a ``context``.
+    """
+    plain = [name for name, m in METHODS.items() if m.strategy in ("compose", "harvest") and m.fit is None]
+    return [*plain, *VARIANTS]
+
+
 def parse(specs: Sequence[str], ratio: float | None = None, sweeps: Sequence[str] = ()) -> list[System]:
     """The systems of ``specs``, labelled as they are written (parameters sorted), each once.
 
-    ``ratio`` is for the methods that recompute a share of their own and are not given one; those that find out what a
-    prompt needs go on doing so. A sweep,
-    ``name=value,value,...``, makes one system a value of every method that has the parameter and is not given it;
-    several sweeps multiply. Plain ``full`` is left out: it always runs. Values are Python's, or plain words; a prefix
-    is one of `spec.PREFIXES`, or quoted text. ``auxiliary=NAME`` takes another auxiliary model.
+    ``all`` stands for `everything`. ``ratio`` is for the methods that recompute a share of their own and are not given
+    one; those that find out what a prompt needs go on doing so. A sweep, ``name=value,value,...``, makes one system a
+    value of every method that has the parameter and is not given it; several sweeps multiply. Plain ``full`` is left
+    out: it always runs. Values are Python's, or plain words; a prefix is one of `spec.PREFIXES`, or quoted text.
+    ``auxiliary=NAME`` takes another auxiliary model.
 
     Raises ConfigurationError, naming what is valid.
     """
-    written = [_spec(text) for text in specs]
+    named = [text for spec in specs for text in (everything() if spec == ALL else [spec])]
+    written = [_spec(text) for text in named]
     for text in sweeps:
         written = _swept(written, text)
     if ratio is not None:
@@ -86,13 +114,22 @@ def parse(specs: Sequence[str], ratio: float | None = None, sweeps: Sequence[str
 
 def _spec(text: str) -> _Spec:
     name, parameters = spec.parse(text)
+    parameters = {_current(name): value for name, value in parameters.items()}
     name, at, ratio = name.partition("@")
     return _Spec(name.strip(), _ratio(ratio) if at else None, parameters)
 
 
+def _current(name: str) -> str:
+    """A parameter's name; of a former one the new."""
+    new = (RENAMED | {"company": CONTEXT}).get(name, name)
+    if new != name:
+        warn(f"the parameter {name}", new)
+    return new
+
+
 def _swept(specs: Sequence[_Spec], text: str) -> list[_Spec]:
     name, _, rest = text.partition("=")
-    name, values = name.strip(), spec.split(rest)
+    name, values = _current(name.strip()), spec.split(rest)
     if not name or not values:
         raise ConfigurationError(f'"{text}": a sweep is written name=value,value,...')
 

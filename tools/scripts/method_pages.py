@@ -1,9 +1,17 @@
-"""A page of the documentation for each method, made from its docstrings. A hook of mkdocs (see mkdocs.yml)."""
+"""The documentation of methods, made from the table of methods: a page for each, and the overview in docs/methods.md.
+
+    python tools/scripts/method_pages.py          write the overview
+    python tools/scripts/method_pages.py --check  fail if it says something else than the table of methods
+
+The pages are made while the site is built: this is a hook of mkdocs (see mkdocs.yml).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 PARTS = {
@@ -12,8 +20,36 @@ PARTS = {
     "recompute": "How they are recomputed",
     "attend": "How the context is weighed",
     "fit": "Which variant is placed",
-    "exact": "Exact reuse",
+    "prefix_cache": "Prefix caching",
 }
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+BEGIN, END = "<!-- methods: written by tools/scripts/method_pages.py -->", "<!-- /methods -->"
+
+
+def overview() -> str:
+    """A row a method: its name, what it does, and the ratio it takes by default."""
+    from cacheclip_rag.methods import METHODS
+
+    rows = ["| name | what it does (source) | default ratio |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        ratio = "–" if method.strategy in ("full", "prefix") else f"{method.recompute_ratio:g}"
+        if method.fitted_ratio is not None:
+            ratio += f" to {method.fitted_ratio:g}"
+        rows.append(f"| `{name}` | {method.about} | {ratio} |")
+    return "\n".join(rows)
+
+
+def main(check: bool) -> int:
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    now = f"{before}{BEGIN}\n\n{overview()}\n\n{END}{rest.partition(END)[2]}"
+    if check and now != page:
+        print("docs/methods.md is out of date: python tools/scripts/method_pages.py")
+        return 1
+    PAGE.write_text(now, encoding="utf-8")
+    return 0
 
 
 def pages() -> dict[str, str]:
@@ -25,7 +61,16 @@ def pages() -> dict[str, str]:
 
 def page(method: Any) -> str:
     """The recipe, then each of its parts: what it does and its parameters, as its docstring and fields say."""
-    lines = [f"# {method.name}", "", f"`{method!r}`", "", f"Default recompute ratio: {method.recompute_ratio:g}.", ""]
+    lines = [
+        f"# {method.name}",
+        "",
+        f"{method.about[:1].upper()}{method.about[1:]}.",
+        "",
+        f"`{method!r}`",
+        "",
+        f"Default recompute ratio: {method.recompute_ratio:g}.",
+        "",
+    ]
     if method.positions != "global":
         lines += [f"Positions: {method.positions}.", ""]
     for name, title in PARTS.items():
@@ -56,3 +101,7 @@ def on_files(files: Any, config: Any) -> Any:
     for name, text in pages().items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ...chunks import ChunkKV
-from ...model.backbone import Backbone
-from ...model.tokenizer import Tokens
+from ...prompt import Tokens
+
+if TYPE_CHECKING:
+    from ...model.backbone import Backbone
 
 Front = tuple[Tensor, Tensor] | None
 """Keys and values ``[L, Hk, P, D]`` at positions 0.. of what a chunk is encoded behind; None for nothing."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...chunks import ChunkKV
 from ...errors import ConfigurationError
-from ...model.backbone import Backbone
 from .base import Front, Text, encode_behind
+
+if TYPE_CHECKING:
+    from ...model.backbone import Backbone
 
 
 @dataclass(frozen=True)

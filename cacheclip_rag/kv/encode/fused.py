@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ...chunks import ChunkKV
-from ...model.backbone import Backbone
-from ...model.tokenizer import Tokens
+from ...prompt import Tokens
 from .base import Encoder, Front
+
+if TYPE_CHECKING:
+    from ...model.backbone import Backbone
 
 
 def fused(
@@ -18,7 +21,7 @@ def fused(
     contexts: Sequence[Sequence[ChunkKV]],
     prefix: Front,
 ) -> list[ChunkKV]:
-    """``KV(C_i) = prefill(C_i | S, KV(C_a), KV(C_b), ...)``: each encoded anew behind its context, in one go.
+    """``KV(C_i) = prefill(C_i | S, KV(C_a), KV(C_b), ...)``: each encoded anew behind its context, all in one forward.
 
     ``prefix`` is the KV of S, ``[L, Hk, P, D]``; a context are chunks encoded by themselves behind it, in the order
     they shall stand in: their KV is taken as it is (one hop), its keys rotated so that positions are contiguous. The
@@ -38,6 +41,6 @@ def joined(backbone: Backbone, prefix: Front, chunks: Sequence[ChunkKV]) -> Fron
     if prefix is not None:
         canvas.write(0, *prefix)
     for chunk in chunks:
-        canvas.place(chunk, slice(0, len(chunk)), row, backbone.rotary)
+        canvas.place(chunk, slice(0, len(chunk)), row)
         row += len(chunk)
     return canvas.keys[:, 0], canvas.values[:, 0]

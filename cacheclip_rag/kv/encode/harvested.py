@@ -6,17 +6,20 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...chunks import ChunkKV
+from ...compute import LayerInput, visible
 from ...errors import PromptError
-from ...model.attention import visible
-from ...model.backbone import Backbone
 from ...spec import at_least
 from .base import Front, Text
 from .isolated import Isolated
+
+if TYPE_CHECKING:
+    from ...model.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Harvested(Isolated):
     chunks: int = 100
     variants: int = 5
     alpha: float = 1.0
+
+    strategy: ClassVar[str] = "harvest"
 
     def __post_init__(self) -> None:
         at_least(1, chunks=self.chunks, variants=self.variants)
@@ -135,10 +140,10 @@ def disorder(old: Sequence[str], new: Sequence[str]) -> float:
 
 @dataclass(eq=False)
 class ChunkMass:
-    """A probe that sums, for every row, the attention it pays to each chunk: ``mass [T, chunks]`` float32.
+    """A hook that sums, for every row of a full prefill, the attention it pays to each chunk: ``mass [T, chunks]``.
 
-    ``groups [T]`` int64: the chunk of every slot, -1 for none. The mean over heads and the layers looked at.
-    Rows come in blocks, so that no whole attention matrix exists. ``window``: the layers' sliding window, if any.
+    ``groups [T]`` int64: the chunk of every slot, -1 for none. Float32, the mean over heads and the ``layers`` looked
+    at. Rows come in blocks, so that no whole attention matrix exists. ``window``: the layers' sliding window, if any.
     """
 
     groups: Tensor
@@ -148,21 +153,17 @@ class ChunkMass:
     block: int = 128
 
     def __post_init__(self) -> None:
-        self.mass = torch.zeros(len(self.groups), int(self.groups.max()) + 1, device=self.groups.device)
+        size = len(self.groups), int(self.groups.max()) + 1
+        self.mass = torch.zeros(size, dtype=torch.float32, device=self.groups.device)
         self._one_hot = torch.nn.functional.one_hot(self.groups + 1)[:, 1:].float()
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
-        queries = query[0].float().unflatten(0, (key.shape[1], -1))
-        keys = key[0].float().unsqueeze(1)
-        for start in range(0, len(rows), self.block):
-            mine = rows[start : start + self.block]
-            logits = queries[:, :, start : start + self.block] @ keys.mT * scaling
-            paid = (
-                logits.masked_fill_(~visible(mine, key.shape[2], self.window), float("-inf"))
-                .softmax(dim=-1)
-                .mean(dim=(0, 1))
-            )
-            self.mass[mine] += paid @ self._one_hot[: key.shape[2]] / len(self.layers)
+    def __call__(self, at: LayerInput) -> None:
+        keys = at.key.float().transpose(0, 1).unsqueeze(1)  # [Hk, 1, T, D]
+        for rows, query in zip(at.rows.split(self.block), at.query.float().split(self.block), strict=True):
+            logits = query.transpose(0, 1).unflatten(0, (len(keys), -1)) @ keys.mT * at.scaling  # [Hk, G, R, T]
+            hidden = ~visible(rows, keys.shape[2], self.window)
+            paid = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1).mean(dim=(0, 1))
+            self.mass[rows] += paid @ self._one_hot[: keys.shape[2]] / len(self.layers)
 
 
 def harvest(

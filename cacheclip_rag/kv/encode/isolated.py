@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...chunks import ChunkKV
-from ...model.backbone import Backbone
 from .base import Front, Text, encode_behind
+
+if TYPE_CHECKING:
+    from ...model.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reuse that changes nothing: KV of the very tokens that stood before. One cache a file."""
+"""Prefix caching: KV of the very tokens that stood before. One cache a file."""
 
 from .base import PrefixCache, PrefixCaching
 from .blocks import PrefixBlocks

@@ -1,13 +1,14 @@
-"""What exact reuse is."""
+"""What prefix caching is: reuse of KV behind the very same tokens, which changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
-from ...model.canvas import Canvas
+if TYPE_CHECKING:
+    from ...model.canvas import Canvas
 
 
 class PrefixCache(Protocol):
@@ -24,10 +25,12 @@ class PrefixCache(Protocol):
         """
 
     def keep(self, ids: Tensor, borders: Sequence[int], canvas: Canvas, seconds_per_token: float) -> None:
-        """Keep what a finished prefill left on ``canvas``, every row of which is exact."""
+        """Keep what a finished prefill left on ``canvas``, every row of which was computed or came from here."""
 
 
 class PrefixCaching(Protocol):
-    """Makes a cache. Frozen dataclasses."""
+    """One way of prefix caching: makes a cache. Frozen dataclasses."""
+
+    strategy: ClassVar[str]
 
     def open(self) -> PrefixCache: ...

@@ -6,12 +6,15 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ...model.canvas import Canvas
 from ...spec import at_least
 from .base import PrefixCache
+
+if TYPE_CHECKING:
+    from ...model.canvas import Canvas
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class PrefixBlocks:
 
     block: int = 16
     capacity_bytes: int = 1 << 30
+
+    strategy: ClassVar[str] = "prefix"
 
     def __post_init__(self) -> None:
         at_least(1, block=self.block, capacity_bytes=self.capacity_bytes)

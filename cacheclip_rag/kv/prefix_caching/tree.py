@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ...model.canvas import Canvas
 from ...spec import at_least
 from .base import PrefixCache
+
+if TYPE_CHECKING:
+    from ...model.canvas import Canvas
 
 
 @dataclass(frozen=True)
 class DocumentTree:
-    """Nodes are documents, each with its KV behind the documents on the way to it; the root is the prompt's head.
+    """Nodes are documents, each with its KV behind the documents on the way to it; the root is the prompt's preamble.
 
     Leaves are evicted by PGDSF: ``priority = clock + frequency * seconds`` that a token of the node took to compute;
     the clock is the priority of what was evicted last, so that old fame fades. Left out: two tiers, speculative
@@ -23,6 +26,8 @@ class DocumentTree:
     """
 
     capacity_bytes: int = 1 << 30
+
+    strategy: ClassVar[str] = "prefix"
 
     def __post_init__(self) -> None:
         at_least(1, capacity_bytes=self.capacity_bytes)
@@ -95,7 +100,7 @@ class _Tree:
 
 
 def _segments(ids: Tensor, borders: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
-    """The prompt's head, then each document with what follows it up to the next: ``(start, stop, token bytes)``."""
+    """The prompt's preamble, then each document with what follows it up to the next: ``(start, stop, token bytes)``."""
     for start, stop in pairwise([0, *borders]):
         if stop > start:
             yield start, stop, ids[start:stop].numpy().tobytes()

@@ -7,14 +7,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...model.attention import Shape
+from ...compute import ScoreMod
 from ..request import Request
 
 
 class Attend(Protocol):
-    """Makes one request's `Shape`. Frozen dataclasses."""
+    """Makes one request's score modification. Frozen dataclasses."""
 
-    def shape(self, request: Request, chosen: Tensor) -> Shape | None:
+    def score_mod(self, request: Request, chosen: Tensor) -> ScoreMod | None:
         """How rows weigh what they see, now that ``chosen [k]`` rows will be recomputed; None for plain attention."""
 
 
@@ -22,5 +22,5 @@ class Attend(Protocol):
 class Plain:
     """Softmax over everything a row sees."""
 
-    def shape(self, request: Request, chosen: Tensor) -> Shape | None:
+    def score_mod(self, request: Request, chosen: Tensor) -> ScoreMod | None:
         return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...compute import ScoreMod
 from ...errors import ConfigurationError
-from ...model.attention import ScaledContext, Shape
 from ...spec import at_least
 from ..request import Request
 
@@ -37,7 +40,7 @@ class Scaled:
             raise ConfigurationError(f"scale must not be below 0, not {self.scale}; 1 changes nothing")
         at_least(0, first=self.first)
 
-    def shape(self, request: Request, chosen: Tensor) -> Shape | None:
+    def score_mod(self, request: Request, chosen: Tensor) -> ScoreMod | None:
         mass = self.scale * self.temperature if self.mass is None else self.mass
         if self.temperature == 1.0 and mass == 1.0:
             return None
@@ -47,4 +50,33 @@ class Scaled:
         context[chosen] = False
         if not bool(context.any()):
             return None
-        return ScaledContext(context.to(request.backbone.device), self.temperature, mass, first=self.first, start=start)
+        device = request.computer.device
+        return ScaledContext(context.to(device), self.temperature, mass, first_layer=self.first, start=start)
+
+
+class ScaledContext:
+    """``softmax over [z_C / T + (s - 1) LSE(z_C / T), z_O]``: sharper inside the context, the context lighter overall.
+
+    ``context [n]`` bool marks the slots of C, everything else is O; ``temperature`` = T; ``mass`` = s, the factor on
+    the context's log-sum-exp; rows before the slot ``start`` attend plainly. One softmax that equals the published
+    merge of two, since ``sum_j exp(z_Cj + (s - 1) LSE_C) = exp(s LSE_C)``. A row that sees nothing of C is not changed.
+    Source: APE (arXiv 2502.05431), section 4; PSR (arXiv 2603.20218) with C = what was not recomputed.
+    """
+
+    def __init__(
+        self, context: Tensor, temperature: float, mass: float, *, first_layer: int = 0, start: int = 0
+    ) -> None:
+        self.context, self.temperature, self.mass = context, temperature, mass
+        self.first_layer, self.start = first_layer, start
+
+    def prepare(self, blocks: Iterator[tuple[Tensor, Tensor]]) -> None:
+        return None
+
+    def probabilities(self, logits: Tensor, rows: Tensor, plan: None) -> Tensor:
+        missing = logits.shape[-1] - len(self.context)  # slots that decoding added
+        inside = F.pad(self.context, (0, missing)) if missing > 0 else self.context[: logits.shape[-1]]
+        sharp = logits / self.temperature
+        total = sharp.masked_fill(~inside, float("-inf")).logsumexp(dim=-1, keepdim=True)
+        shift = torch.where(total.isinf(), 0.0, (self.mass - 1.0) * total)
+        shaped = torch.where(inside, sharp + shift, logits)
+        return torch.where((rows >= self.start)[:, None], shaped, logits).softmax(dim=-1)

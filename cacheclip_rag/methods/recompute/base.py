@@ -1,25 +1,32 @@
-"""What carries rows through the layers."""
+"""What a recompute step is."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...model.attention import Shape
+from ...compute import ScoreMod
 from ..request import Request
 
 
+@dataclass(frozen=True, eq=False)
+class Recomputed:
+    """The ``logits [1, V]`` of the prompt's last token, and what happened to placed rows, each sorted, int64.
+
+    ``rows [k]``: their stored KV was replaced in at least one layer; ``adjusted [m]``: it was changed without being
+    computed.
+    """
+
+    logits: Tensor
+    rows: Tensor
+    adjusted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
 class Recompute(Protocol):
-    """Computes the fresh rows and the chosen ones on the request's canvas. Frozen dataclasses."""
+    """Computes the fresh rows and the chosen ones in the request's workspace. Frozen dataclasses."""
 
-    def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
-        """``chosen [k]``: the selector's rows. Returns the logits ``[1, V]`` of the prompt's last token and the rows
-        ``[k']``, sorted, whose stored KV was replaced in at least one layer.
-        """
-
-
-def merge_rows(request: Request, chosen: Tensor) -> Tensor:
-    """The fresh rows and the chosen ones, sorted."""
-    return torch.cat([request.fresh, chosen]).sort().values
+    def run(self, request: Request, chosen: Tensor, score_mod: ScoreMod | None) -> Recomputed:
+        """``chosen [k]``: the selector's rows."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...compute import LayerInput, ScoreMod
 from ...errors import ConfigurationError
-from ...model.attention import Shape
-from ...model.rotary import PerTokenRotation
 from ..request import Request
-from .once import Once
+from .base import Recomputed
+from .once import Once, compute
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Carry:
     where they do not, and none counts for more than another. With the plain mean, few tokens whose KV changes wholly
     (those that were looked at by default and no longer are) turned some right answers into wrong ones (docs/log.md).
 
-    Chunks that are fused are left as they are, and tell nothing: the context they met has moved them already. Where all
-    behind the first are fused nothing is carried at all, since what stands in front of the first is the prompt's head
-    only. ``carry=0`` is `Once`. Our own.
+    Fused chunks are left as they are and contribute nothing: the chunks they were computed behind have moved them
+    already. Where all chunks but the first are fused nothing is carried, since only the prompt's prefix stands in front
+    of the first. ``carry=0`` is `Once`. Our own.
     """
 
     carry: float = 0.5
@@ -45,45 +45,51 @@ class Carry:
         if not self.carry >= 0.0 or not self.weight >= 0.0:
             raise ConfigurationError(f"carry and weight must be at least 0, not {self.carry} and {self.weight}")
 
-    def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
+    def run(self, request: Request, chosen: Tensor, score_mod: ScoreMod | None) -> Recomputed:
         alone = torch.tensor([chunk is not None and not chunk.context for chunk in request.chunks], dtype=torch.bool)
         rest = request.rows[~torch.isin(request.rows, chosen)]
         seen, rest = (rows[alone[request.layout.chunk[rows]]] for rows in (chosen, rest))
         fused = not alone.all() and not alone[1:].any()
         if not self.carry or fused or not len(seen) or not len(rest):
-            return Once().run(request, chosen, shape)
-        with request.canvas.amended(_Carried(request, seen, rest, self.carry, self.weight)):
-            return Once().run(request, chosen, shape)
+            return Once().run(request, chosen, score_mod)
+        logits = compute(request, chosen, score_mod, hooks=[CarryOver(request, seen, rest, self.carry, self.weight)])
+        return Recomputed(logits, chosen, adjusted=rest)
 
 
-class _Carried:
-    """An `Amend`: moves the rows ``rest [m]`` of each layer by what is about to be written at ``chosen [k]``."""
+class CarryOver:
+    """A hook that moves the rows ``rest [m]`` of each layer by what recomputing changes at ``chosen [k]``."""
+
+    layers = None
 
     def __init__(self, request: Request, chosen: Tensor, rest: Tensor, carry: float, weight: float) -> None:
-        device, layout = request.backbone.device, request.layout
+        computer, layout, positions = request.computer, request.layout, request.positions
+        device = computer.device
         self._chosen, self._rest = chosen.to(device), rest.to(device)
-        rotary, positions = request.backbone.rotary, request.positions
-        self._back, self._there = (
-            PerTokenRotation(rotary, -positions[chosen].to(device)),
-            PerTokenRotation(rotary, positions[rest].to(device)),
-        )
+        self._to_zero = computer.rotation(-positions[chosen].to(device))
+        self._to_place = computer.rotation(positions[rest].to(device))
         self._groups, self._targets = layout.chunk[chosen].to(device), layout.chunk[rest].to(device)
-        self._counts = torch.bincount(self._groups, minlength=len(layout.spans))[:, None]
+        self._counts = torch.bincount(self._groups, minlength=len(layout.spans))[:, None, None]
         self._carry, self._weight = carry, weight
 
-    def __call__(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor]) -> None:
-        mine = torch.searchsorted(rows, self._chosen)
-        change = new[0][:, mine].float() - keys[:, self._chosen].float()
-        keys[:, self._rest] += self._there(self._mean(self._back(change, layer)), layer).to(keys.dtype)
-        change = new[1][:, mine].float() - values[:, self._chosen].float()
-        values[:, self._rest] += self._mean(change).to(values.dtype)
+    def __call__(self, at: LayerInput) -> None:
+        mine = torch.searchsorted(at.rows, self._chosen)
+        keys, values = at.workspace.placed(at.layer)
+        key_change = at.key[mine].float() - keys[self._chosen].float()
+        value_change = at.value[mine].float() - values[self._chosen].float()
+        moved = self._to_place(self._mean(self._to_zero(key_change, at.layer)), at.layer)
+        at.workspace.write_layer(
+            at.layer,
+            self._rest,
+            keys[self._rest] + moved.to(keys.dtype),
+            values[self._rest] + self._mean(value_change).to(values.dtype),
+        )
 
     def _mean(self, change: Tensor) -> Tensor:
-        """``[Hk, k, D]`` float32 of the chosen rows to ``[Hk, m, D]`` for the rest: their chunks' means."""
+        """``[k, Hk, D]`` float32 of the chosen rows to ``[m, Hk, D]`` for the rest: their chunks' means."""
         length = change.norm(dim=-1, keepdim=True)
-        most = self._carry * length.median(dim=1, keepdim=True).values
+        most = self._carry * length.median(dim=0, keepdim=True).values
         change = change * (most / length.clamp_min(1e-12)).clamp(max=1.0)
-        each = change.new_zeros(change.shape[0], len(self._counts), change.shape[2])
-        each.index_add_(1, self._groups, change)
-        each += self._weight * change.mean(dim=1, keepdim=True)
-        return (each / (self._counts + self._weight).clamp_min(1e-12))[:, self._targets]
+        each = change.new_zeros(len(self._counts), *change.shape[1:])
+        each.index_add_(0, self._groups, change)
+        each += self._weight * change.mean(dim=0, keepdim=True)
+        return (each / (self._counts + self._weight).clamp_min(1e-12))[self._targets]

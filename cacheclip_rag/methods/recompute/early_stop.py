@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...compute import ScoreMod
 from ...errors import ConfigurationError
-from ...model.attention import AttentionProbe, Shape
-from ..request import Request
-from .base import merge_rows
+from ..request import Request, merge_rows
+from ..scores import AttentionScores
+from .base import Recomputed
 
 
 @dataclass(frozen=True)
@@ -30,39 +31,35 @@ class EarlyStop:
         if not 0 < self.depth < 1 or not 0 < self.share <= 1:
             raise ConfigurationError(f"depth and share must lie between 0 and 1, not {self.depth} and {self.share}")
 
-    def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
-        backbone, canvas, device = request.backbone, request.canvas, request.backbone.device
-        rows = merge_rows(request, chosen)
-        layer = min(max(1, round(self.depth * backbone.layers)), backbone.layers - 1)
-        looked = [i for i in backbone.full_layers if i < layer]
+    def run(self, request: Request, chosen: Tensor, score_mod: ScoreMod | None) -> Recomputed:
+        computer, rows = request.computer, merge_rows(request.fresh, chosen)
+        layer = min(max(1, round(self.depth * computer.layers)), computer.layers - 1)
+        scores = self._scores(request, layer)
+        hooks = [] if scores is None else [scores]
+        [stream] = computer.advance([request.part(rows, hooks=hooks, score_mod=score_mod)], 0, layer)
+        if scores is not None:
+            in_focus = torch.isin(request.layout.chunk[chosen], self._focus(request, scores.scores.cpu()))
+            kept = merge_rows(request.fresh, chosen[in_focus])
+            stream, rows = stream[torch.isin(rows, kept).to(stream.device)], kept
+        [logits] = computer.forward([request.part(rows, stream, score_mod=score_mod)], first=layer)
+        assert logits is not None
+        return Recomputed(logits, chosen)
+
+    def _scores(self, request: Request, layer: int) -> AttentionScores | None:
+        """Sums the question's attention below ``layer``; None where it cannot tell chunks apart."""
+        computer = request.computer
+        looked = [i for i in computer.full_layers if i < layer]
         question = request.question_rows if len(request.question_rows) else request.fresh[-1:]
         behind = len(request.rows) and int(question[0]) > int(request.rows[-1])
-        probe = None
-        if looked and behind and self.share < 1:
-            probe = AttentionProbe(question.to(device), request.rows.to(device), looked)
-        stream = backbone.advance(
-            request.layout.ids[rows],
-            rows,
-            canvas,
-            0,
-            layer,
-            positions=request.positions[rows],
-            probe=probe,
-            shape=shape,
-        )
-        if probe is not None:
-            kept = merge_rows(
-                request, chosen[torch.isin(request.layout.chunk[chosen], self._focus(request, probe.scores.cpu()))]
-            )
-            stream, rows = stream[torch.isin(rows, kept).to(device)], kept
-        logits = backbone.forward(stream, rows, canvas, positions=request.positions[rows], first=layer, shape=shape)
-        assert logits is not None
-        return logits, chosen
+        if not looked or not behind or self.share >= 1:
+            return None
+        device = computer.device
+        return AttentionScores(question.to(device), request.rows.to(device), looked, windows=computer.windows)
 
     def _focus(self, request: Request, scores: Tensor) -> Tensor:
         """The numbers of the chunks in focus."""
         numbers, index = request.groups.unique(return_inverse=True)
-        mass = torch.zeros(len(numbers)).index_add_(0, index, scores)
+        mass = torch.zeros(len(numbers), dtype=torch.float32).index_add_(0, index, scores)
         order = mass.argsort(descending=True)
         held = mass[order].cumsum(dim=0) / mass.sum()
         return numbers[order[: int((held < self.share - 1e-6).sum()) + 1]]

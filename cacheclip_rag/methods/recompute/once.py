@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...model.attention import Shape
-from ..request import Request
-from .base import merge_rows
+from ...compute import Hook, ScoreMod
+from ..request import Request, merge_rows
+from .base import Recomputed
 
 
 @dataclass(frozen=True)
 class Once:
     """One forward over the fresh and the chosen rows."""
 
-    def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
-        rows = merge_rows(request, chosen)
-        logits = request.backbone.forward(
-            request.layout.ids[rows], rows, request.canvas, positions=request.positions[rows], shape=shape
-        )
-        assert logits is not None
-        return logits, chosen
+    def run(self, request: Request, chosen: Tensor, score_mod: ScoreMod | None) -> Recomputed:
+        return Recomputed(compute(request, chosen, score_mod), chosen)
+
+
+def compute(request: Request, chosen: Tensor, score_mod: ScoreMod | None, hooks: Sequence[Hook] = ()) -> Tensor:
+    """The fresh and the chosen rows through all layers: the logits ``[1, V]`` of the prompt's last token."""
+    part = request.part(merge_rows(request.fresh, chosen), hooks=hooks, score_mod=score_mod)
+    [logits] = request.computer.forward([part])
+    assert logits is not None
+    return logits

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...compute import ScoreMod
 from ...errors import ConfigurationError
-from ...model.attention import Shape, StopAt
-from ..request import Request
-from ..select import top
+from ..request import Request, merge_rows
+from ..scores import LayerKV
+from ..select.budget import top
 from ..select.cacheblend import deviation
-from .base import merge_rows
+from .base import Recomputed
 from .once import Once
 
 
@@ -29,43 +30,35 @@ class Reselect:
 
     transition_layer: int = 4
 
-    def run(self, request: Request, chosen: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
+    def run(self, request: Request, chosen: Tensor, score_mod: ScoreMod | None) -> Recomputed:
         if not len(chosen):
-            return Once().run(request, chosen, shape)
-        backbone, canvas, layout = request.backbone, request.canvas, request.layout
-        layer = min(self.transition_layer, backbone.layers - 2) + 1
-        rows = merge_rows(request, chosen)
-        fresh = backbone.advance(
-            layout.ids[rows], rows, canvas, 0, layer - 1, positions=request.positions[rows], shape=shape
-        )
-        everything = torch.cat([request.rows, request.fresh]).sort().values
-        stream = torch.empty(len(layout), fresh.shape[-1], dtype=fresh.dtype, device=fresh.device)
+            return Once().run(request, chosen, score_mod)
+        computer = request.computer
+        layer = min(self.transition_layer, computer.layers - 2) + 1
+        rows = merge_rows(request.fresh, chosen)
+        everything = merge_rows(request.rows, request.fresh)
+        [fresh] = computer.advance([request.part(rows, score_mod=score_mod)], 0, layer - 1)
+        stream = torch.empty(len(request.layout), fresh.shape[-1], dtype=fresh.dtype, device=fresh.device)
         stream[request.rows] = _activations(request).to(fresh)
         stream[rows] = fresh
-        dense = backbone.advance(
-            stream[everything], everything, canvas, layer - 1, layer, positions=request.positions[everything]
-        )
+        [dense] = computer.advance([request.part(everything, stream[everything])], layer - 1, layer)
         stream[everything] = dense
 
-        scratch = backbone.canvas(len(layout), layers=layer + 1)
-        backbone.forward(
-            stream[everything],
-            everything,
-            scratch,
-            positions=request.positions[everything],
-            logits=0,
-            probe=StopAt(layer),
-            first=layer,
-            depth=layer + 1,
-        )
-        scores = deviation(request, scratch.keys[layer, 0], scratch.values[layer, 0], layer)
-        again = request.rows[top(scores.cpu(), len(chosen))]
-        rows = merge_rows(request, again)
-        logits = backbone.forward(
-            stream[rows], rows, canvas, positions=request.positions[rows], first=layer, shape=shape
-        )
+        again = request.rows[top(self._deviation(request, everything, dense, layer).cpu(), len(chosen))]
+        rows = merge_rows(request.fresh, again)
+        [logits] = computer.forward([request.part(rows, stream[rows], score_mod=score_mod)], first=layer)
         assert logits is not None
-        return logits, torch.cat([chosen, again]).unique()
+        return Recomputed(logits, torch.cat([chosen, again]).unique())
+
+    @staticmethod
+    def _deviation(request: Request, rows: Tensor, stream: Tensor, layer: int) -> Tensor:
+        """``[N]``: how far the stored keys of ``layer`` are from those that the residual stream ``[S, d]`` gives."""
+        scratch, fresh = request.computer.workspace(len(request.layout), layers=layer + 1), LayerKV(layer)
+        part = request.part(rows, stream, hooks=[fresh], workspace=scratch)
+        request.computer.forward([part], first=layer, depth=layer + 1, logits=0)
+        keys = fresh.keys.new_zeros(len(request.layout), *fresh.keys.shape[1:])
+        keys[rows] = fresh.keys
+        return deviation(request, keys, keys, layer)
 
 
 def _activations(request: Request) -> Tensor:

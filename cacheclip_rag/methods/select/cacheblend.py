@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...model.attention import StopAt
 from ...spec import at_least
 from ..request import Request
+from ..scores import LayerKV
 from .budget import top
 
 Deviation = Literal["keys", "keys squared", "values squared"]
@@ -42,20 +42,18 @@ class KeyDeviation:
 
 def key_deviation(request: Request, layer: int = 1, of: Deviation = "keys") -> Tensor:
     """How far the stored KV of every row in ``request.rows`` is from a full prefill's at ``layer``: ``[N]`` float32."""
-    backbone, layout = request.backbone, request.layout
-    layer = min(layer, backbone.layers - 1)
+    layer = min(layer, request.computer.layers - 1)
     rows = torch.arange(int(request.rows[-1]) + 1)
-    scratch = backbone.canvas(len(rows), layers=layer + 1)
-    positions = request.positions[rows]
-    backbone.forward(
-        layout.ids[rows], rows, scratch, positions=positions, logits=0, probe=StopAt(layer), depth=layer + 1
-    )
-    return deviation(request, scratch.keys[layer, 0], scratch.values[layer, 0], layer, of)
+    scratch = request.computer.workspace(len(rows), layers=layer + 1)
+    fresh = LayerKV(layer)
+    request.computer.forward([request.part(rows, hooks=[fresh], workspace=scratch)], depth=layer + 1, logits=0)
+    return deviation(request, fresh.keys, fresh.values, layer, of)
 
 
 def deviation(request: Request, keys: Tensor, values: Tensor, layer: int, of: Deviation = "keys") -> Tensor:
-    """``[N]`` float32 for the rows that may be chosen, from fresh ``keys``, ``values [Hk, T, D]`` of one layer."""
+    """``[N]`` float32 for the rows that may be chosen, from fresh ``keys``, ``values [T, Hk, D]`` of one layer."""
     rows = request.rows.to(keys.device)
-    fresh, stored = (values, request.canvas.values) if of == "values squared" else (keys, request.canvas.keys)
-    difference = fresh[:, rows].float() - stored[layer, 0][:, rows].float()
-    return difference.norm(dim=-1).mean(dim=0) if of == "keys" else difference.square().sum(dim=(0, 2))
+    stored_keys, stored_values = request.workspace.placed(layer)
+    fresh, stored = (values, stored_values) if of == "values squared" else (keys, stored_keys)
+    difference = fresh[rows].float() - stored[rows].float()
+    return difference.norm(dim=-1).mean(dim=1) if of == "keys" else difference.square().sum(dim=(1, 2))

@@ -8,40 +8,42 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ...deprecation import renamed_parameters
 from ...spec import at_least
 from ..request import Request
-from .budget import windows
+from .budget import top_groups
 
 
+@renamed_parameters(window="group_size")
 @dataclass(frozen=True)
 class CacheClip:
     """``score[t] = mean_{h, q} A_aux[h, q, t]``: the auxiliary model's attention from the question to the context.
 
-    Its tokens are mapped to the primary model's over character spans, then whole windows of ``window`` tokens that
-    hold at least ``threshold`` of the best tokens are recomputed. ``layers``: ``"last"`` as published, or ``"upper"``,
-    the mean of the upper half. Where we depart: candidates and windows are counted in the primary's tokens, which meets
-    the budget exactly. Source: CacheClip (arXiv 2510.10129).
+    Its tokens are mapped to the primary model's over character spans, then whole groups of ``group_size`` neighbouring
+    tokens that hold at least ``threshold`` of the best tokens are recomputed. ``layers``: ``"last"`` as published, or
+    ``"upper"``, the mean of the upper half. Where we depart: candidates and groups are counted in the primary's
+    tokens, which meets the budget exactly. Source: CacheClip (arXiv 2510.10129).
     """
 
-    window: int = 8
+    group_size: int = 8
     threshold: int = 5
     layers: Literal["last", "upper"] = "last"
 
     needs_auxiliary: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        at_least(1, window=self.window, threshold=self.threshold)
+        at_least(1, group_size=self.group_size, threshold=self.threshold)
 
     def select(self, request: Request, budget: int) -> Tensor:
         scores = auxiliary_scores(request, self.layers)
-        return request.rows[windows(scores, request.groups, budget, self.window, self.threshold)]
+        return request.rows[top_groups(scores, request.groups, budget, self.group_size, self.threshold)]
 
 
 def auxiliary_scores(request: Request, layers: str) -> Tensor:
     """The auxiliary model's score of every row in ``request.rows``: ``[N]`` float32."""
     layout = request.layout
     results = request.auxiliary(layers)
-    scores = torch.zeros(len(request.rows))
+    scores = torch.zeros(len(request.rows), dtype=torch.float32)
     for group in request.groups.unique().tolist():
         members = (request.groups == group).nonzero()[:, 0]
         span = layout.spans[group]

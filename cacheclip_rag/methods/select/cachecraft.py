@@ -27,7 +27,7 @@ class InterAttentionTokens:
     needs_auxiliary: ClassVar[bool] = False
 
     def select(self, request: Request, budget: int) -> Tensor:
-        inter_attention, overhead = torch.zeros(len(request.rows)), torch.zeros(len(request.rows))
+        inter_attention, overhead = torch.zeros(2, len(request.rows), dtype=torch.float32)
         for number in request.groups.unique().tolist():
             chunk, mine = request.chunks[number], request.groups == number
             if chunk is None or "inter_attention" not in chunk.extra:

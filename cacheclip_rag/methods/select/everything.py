@@ -15,6 +15,7 @@ class Everything:
     """Recompute every context token: the quality anchor, and the oracle of every other method at ratio 1."""
 
     needs_auxiliary: ClassVar[bool] = False
+    strategy: ClassVar[str] = "full"
 
     def select(self, request: Request, budget: int) -> Tensor:
         return request.rows

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AttentionInterface
 
-from .mask import Sparse
+from .mask import SparseRows
 from .reference import reference_attention
 from .sdpa import sdpa_attention
 from .triton_attention import triton_attention
@@ -72,7 +72,7 @@ def kernel_is_right(device: torch.device, dtype: torch.dtype, width: int) -> boo
         torch.randn(1, heads, length, width, generator=generator).to(device, dtype)
         for heads, length in ((2, len(rows)), (1, 200), (1, 200))
     )
-    sparse, scaling = Sparse(rows, device), width**-0.5
+    sparse, scaling = SparseRows(rows, device), width**-0.5
     try:
         from .q_sparse import q_sparse_attention
 

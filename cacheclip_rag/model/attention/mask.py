@@ -1,47 +1,16 @@
-"""What one forward tells the attention function: which keys a row may see, who looks on, who weighs."""
+"""What one forward tells the attention function: which keys a row may see, which hooks look on, which scores change."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ...compute import Hook, LayerInput, ScoreMod, Workspace, visible
 from ...errors import ConfigurationError
-
-
-class Enough(Exception):
-    """Raised by a probe that has seen what it came for: the forward ends there, without logits."""
-
-
-class Probe(Protocol):
-    """Looks on while a forward runs; must not change anything, but may end it by raising `Enough`."""
-
-    layers: frozenset[int]
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> None:
-        """``query [1, H, S, D]`` (rotated), ``key [1, Hk, N, D]`` (rotated, all slots), ``rows [S]`` int64."""
-
-
-class Shape(Protocol):
-    """How rows weigh the slots they see. ``first``: the layer from which on it holds; below it attention is plain."""
-
-    first: int
-
-    def survey(self, blocks: Iterator[tuple[Tensor, Tensor]]) -> Any:
-        """Called once a layer and forward, before any `weigh`, with its ``(logits, rows)`` block by block.
-
-        What it returns is handed to `weigh`.
-        """
-
-    def weigh(self, logits: Tensor, rows: Tensor, plan: Any) -> Tensor:
-        """Probabilities ``[Hk, G, R, N]`` float32 from ``logits`` of that shape, -inf where a row may not look.
-
-        ``rows [R]`` int64 are the slots of the queries.
-        """
-
 
 BLOCK = 128
 """Rows that are attended to together: few keys beyond a row's own slot are computed in vain."""
@@ -63,40 +32,64 @@ class Block(NamedTuple):
     floor: int
 
 
-class Sparse:
+class HoldsBack(Workspace, Protocol):
+    """A workspace that keeps a layer's new KV back until hooks have seen it."""
+
+    def pending(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The new keys and values ``[1, Hk, S, D]``; None where the layer keeps none."""
+
+    def write_pending(self, layer: int) -> None:
+        """Write them."""
+
+
+class SparseRows:
     """What one forward tells the attention function.
 
     ``rows [S]`` int64, strictly increasing: the canvas slots of the queries. A slot orders keys and defines causality;
     the RoPE position travels separately, as ``position_ids``. ``floors [S]`` int64, never decreasing, keep texts that
-    share a canvas apart: a row sees nothing below its floor. Probes and shapes look at one text only.
+    share a canvas apart: a row sees nothing below its floor. Hooks and score modifications take one text only.
+    ``canvas`` is where hooks see the KV that is placed, and where a layer's new KV waits for them.
     """
 
     def __init__(
         self,
         rows: Tensor,
         device: torch.device | str,
-        probe: Probe | None = None,
-        shape: Shape | None = None,
+        canvas: HoldsBack | None = None,
+        hooks: Sequence[Hook] = (),
+        score_mod: ScoreMod | None = None,
         floors: Tensor | None = None,
     ) -> None:
-        if floors is not None and (probe is not None or shape is not None):
-            raise ValueError("floors go with neither a probe nor a shape")
+        if floors is not None and (hooks or score_mod is not None):
+            raise ValueError("floors go with neither hooks nor a score modification")
         slots = rows.tolist()
-        self.rows, self.probe, self.shape = rows.to(device), probe, shape
+        self.rows, self.score_mod = rows.to(device), score_mod
         self.floors = None if floors is None else floors.to(device)
         self.blocks = list(_blocks(slots, [0] * len(slots) if floors is None else floors.tolist()))
         self.dense = floors is None and slots[0] == 0 and slots[-1] == len(slots) - 1
         """Whether the rows are all slots from 0 on: then the mask is an ordinary triangle."""
+        self._canvas, self._hooks = canvas, tuple(hooks)
         self._biases: dict[tuple[int, int, int, int | None], Tensor] = {}
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Show the probe, if there is one for this layer, what the layer attends with."""
-        if self.probe is not None and layer in self.probe.layers:
-            self.probe(layer, query, key, self.rows, scaling)
+    @property
+    def hooked(self) -> bool:
+        """Whether layers keep their new KV back until `before_attention` has shown it to hooks."""
+        return bool(self._hooks)
 
-    def shape_of(self, layer: int) -> Shape | None:
+    def before_attention(self, layer: int, query: Tensor, scaling: float) -> None:
+        """Show hooks what the layer attends with, ``query [1, H, S, D]``, then write its KV."""
+        if not self._hooks or self._canvas is None or (new := self._canvas.pending(layer)) is None:
+            return
+        key, value = (one[0].transpose(0, 1) for one in new)
+        at = LayerInput(layer, self.rows, query[0].transpose(0, 1), key, value, scaling, self._canvas)
+        for hook in self._hooks:
+            if hook.layers is None or layer in hook.layers:
+                hook(at)
+        self._canvas.write_pending(layer)
+
+    def score_mod_of(self, layer: int) -> ScoreMod | None:
         """How this layer's rows weigh what they see, or None for plain attention."""
-        return self.shape if self.shape is not None and layer >= self.shape.first else None
+        return self.score_mod if self.score_mod is not None and layer >= self.score_mod.first_layer else None
 
     def bias(self, start: int, stop: int, keys: slice, groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to the scores of rows ``[start, stop)`` over the slots ``keys``: 0 or -inf.
@@ -125,7 +118,7 @@ def _blocks(slots: list[int], floors: list[int]) -> Iterator[Block]:
         start = stop
 
 
-def trailing(queries: int, keys: int, device: torch.device, texts: int = 1) -> Sparse:
+def trailing(queries: int, keys: int, device: torch.device, texts: int = 1) -> SparseRows:
     """The newest slots as rows, for a forward that says nothing: any ordinary decoding step.
 
     Raises `ConfigurationError` for a batch of several ``texts``, whose padding nothing here knows of.
@@ -135,22 +128,4 @@ def trailing(queries: int, keys: int, device: torch.device, texts: int = 1) -> S
             f"this model was given to cacheclip_rag.Backbone, whose attention takes one text at a time, not {texts}: "
             "load another model for batches"
         )
-    return Sparse(torch.arange(keys - queries, keys), device)
-
-
-def visible(rows: Tensor, keys: int, window: int | None = None, floors: Tensor | None = None) -> Tensor:
-    """The exact causal mask of scattered rows, ``[S, N]`` bool, true where a row may look.
-
-    ``rows [S]`` int64 slots; ``keys`` = N; ``window`` = a sliding window's width in tokens, as transformers counts it
-    (a token sees itself and the ``window - 1`` tokens before it); ``floors [S]`` int64, the first slot each may see.
-
-    This is *not* a bottom-right aligned triangle: aligning scattered rows to the end of the keys lets early rows see
-    the future, which is a known fault of two public implementations of selective recompute.
-    """
-    slots = torch.arange(keys, device=rows.device)
-    mask = slots <= rows[:, None]
-    if window is not None:
-        mask &= slots > rows[:, None] - window
-    if floors is not None:
-        mask &= slots >= floors[:, None]
-    return mask
+    return SparseRows(torch.arange(keys - queries, keys), device)

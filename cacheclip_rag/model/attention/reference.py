@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mask import Sparse, trailing, visible
+from ...compute import visible
+from .mask import SparseRows, trailing
 
 
 def reference_attention(
@@ -20,7 +21,7 @@ def reference_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cacheclip: Sparse | None = None,
+    cacheclip: SparseRows | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(q k^T * scaling + mask) v`` over ``query [1, H, S, D]``, ``key`` and ``value [1, Hk, N, D]``.
@@ -31,17 +32,17 @@ def reference_attention(
     groups = query.shape[1] // key.shape[1]
     sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device, query.shape[0])
     layer = int(module.layer_idx)
-    sparse.observe(layer, query, key, scaling)
+    sparse.before_attention(layer, query, scaling)
     scores = query.float() @ key.float().repeat_interleave(groups, dim=1).mT * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     mask = visible(sparse.rows, key.shape[2], sliding_window, sparse.floors)
     scores = scores.masked_fill(~mask, float("-inf"))
-    if (shape := sparse.shape_of(layer)) is None:
+    if (score_mod := sparse.score_mod_of(layer)) is None:
         probabilities = scores.softmax(dim=-1)
     else:
         grouped = scores[0].unflatten(0, (key.shape[1], groups))
-        probabilities = shape.weigh(grouped, sparse.rows, shape.survey(iter([(grouped, sparse.rows)])))
+        probabilities = score_mod.probabilities(grouped, sparse.rows, score_mod.prepare(iter([(grouped, sparse.rows)])))
         probabilities = probabilities.flatten(0, 1)[None]
     output = probabilities @ value.float().repeat_interleave(groups, dim=1)
     return output.to(query.dtype).transpose(1, 2).contiguous(), probabilities

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import Sparse, trailing
+from .mask import SparseRows, trailing
+from .modified import modified_attention
 from .reference import reference_attention
-from .shape import shaped_attention
 
 
 def sdpa_attention(
@@ -23,7 +23,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cacheclip: Sparse | None = None,
+    cacheclip: SparseRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
@@ -36,15 +36,15 @@ def sdpa_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device, query.shape[0])
     layer = int(module.layer_idx)
-    if (shape := sparse.shape_of(layer)) is not None:
-        sparse.observe(layer, query, key, scaling)
-        return shaped_attention(shape, sparse, query, key, value, scaling, sliding_window, softcap), None
+    if (score_mod := sparse.score_mod_of(layer)) is not None:
+        sparse.before_attention(layer, query, scaling)
+        return modified_attention(score_mod, sparse, query, key, value, scaling, sliding_window, softcap), None
     if softcap is not None:  # the fused kernels cannot cap scores
         output, _ = reference_attention(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, cacheclip, **kwargs
         )
         return output, None
-    sparse.observe(layer, query, key, scaling)
+    sparse.before_attention(layer, query, scaling)
 
     _, heads, length, width = query.shape
     kv_heads = key.shape[1]

@@ -286,19 +286,15 @@ def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embeddi
     store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine, fuse=2, show_progress=False)
     ids = store.add_texts([text(1), text(2)])
     store.add_texts([text(3)])
-    fused = engine._encodings.reuse(engine.method.encode).fused
-    assert {frozenset(context) for context in fused.of(text(3))} == {
-        frozenset(),
-        frozenset({text(1).strip(), text(2).strip()}),
-    }
+    assert {frozenset(context) for context in engine.fused(text(3))} == {frozenset({text(1).strip(), text(2).strip()})}
     store.delete(ids[:1])
-    assert not any(text(1).strip() in context for number in (2, 3) for context in fused.of(text(number)))
+    assert not any(text(1).strip() in context for number in (2, 3) for context in engine.fused(text(number)))
 
     def contexts(*numbers: int) -> list[int]:
-        return [len(fused.of(text(number))) - 1 for number in numbers]
+        return [len(engine.fused(text(number))) for number in numbers]
 
     store.add_texts([text(4)], ids=ids[1:])  # what was fused with the old text goes, and is made anew with the new
-    assert contexts(3, 4) == [1, 1] and not any(text(2).strip() in context for context in fused.of(text(3)))
+    assert contexts(3, 4) == [1, 1] and not any(text(2).strip() in context for context in engine.fused(text(3)))
 
     made = engine.fuse
 

@@ -208,7 +208,7 @@ def test_images_are_refused(llm: CacheClipLLM) -> None:
 
 
 def test_metadata(llm: CacheClipLLM, engine: Engine) -> None:
-    assert llm.metadata.context_window == engine.backbone.window == 4096
+    assert llm.metadata.context_window == engine.backbone.context_length == 4096
     assert llm.metadata.num_output == 6 and llm.metadata.is_chat_model
     assert CacheClipLLM.from_engine(engine, context_window=1000).metadata.context_window == 1000
     assert llm.tokenizer_fn("two words") == engine.backbone.tokenizer("two words", add_special_tokens=False).input_ids

@@ -132,7 +132,7 @@ class CacheClipLLM(FunctionCallingLLM):
     def metadata(self) -> LLMMetadata:
         backbone = self.engine.backbone
         return LLMMetadata(
-            context_window=self.context_window or backbone.window,
+            context_window=self.context_window or backbone.context_length,
             num_output=self.max_new_tokens,
             is_chat_model=bool(backbone.tokenizer.chat_template),
             is_function_calling_model=self._has_own_template and dialect_of(backbone) is not None,

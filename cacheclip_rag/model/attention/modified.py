@@ -1,4 +1,4 @@
-"""Attention that is not plain softmax: methods that change how rows weigh what they see, instead of what is stored."""
+"""Attention with a score modification: methods that change how rows weigh what they see, instead of what is stored."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .mask import Shape, Sparse, visible
+from ...compute import ScoreMod, visible
+from .mask import SparseRows
 
 
-def shaped_attention(
-    shape: Shape,
-    sparse: Sparse,
+def modified_attention(
+    score_mod: ScoreMod,
+    sparse: SparseRows,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -20,9 +21,9 @@ def shaped_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]`` as ``shape`` weighs it.
+    """Attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]`` as ``score_mod`` weighs it.
 
-    Every score of a block of rows is written out in float32: these methods shape few rows. Returns ``[1, S, H, D]``.
+    Every score of a block of rows is written out in float32: these methods change few rows. Returns ``[1, S, H, D]``.
     """
     kv_heads = key.shape[1]
     # [Hk, G, S, D] x [Hk, 1, N, D]: the G = H / Hk query heads of a KV head share its keys.
@@ -37,7 +38,7 @@ def shaped_attention(
             rows = sparse.rows[start:stop]
             yield logits.masked_fill_(~visible(rows, key.shape[2], sliding_window), float("-inf")), rows
 
-    plan = shape.survey(blocks())
-    parts = [shape.weigh(logits, rows, plan) @ values for logits, rows in blocks()]
+    plan = score_mod.prepare(blocks())
+    parts = [score_mod.probabilities(logits, rows, plan) @ values for logits, rows in blocks()]
     output = torch.cat(parts, dim=2).flatten(0, 1)  # [H, S, D]
     return output.transpose(0, 1)[None].to(query.dtype)

@@ -1,0 +1,189 @@
+"""What methods need of a model: compute some rows of a prompt over its KV, look at a layer before it attends, write KV.
+
+Selection, recompute and attention scores are written against these protocols and know nothing of transformers.
+`cacheclip_rag.model` implements them on a model of transformers. An engine with paged KV can, too: a run of rows
+``[a, b)`` is a sequence of query length ``b - a`` and context length ``b``, whose bottom-right causal mask is exactly
+``slot <= row``. What such an engine cannot do (read its cache back, modify scores) is asked for here only by `placed`,
+which may be kept beside the cache, and by `ScoreMod`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from .chunks import ChunkKV
+
+Rotation = Callable[[Tensor, int], Tensor]
+"""``rotation(keys [n, Hk, D] float32, layer)``: one layer's rotated keys, each moved by a distance of its own."""
+
+
+class StopForward(Exception):
+    """Raised by a hook that has seen what it came for: the forward ends there, without logits."""
+
+
+class Workspace(Protocol):
+    """One request's KV: ``capacity`` slots in every layer, ``length`` of them in use. Row i of the prompt is slot i."""
+
+    length: int
+
+    @property
+    def capacity(self) -> int: ...
+
+    def place(self, chunk: ChunkKV, tokens: slice, row: int, position: int | None = None) -> None:
+        """Copy the KV of ``chunk``'s ``tokens`` to the slots from ``row`` on, rotated to ``position`` (or row)."""
+
+    def write(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Copy KV ``[L, Hk, n, D]`` of all layers, already at its position, to the slots from ``row`` on."""
+
+    def write_layer(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy KV ``[n, Hk, D]`` of one layer to the slots ``rows [n]``."""
+
+    def placed(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[capacity, Hk, D]`` of one layer as they stand, to read."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInput:
+    """One layer of a forward before its rows attend; their own KV is not in the workspace yet.
+
+    ``rows [S]`` int64; ``query [S, H, D]``, ``key`` and ``value [S, Hk, D]``, queries and keys rotated; ``scaling``:
+    the factor on their products.
+    """
+
+    layer: int
+    rows: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    workspace: Workspace
+
+
+class Hook(Protocol):
+    """Called in each of ``layers`` (None: in all) before the rows attend.
+
+    It may write other rows of that layer, and may raise `StopForward`.
+    """
+
+    @property
+    def layers(self) -> Container[int] | None: ...
+
+    def __call__(self, at: LayerInput) -> None: ...
+
+
+class ScoreMod(Protocol):
+    """A score modification (FlexAttention's word): how rows weigh the slots they see, from ``first_layer`` on."""
+
+    @property
+    def first_layer(self) -> int: ...
+
+    def prepare(self, blocks: Iterator[tuple[Tensor, Tensor]]) -> Any:
+        """Called once a layer and forward, before `probabilities`, with all ``(logits, rows)`` block by block.
+
+        What it returns is handed to `probabilities`.
+        """
+
+    def probabilities(self, logits: Tensor, rows: Tensor, plan: Any) -> Tensor:
+        """Attention ``[Hk, G, R, N]`` float32 from ``logits`` of that shape, -inf where a row may not look.
+
+        ``rows [R]`` int64 are the slots of the queries.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of one request in a forward.
+
+    ``x``: token ids ``[S]`` int64, or the residual stream ``[S, d]`` that enters the first layer to be run;
+    ``rows [S]`` int64, strictly increasing; ``positions [S]`` int64: the RoPE positions where they are not the rows.
+    """
+
+    workspace: Workspace
+    x: Tensor
+    rows: Tensor
+    positions: Tensor | None = None
+    hooks: Sequence[Hook] = ()
+    score_mod: ScoreMod | None = None
+
+
+class Computer(Protocol):
+    """A causal language model that computes scattered rows. A row sees the slots up to its own, and its KV is written
+    before it attends.
+    """
+
+    layers: int
+    device: torch.device
+
+    @property
+    def windows(self) -> Sequence[int | None]:
+        """Each layer's sliding window in tokens, None for a layer that sees the whole context."""
+
+    @property
+    def full_layers(self) -> list[int]:
+        """The layers that see the whole context; all of them where every layer has a sliding window."""
+
+    def workspace(self, capacity: int, layers: int | None = None) -> Workspace:
+        """An empty one; of fewer ``layers`` for forwards that do not go deeper."""
+
+    def forward(
+        self, parts: Sequence[Part], *, first: int = 0, depth: int | None = None, logits: int = 1
+    ) -> list[Tensor | None]:
+        """Run the layers ``[first, depth)`` (None: to the last).
+
+        For each part the last ``logits`` rows' logits ``[logits, V]`` float32; None for ``logits=0``, for a forward
+        that does not reach the last layer, and where a hook stopped it.
+        """
+
+    def advance(self, parts: Sequence[Part], first: int, last: int) -> list[Tensor]:
+        """Run the layers ``[first, last)`` and return the residual stream ``[S, d]`` that enters layer ``last``.
+
+        Raises `NotComposable` for a model that cannot be run in stages.
+        """
+
+    def rotation(self, by: Tensor) -> Rotation:
+        """Moves one layer's keys, token j by ``by[j]`` positions (``by [n]`` int64, may be negative)."""
+
+
+def visible(rows: Tensor, keys: int, window: int | None = None, floors: Tensor | None = None) -> Tensor:
+    """The exact causal mask of scattered rows, ``[S, N]`` bool, true where a row may look.
+
+    ``rows [S]`` int64 slots; ``keys`` = N; ``window`` = a sliding window's width in tokens, as transformers counts it
+    (a token sees itself and the ``window - 1`` tokens before it); ``floors [S]`` int64, the first slot each may see.
+
+    This is *not* a bottom-right aligned triangle: aligning scattered rows to the end of the keys lets early rows see
+    the future, which is a known fault of two public implementations of selective recompute.
+    """
+    slots = torch.arange(keys, device=rows.device)
+    mask = slots <= rows[:, None]
+    if window is not None:
+        mask &= slots > rows[:, None] - window
+    if floors is not None:
+        mask &= slots >= floors[:, None]
+    return mask
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_cpu(function: Function) -> Function:
+    """Tensors that ``function`` makes without saying where live on the CPU, whatever `torch.set_default_device` says.
+
+    Rows, positions and token ids do; what a model computes on says its device.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.get_default_device().type == "cpu"
+        ):  # as nearly always: the context below costs time at every operation
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return cast(Function, call)

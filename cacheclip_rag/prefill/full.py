@@ -1,0 +1,45 @@
+"""Full prefill: every token is computed."""
+
+from __future__ import annotations
+
+import torch
+
+from ..model.backbone import Backbone
+from ..prompt import ChunkIndex
+from ..report import Report
+from .reading import read, workspace_size
+from .result import Prefill, PrefillRequest
+from .sources import sources_of
+
+
+class Full:
+    """Full prefill on a canvas. Chunks are still recognised: control tokens inside documents stay text."""
+
+    def __init__(self, backbone: Backbone, index: ChunkIndex) -> None:
+        self._backbone, self._index = backbone, index
+
+    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+        backbone = self._backbone
+        reading = read(backbone, self._index, request, report)
+        layout = reading.layout()
+        canvas = backbone.canvas(workspace_size(backbone, len(layout), request.room))
+        with report.timed("recompute"):
+            logits = backbone.forward(layout.ids, torch.arange(len(layout)), canvas)
+        assert logits is not None
+        report.fresh, report.canvas_bytes = len(layout), canvas.nbytes
+        report.token_sources = sources_of(layout)
+        return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))
+
+
+class Native:
+    """Full prefill with transformers' own attention and cache, for a model whose KV cannot be moved."""
+
+    def __init__(self, backbone: Backbone, index: ChunkIndex) -> None:
+        self._backbone, self._index = backbone, index
+
+    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+        layout = read(self._backbone, self._index, request, report).layout()
+        logits, step = self._backbone.native_prefill(layout.ids)
+        report.fresh = len(layout)
+        report.token_sources = sources_of(layout)
+        return Prefill(layout, None, logits, report, step)

@@ -1,0 +1,79 @@
+"""A prompt, read once: its documents, its question and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import PromptError
+from ..model.backbone import Backbone
+from ..prompt import ChunkIndex, Layout, Question, Span, Tokens, align, documents, find_question
+from ..report import Report
+from .result import PrefillRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """``spans``: the documents in ``prompt``, known chunks and parts of them; ``tokens``: what a model without cache
+    would see, but that control tokens inside documents are text.
+    """
+
+    prompt: str
+    spans: tuple[Span, ...]
+    question: Question
+    tokens: Tokens
+
+    def layout(self, chunks: Sequence[tuple[Span, Tokens | None]] = ()) -> Layout:
+        """The tokens, and which of them can take their KV from these ``chunks`` (tokens None: its KV is missing)."""
+        stored = [None if tokens is None else (tokens.ids, tokens.offsets) for _, tokens in chunks]
+        return align(self.prompt, self.tokens.ids, self.tokens.offsets, [span for span, _ in chunks], stored)
+
+    @property
+    def borders(self) -> list[int]:
+        """The rows at which documents begin, and where the last one ends, sorted."""
+        return borders_of(self.tokens, self.spans)
+
+
+def read(backbone: Backbone, index: ChunkIndex, request: PrefillRequest, report: Report) -> Reading:
+    """Recognise the documents, find the question, tokenise.
+
+    Raises `PromptError` for a prompt without tokens, and for one beyond the model's context length.
+    """
+    prompt = request.prompt
+    with report.timed("recognise"):
+        found = index.find(prompt, request.hints)
+        control, opening, closing = backbone.control_tokens, backbone.opening, backbone.closing
+        spans = documents(prompt, found, index.whole, control, opening, closing)
+        question = find_question(prompt, spans, request.question, control, closing)
+    with report.timed("tokenise"):
+        tokens = backbone.tokenise_prompt(prompt, [(span.start, span.end) for span in spans])
+    check_fits(tokens, backbone.context_length)
+    report.prompt_tokens = len(tokens)
+    return Reading(prompt, tuple(spans), question, tokens)
+
+
+def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
+    """The rows at which these documents begin, and where the last one ends, sorted."""
+    firsts = tokens.offsets[:, 0].contiguous()
+    characters = torch.tensor([*(span.start for span in spans), *(span.end for span in spans[-1:])], dtype=torch.long)
+    return sorted(set(torch.searchsorted(firsts, characters).tolist()))
+
+
+def check_fits(tokens: Tokens, context_length: int) -> None:
+    """Raises `PromptError` when there are no tokens, or as many as the model's context length."""
+    if not len(tokens):
+        raise PromptError("the prompt is empty")
+    if len(tokens) >= context_length:
+        raise PromptError(
+            f"the prompt has {len(tokens):,} tokens, the model's context length is {context_length:,}: "
+            "retrieve fewer or smaller chunks, or choose a model with a longer one"
+        )
+
+
+def workspace_size(backbone: Backbone, count: int, room: int) -> int:
+    """Slots for a prompt of ``count`` tokens and ``room`` more, as far as the context length goes: "as many as you
+    like" must not cost memory that no answer can fill.
+    """
+    return min(count + room, max(backbone.context_length, count))
