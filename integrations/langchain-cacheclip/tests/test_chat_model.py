@@ -240,13 +240,13 @@ async def test_a_prompt_beyond_the_window_is_an_error_and_the_next_one_is_served
         llm, long = ChatCacheClip.from_engine(engine, max_tokens=4), "word " * 60
         expected = llm.invoke("Hello.").text
         tokens = Tokens()
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             llm.invoke(long, {"callbacks": [tokens]})
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             list(llm.stream(long, {"callbacks": [tokens]}))
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             await llm.ainvoke(long, {"callbacks": [tokens]})
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             [_ async for _ in llm.astream(long, {"callbacks": [tokens]})]
         assert len(tokens.errors) == 4
         assert llm.with_fallbacks([ChatCacheClip.from_engine(engine, max_tokens=4).bind(stop=["x"])]).invoke("Hello.")

@@ -263,12 +263,12 @@ async def test_a_prompt_beyond_the_window_is_an_error_and_the_next_one_is_served
     with Engine(narrow_backbone, method="query_guided") as engine:
         llm, long = CacheClipLLM.from_engine(engine, max_new_tokens=4), "word " * 200
         expected = llm.complete("Hello.").text
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             llm.complete(long)
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             list(llm.stream_complete(long))
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             await llm.acomplete(long)
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             [_ async for _ in await llm.astream_complete(long)]
         assert llm.complete("Hello.").text == expected
