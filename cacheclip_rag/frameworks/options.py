@@ -55,6 +55,19 @@ def read_options(given: Mapping[str, Any], foreign: Collection[str] = ()) -> dic
     return options
 
 
+def call_options(given: Mapping[str, Any], fields: Mapping[str, Any], foreign: Collection[str] = ()) -> dict[str, Any]:
+    """The engine's options for one call: what the call says, then what the model's fields say. Raises
+    `ConfigurationError`, as `read_options` does.
+    """
+    call, own = read_options(given, foreign), dict(fields)
+    if "method" in call:  # the fields' ratio belongs to the fields' method
+        own.pop("method", None)
+        own.pop("recompute_ratio", None)
+    if not own.get("temperature") and call.get("do_sample"):  # sampling at temperature 0 is no sampling
+        own.pop("temperature", None)
+    return {name: value for name, value in {**own, **call}.items() if value is not None}
+
+
 def check_fields(given: Iterable[str], known: Collection[str], foreign: Collection[str] = ()) -> None:
     """What a framework's model is made with. Raises `ConfigurationError` for a misspelt field, and for one that only an
     engine has: left out, it would seem to work. Others are left out, and said so once; those in ``foreign`` in silence.

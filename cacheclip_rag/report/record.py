@@ -127,9 +127,11 @@ class Record:
     @property
     def line(self) -> str:
         """The request in one line, for logs."""
-        return " ".join(str(self).replace("\n  fell back:", "; fell back:").split())
+        return " ".join(str(self).replace("\n  ", "; ").split())
 
     def __str__(self) -> str:
+        from .summary import nothing_known
+
         text = (
             f"{self.method}: {self.cached_tokens:,} of {self.prompt_tokens:,} prompt tokens from cache, "
             f"{self.recomputed:,} recomputed ({self.ratio:.0%} of {self.reused + self.recomputed:,}), "
@@ -139,4 +141,6 @@ class Record:
             text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
         for reason in self.fallbacks:
             text += f"\n  fell back: {reason}"
+        if reason := nothing_known(self):
+            text += f"\n  nothing reused: {reason}"
         return text

@@ -6,8 +6,9 @@ import logging
 import threading
 from collections.abc import Iterable
 
-from cacheclip_rag.errors import CacheClipError
-from cacheclip_rag.frameworks import EngineHandle, Holdings
+from ..errors import CacheClipError
+from .engines import EngineHandle
+from .held_ids import HeldIds, canonical
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -16,26 +17,27 @@ class Forgetting:
     """Drops the KV of texts that no id holds, and of documents that are gone, some ``grace`` seconds after they were
     let go, or when `now` is called.
 
-    A document is changed by deleting it and adding it again: what was dropped at once would be encoded once more.
+    Some frameworks change a document by deleting it and adding it again: what was dropped at once would be encoded once
+    more.
     """
 
-    def __init__(self, handle: EngineHandle, held: Holdings, grace: float) -> None:
+    def __init__(self, handle: EngineHandle, held: HeldIds, grace: float) -> None:
         self._handle, self._held, self._grace = handle, held, grace
-        self._texts: dict[tuple[str | None, str], None] = {}
+        self._parts: dict[tuple[str | None, str], None] = {}
         self._documents: dict[str, None] = {}
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
-    def later(self, texts: Iterable[tuple[str | None, str]], document: str | None = None) -> None:
-        """``texts``: with the document each was of, where that is known. ``document``: all of it is gone, which an
-        earlier process may have ingested.
+    def later(self, parts: Iterable[tuple[str | None, str]], documents: Iterable[str] = ()) -> None:
+        """``parts``: texts, with the document each was of, where that is known. ``documents``: all of each is gone,
+        which an earlier process may have ingested.
         """
-        texts = [*texts, *self._noted(document)]
+        documents = list(documents)
+        parts = [*parts, *self._noted(documents if self._grace else ())]
         with self._lock:
-            self._texts.update(dict.fromkeys(texts))
-            if document is not None:
-                self._documents[document] = None
-            if (self._texts or self._documents) and self._timer is None and self._grace:
+            self._parts.update(dict.fromkeys(parts))
+            self._documents.update(dict.fromkeys(documents))
+            if (self._parts or self._documents) and self._timer is None and self._grace:
                 self._timer = threading.Timer(self._grace, self.now)
                 self._timer.daemon = True
                 self._timer.start()
@@ -50,18 +52,18 @@ class Forgetting:
 
     def now(self) -> None:
         """Never raises."""
-        texts, documents = self._take()
-        unused = set(self._held.unused(text for _, text in texts))
-        texts = [(document, text) for document, text in texts if text.strip() in unused]
-        if not (texts or documents):
+        parts, documents = self._take()
+        unused = set(self._held.unused(text for _, text in parts))
+        texts = [text for _, text in parts if canonical(text) in unused]
+        left = [(d, text) for d, text in parts if d is not None and not self._held.has(d, text)]
+        if not (texts or left or documents):
             return
         try:
             engine = self._handle.engine
-            for document, text in texts:
-                if document is not None:
-                    engine.documents.discard(document, [text])
+            for document, text in left:
+                engine.documents.discard(document, [text])
             # What another document has, ingested by whatever process, stays.
-            engine.forget(engine.documents.unheld(text for _, text in texts))
+            engine.forget(engine.documents.unheld(texts))
             if documents:
                 engine.forget_document(*documents)
         except Exception:
@@ -72,26 +74,28 @@ class Forgetting:
         if self._handle.peek() is not None:
             self.now()
 
-    def _noted(self, document: str | None) -> list[tuple[str | None, str]]:
-        """The document's texts, as far as an engine is open. Without them only the document could be forgotten, and if
+    def _noted(self, documents: Iterable[str]) -> list[tuple[str | None, str]]:
+        """The documents' texts, as far as an engine is open. Without them only the document could be forgotten, and if
         it comes back changed not even that. Never raises.
         """
         engine = self._handle.peek()
-        if document is None or engine is None:
+        if engine is None:
             return []
+        parts: list[tuple[str | None, str]] = []
         try:
-            noted = engine.documents.of(document)
+            for document in documents:
+                noted = engine.documents.of(document)
+                known = engine.index.texts() if noted else []
+                parts += [(document, text) for text in known if engine.documents.text(text) in noted]
         except CacheClipError:
             log.exception("the chunks of a deleted document are not known")
-            return []
-        known = engine.index.texts() if noted else []
-        return [(document, text) for text in known if engine.documents.text(text) in noted]
+        return parts
 
     def _take(self) -> tuple[list[tuple[str | None, str]], list[str]]:
         with self._lock:
-            texts, self._texts = self._texts, {}
+            parts, self._parts = self._parts, {}
             documents, self._documents = self._documents, {}
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-        return list(texts), list(documents)
+        return list(parts), list(documents)
