@@ -150,7 +150,9 @@ def test_questions_find_and_reuse_chunks(folder: Path, home: Path, model: str) -
     assert "estimated" not in shown.stdout  # it was measured
 
     compared = json.loads(
-        run("ask", question, "--home", home, "--tokens", 3, "--top-k", 4, "--method", "full", "--compare", "--json").stdout
+        run(
+            "ask", question, "--home", home, "--tokens", 3, "--top-k", 4, "--method", "full", "--compare", "--json"
+        ).stdout
     )
     assert compared["full_prefill"] == compared["answer"]  # the same prompt, prefilled in full both times
 

@@ -90,9 +90,7 @@ def ask(
         typer.Option(help='How tokens to recompute are chosen; "auto" also takes what `cacheclip fuse` made.'),
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Show what happened to the prompt.")] = True,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also answer from a full prefill: shows its answer and measures what was saved.")
-    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer from a full prefill, and time it.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask about the documents that `cacheclip ingest` has read.
