@@ -56,7 +56,7 @@ class PreambleCache:
         return keys[:, :, :length], values[:, :, :length]
 
     def keep(self, ids: Tensor, length: int, canvas: Canvas) -> None:
-        """Cache the first ``length`` rows of a finished canvas, which nothing but rows of the preamble precede."""
+        """Cache the first ``length`` rows of a finished canvas: the preamble of the prompt with tokens ``ids [T]``."""
         mine = tuple(ids[:length].tolist())
         if length < WORTH:
             return
