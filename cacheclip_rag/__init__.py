@@ -1,6 +1,6 @@
-"""cacheclip_rag: a RAG application's LLM stops re-reading the same documents.
+"""RAG answers from cached KV: each chunk is read once, at ingestion, and reused wherever it stands in a prompt.
 
-Names are imported when they are first used, so that ``cacheclip --help`` need not wait for torch.
+Names are imported on first use, so that ``cacheclip --help`` does not wait for torch.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_keys_that_are_one_position_off_are_found(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Canvas, "place", beside)
     names = failed_of(backbone)
-    assert "reuse at ratio 0 is exact behind the chunk's own prefix" in names and len(names) == 2
+    assert "reuse at ratio 0 of a chunk in place is full prefill" in names and len(names) == 2
 
 
 def test_kv_that_is_placed_at_the_wrong_slots_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_kv_that_is_placed_at_the_wrong_slots_is_found(monkeypatch: pytest.Monke
         self.values[:, 0, :, rows] = self.values[:, 0, :, rows].flip(2)
 
     monkeypatch.setattr(Canvas, "place", mixed)
-    assert "reuse at ratio 0 is exact behind the chunk's own prefix" in failed_of(backbone)
+    assert "reuse at ratio 0 of a chunk in place is full prefill" in failed_of(backbone)
 
 
 def test_scattered_rows_that_are_not_written_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The chunks of each encoding that an engine has in use."""
+"""The stored chunks of an engine, by encoding."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from .variants import FusedVariants
 
 
 class Collection:
-    """The chunks that are encoded in one way: each by itself (``library``), behind others (``variants``), and as
-    finished prompts left it (``harvested``, for an encoder that harvests); and the ``preambles`` of prompts with them.
+    """The chunks of one encoding.
+
+    ``library``: their KV computed in isolation; ``variants``: fused variants, computed behind other chunks;
+    ``harvested``: variants taken from finished prompts, for an encoder that harvests; ``preambles``: KV of the
+    preambles of prompts with these chunks.
     """
 
     def __init__(self, library: Library) -> None:
@@ -31,18 +34,18 @@ class Collection:
         self.preambles = PreambleCache()
 
     def drop(self, text: str, name: str) -> None:
-        """Drop what is kept of a chunk; ``name`` is its key in the index."""
+        """Delete a chunk's KV; ``name`` is its key in the index. Fused variants are left to `Library.forget`."""
         self.library.store.delete([self.library.key(text)])
-        self.preambles.clear()  # a chunk whose KV was missing was part of a prompt's preamble
+        self.preambles.clear()  # a chunk without KV may have been prefilled as part of a preamble
         if self.harvested is not None:
             self.harvested.forget(name)
 
 
 class Collections:
-    """A `Collection` for each encoding, opened when it is first asked for: another encoding's KV is other KV.
+    """One `Collection` per encoding, opened on first use.
 
-    One ``index`` serves all of them, in which a chunk's name is its key in the `main` library. ``auxiliary`` is the
-    library of the auxiliary model, whose chunks are kept and forgotten with the others.
+    They share one ``index``, in which a chunk's name is its key in the `main` library. ``auxiliary`` is the library of
+    the auxiliary model, whose chunks are stored and forgotten with the others.
     """
 
     def __init__(
@@ -58,16 +61,16 @@ class Collections:
 
     @cached_property
     def main(self) -> Library:
-        """The library of the engine's own encoder. Raises `NotComposable` for a model that has no use for one."""
+        """The library of the engine's own encoder. Raises `NotComposable` for a model whose KV cannot be moved."""
         return self.open_library(self.backbone, self._encoder)
 
     def open_library(self, backbone: Backbone, encoder: Encoder) -> Library:
-        """A new library in this place, of this model or of another."""
+        """A new library in this place, for any model and encoder."""
         place = self._place
         return Library(backbone, encoder, place.store, place.tenant, place.secret, self._kv_dtype)
 
     def of(self, encoder: Encoder) -> Collection:
-        """The chunks that are encoded so."""
+        """The collection of this encoder, opened if need be."""
         with self._lock:
             if encoder not in self._opened:
                 library = self.main if encoder == self._encoder else self.open_library(self.backbone, encoder)
@@ -76,28 +79,30 @@ class Collections:
             return self._opened[encoder]
 
     def prefix_cache(self, caching: PrefixCaching) -> PrefixCache:
-        """What this way of prefix caching has kept."""
+        """The prefix cache of this kind, opened if need be."""
         with self._lock:
             if caching not in self._prefix_caches:
                 self._prefix_caches[caching] = caching.open()
             return self._prefix_caches[caching]
 
     def __iter__(self) -> Iterator[Collection]:
-        """Those that have been opened."""
+        """The collections opened so far."""
         with self._lock:
             return iter(list(self._opened.values()))
 
     def libraries(self) -> list[Library]:
-        """All that have been opened, the auxiliary model's last."""
+        """The libraries opened so far, the auxiliary model's last."""
         return [each.library for each in self] + ([] if self.auxiliary is None else [self.auxiliary])
 
     def name(self, text: str) -> str:
-        """What a chunk is called in the index."""
+        """A chunk's name in the index."""
         return self.main.key(text)
 
     def follow(self) -> list[str]:
-        """Take note of what other processes stored and removed: what is new is recognised in prompts, and what is
-        nowhere any more, which may have been forgotten, no longer is. Returns the texts of the latter.
+        """Catch up with what other processes stored and removed.
+
+        New chunks are recognised in prompts from now on. Chunks that are in no library any more may have been
+        forgotten, so they are dropped; returns their texts.
         """
         gone: set[str] = set()
         for each in self:
@@ -114,8 +119,8 @@ class Collections:
         return lost
 
     def forget(self, texts: Iterable[str], unwanted: Container[str]) -> None:
-        """Drop these chunks from all that are open, with whatever was computed behind one of the canonical texts
-        ``unwanted``. Raises `StoreError` when some of it is still there, after having tried all.
+        """Delete these chunks from all open collections, with all KV that has one of the canonical texts ``unwanted``
+        in its context. Tries everything, then raises `StoreError` if some of it is still there.
         """
         self.clear_prefix_caches()
         failures = []
@@ -135,12 +140,12 @@ class Collections:
             raise failures[0]
 
     def clear_prefix_caches(self) -> None:
-        """Drop all that prefix caching has kept: it may hold any text."""
+        """Empty all prefix caches: they may contain any text."""
         with self._lock:
             self._prefix_caches.clear()
 
     def _lose(self, gone: Container[str]) -> list[str]:
-        """Let go of the texts whose KV had these keys and is in none of the libraries any more."""
+        """Drop the texts whose KV had one of these keys and is in no library any more; returns them."""
         opened = list(self)
         lost = []
         for text in self.index.texts():

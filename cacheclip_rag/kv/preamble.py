@@ -1,4 +1,4 @@
-"""KV of prompt preambles: what stands before the first chunk depends on nothing but itself, so its KV is exact."""
+"""Prefix caching of prompt preambles: the system prompt and instructions before the first chunk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 WORTH = 8
-"""Tokens; a shorter preamble is not worth a look-up."""
+"""Tokens; shorter preambles are not cached."""
 
 
 class PreambleCache:
-    """The latest ``size`` preambles (system prompt and instructions before the first chunk), least recently used out
-    first, and never more than ``capacity_bytes`` of them. One that another begins with is not kept beside it.
+    """KV of the ``size`` most recently used preambles (the prompt's tokens before its first chunk), at most
+    ``capacity_bytes`` in total.
 
-    What vLLM and SGLang call prefix caching, for the one prefix that RAG prompts share. Thread-safe.
+    This is prefix caching as in vLLM and SGLang, for the one prefix that RAG prompts share. A preamble that is itself
+    the beginning of another one is not kept beside it. Thread-safe.
     """
 
     def __init__(self, size: int = 8, capacity_bytes: int = 1 << 30) -> None:
@@ -38,7 +39,9 @@ class PreambleCache:
             self._kept.clear()
 
     def longest(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
-        """KV ``[L, Hk, p, D]`` of the longest common beginning of ``ids [T]`` and any kept preamble, if worth it."""
+        """KV ``[L, Hk, p, D]`` of the longest common prefix of ``ids [T]`` and any cached preamble; None below `WORTH`
+        tokens.
+        """
         mine = tuple(ids.tolist())
         with self._lock:
             best, length = None, WORTH - 1
@@ -53,7 +56,7 @@ class PreambleCache:
         return keys[:, :, :length], values[:, :, :length]
 
     def keep(self, ids: Tensor, length: int, canvas: Canvas) -> None:
-        """Keep the first ``length`` rows of a finished canvas, all of them computed by a full prefill of them."""
+        """Cache the first ``length`` rows of a finished canvas: the preamble of the prompt with tokens ``ids [T]``."""
         mine = tuple(ids[:length].tolist())
         if length < WORTH:
             return
@@ -65,7 +68,7 @@ class PreambleCache:
             return
         with self._lock:
             for known in [known for known in self._kept if mine[: len(known)] == known]:
-                del self._kept[known]  # as every turn of a conversation would leave one
+                del self._kept[known]  # otherwise every turn of a conversation would leave one
             self._kept[mine] = keys, values
             while len(self._kept) > self._size or self.nbytes > self._capacity:
                 self._kept.popitem(last=False)

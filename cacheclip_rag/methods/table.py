@@ -1,4 +1,4 @@
-"""The table of methods: every name is one row, and a string like ``"cacheclip:group_size=16"`` is a row, changed."""
+"""The table of methods: one row per name; ``"cacheclip:group_size=16"`` is a row with a parameter changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .select.query_guided import QueryGuided
 from .select.random import Random
 
 FUSED = "fused"
-"""A parameter of every method that encodes ahead: whether, and by what rule, it takes fused variants."""
+"""A parameter of every method that encodes ahead: whether it takes fused variants, and by what rule."""
 
 _FITS: dict[Any, Fit | None] = {
     True: Nearest(),
@@ -46,7 +46,7 @@ RENAMED = {"window": "group_size"}
 
 _BARE = Isolated(prefix="")
 _BAND = (0.69, 0.83)
-"""The relative depths at which InfoFlow found the question's attention to tell most."""
+"""The relative depths at which InfoFlow found the question's attention most informative."""
 
 _ROWS = [
     Method("full", Everything(), recompute_ratio=1.0, about="compute everything; the oracle"),
@@ -183,9 +183,10 @@ METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
 def register(method: Method) -> Method:
-    """Make a method of another package known by its name, and return it.
+    """Add a method of another package to `METHODS`, and return it.
 
-    Raises `ConfigurationError` for a name that another method has, and for one that cannot be written in a string.
+    Raises `ConfigurationError` if another method has this name, or if the name contains characters that are reserved
+    in method strings.
     """
     if not method.name or set(method.name) & set(":,=@ \"'()[]"):
         raise ConfigurationError(f"a method's name is a word without :, =, @, blanks or quotes, not {method.name!r}")
@@ -198,9 +199,9 @@ def register(method: Method) -> Method:
 def resolve(method: str | Method, **changes: Any) -> Method:
     """The method called ``method``, with parameters of its parts changed by name.
 
-    ``resolve("cacheclip", group_size=16)``, or all in one string, ``resolve("cacheclip:group_size=16")``, which works
+    ``resolve("cacheclip", group_size=16)`` or, in one string, ``resolve("cacheclip:group_size=16")``, which works
     wherever a method's name does. A parameter that several parts share is changed in all of them. Raises
-    `ConfigurationError` naming what is valid.
+    `ConfigurationError`, with the valid names, for an unknown method or parameter.
     """
     if isinstance(method, str):
         name, written = spec.parse(method)
@@ -219,9 +220,10 @@ def resolve(method: str | Method, **changes: Any) -> Method:
 
 
 def with_prefix(method: str | Method, prefix: str | None) -> Method:
-    """The method called ``method`` with its chunks behind the text ``prefix``, unless it names another itself, as in
-    ``"cacheblend:prefix=none"``, puts tokens of its own there, or is a `Method`, which says all. None changes nothing.
-    Raises as `resolve` does.
+    """The method called ``method``, with ``prefix`` as its encode prefix.
+
+    Unchanged if ``prefix`` is None, if ``method`` names a prefix itself (``"cacheblend:prefix=none"``) or has an
+    encoder with tokens of its own there, or if it is a `Method` and not a string. Raises as `resolve` does.
     """
     named = resolve(method)
     if prefix is None or isinstance(method, Method) or "prefix" in spec.parse(method)[1]:

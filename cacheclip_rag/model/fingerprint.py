@@ -1,4 +1,4 @@
-"""What identifies a model whose KV is stored."""
+"""The fingerprint that identifies a model in the namespace of its stored KV."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _COSMETIC = {"transformers_version", "architectures", "torch_dtype", "dtype", "u
 
 
 def fingerprint(model: nn.Module, config: PretrainedConfig, tokenizer: str, dtype: torch.dtype) -> dict[str, str]:
-    """Every weight's bytes, the configuration, the ``tokenizer`` (its definition in JSON) and the dtype.
+    """Hashes of the weights, the configuration and the ``tokenizer`` (its definition in JSON), and the dtype.
 
-    A model's name or path is not its identity: weights are hashed as they are in memory (xxh3, some 5 GB/s). Hooks and
-    adapters are told by name where there are any.
+    Names and paths do not identify a model, so weights are hashed as they are in memory (xxh3, some 5 GB/s). The names
+    of hooks and adapters are included where there are any.
     """
     weights = xxhash.xxh3_128()
     for name, parameter in sorted(model.state_dict().items()):

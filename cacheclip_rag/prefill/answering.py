@@ -1,4 +1,4 @@
-"""Prompts answered: prefill and decoding, so many requests in flight, one at the model at a time."""
+"""Answering prompts: prefill and decoding under the lock, with a limit on requests in flight."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ log = logging.getLogger("cacheclip_rag")
 
 
 class Cancelled(Exception):
-    """The caller no longer wants the answer."""
+    """Raised in a request that its caller has cancelled."""
 
 
 class Answering:
-    """Runs requests. ``before(request)`` is called under the lock and gives the request as it is prefilled;
-    ``after(report, method)`` once it is. Neither is called where KV cannot be moved; what ``after`` raises is logged.
+    """Runs requests: prefill, then decoding.
+
+    ``before(request)`` is called under the lock and returns the request to prefill; ``after(report, request)`` is
+    called after the prefill, and what it raises is logged. Neither is called for a model whose KV cannot be moved.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Answering:
     def tokens(
         self, request: PrefillRequest, options: dict[str, Any], report: Report, cancel: threading.Event | None = None
     ) -> Iterator[int]:
-        """Prefill and decode, within the limit on requests in flight; ``request.room`` is the longest answer (tokens).
+        """Prefill and decode: yields the answer's token ids. Waits for the limit on requests in flight.
 
-        The request ends when this is closed, or ``cancel`` is set. ``options`` are those of `Backbone.generate`.
+        ``request.room`` is the maximum length of the answer (tokens); ``options`` are those of `Backbone.generate`.
+        Closing the iterator, or setting ``cancel``, ends the request. Raises what `prefill` raises.
         """
         start = time.perf_counter()
         admitted = False
@@ -85,7 +88,9 @@ class Answering:
 
     @on_cpu
     def prefill(self, request: PrefillRequest, report: Report, cancel: threading.Event | None = None) -> Prefill:
-        """Raises `Cancelled` where ``cancel`` was set while it waited for the lock, and what `Prefiller` raises."""
+        """Prefill under the lock. Raises `Cancelled` if ``cancel`` was set while waiting for it, and what `Prefiller`
+        raises.
+        """
         movable = self._backbone.obstacle is None
         with self._lock:
             if cancel is not None and cancel.is_set():
@@ -96,8 +101,8 @@ class Answering:
         if movable:
             try:
                 self._after(report, request)
-            except Exception:  # what later requests may gain must not cost this one its answer
-                log.exception("what this prompt showed is not followed up")
+            except Exception:  # follow-up work for later requests must not fail this one
+                log.exception("the follow-up work of this prompt failed")
         return result
 
     def _locked(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:

@@ -1,4 +1,4 @@
-"""Prefill from stored chunks: place their KV, choose rows, recompute those."""
+"""Prefill from stored chunks: place their KV, select rows, recompute these."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .sources import sources_of
 
 _GONE = "its stored KV is gone or damaged"
 _OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name}") does so ahead'
-"""Of a chunk that the engine knows as another method encodes it: in the index it goes by its name there."""
+"""For a chunk that is known in the encoding of another method only."""
 
 _COPY = 64
-"""Slots behind a prompt for a copy of its question, where it must be asked behind the last chunk (tokens)."""
+"""Slots behind a prompt for a copy of its question, which selection may need behind the last chunk (tokens)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """The stored chunk of each span, if it is there, and by key the reason why others are not.
+    """The stored chunk of each span, or None, and by key the reason why it is ``missing``.
 
-    ``in_place``: whether a chunk right behind the prefix it was encoded behind needs no repair.
+    ``in_place``: whether a chunk right behind its encode prefix needs no repair.
     """
 
     chunks: Sequence[ChunkKV | None]
@@ -49,10 +49,10 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A prompt whose stored KV is placed: what a method sees of it, and what the report says.
+    """A prompt whose stored KV is placed on a canvas: the method's `Request`, and facts for the report.
 
-    The first ``prefix`` rows came from an earlier prompt; ``held [T]``, bool: rows with stored KV that is used or
-    repaired; ``in_place [T]``, bool: those of them that need no repair.
+    The first ``prefix`` rows come from an earlier prompt. ``held [T]`` bool: rows with stored KV; ``in_place [T]``
+    bool: those of them that need no repair.
     """
 
     request: Request
@@ -64,7 +64,7 @@ class Placed:
 
 
 class Compose:
-    """Prefill from the chunks that are encoded as the method wants them."""
+    """The strategy ``compose``: prefill from chunks that were encoded ahead, as the method wants them."""
 
     def __init__(self, collections: Collections, composer: Composer) -> None:
         self._collections, self._composer = collections, composer
@@ -94,9 +94,9 @@ class Compose:
 
 
 class Composer:
-    """Place, select, recompute, whatever chunks a prompt is composed of. ``auxiliary`` is None where there is none.
+    """Places stored chunks, selects rows and recomputes them; the strategies ``compose`` and ``harvest`` share it.
 
-    Not for two threads at once; the engine's lock sees to that.
+    ``auxiliary`` is the auxiliary model, or None. Not thread-safe: callers hold the engine's lock.
     """
 
     def __init__(self, collections: Collections) -> None:
@@ -112,7 +112,9 @@ class Composer:
         load: Callable[[Reading], Loaded],
         report: Report,
     ) -> Prefill:
-        """Whatever this raises, apart from `PromptError`, the caller answers by full prefill."""
+        """Prefill ``asked`` with the chunks that ``load`` returns. On any exception but `PromptError`, the caller falls
+        back to full prefill.
+        """
         placed = self._place(asked, reading, collection, load, report)
         if asked.method.reorder and len(placed.request.layout.chunk[placed.held].unique()) > 1:
             with report.timed("reorder"):
@@ -153,7 +155,7 @@ class Composer:
         with report.timed("tokenise"):
             tokens = [None if chunk is None else Tokens(chunk.ids, chunk.offsets) for chunk in loaded.chunks]
             layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
-            # A caller's question may hold what no tokenizer takes; it is advice.
+            # A caller's question may contain lone surrogates, which no tokenizer takes; it must not fail the request.
             text = reading.question.text.encode("utf-8", "replace").decode()
             question_ids = backbone.tokenise("\n\n" + text, plain=True).ids
         count = len(layout)
@@ -167,7 +169,7 @@ class Composer:
                 canvas.place(chunk, part, row, int(positions[row]))
             in_place = _in_place(layout, loaded, collection)
         held = layout.reusable.clone()
-        held[count - 1] = False  # the last token's logits are wanted, so it is always computed
+        held[count - 1] = False  # the last token is always computed, because its logits are needed
         rows, fresh = (held & ~in_place).nonzero()[:, 0], (~held).nonzero()[:, 0]
         request = Request(
             layout=layout,
@@ -186,7 +188,9 @@ class Composer:
         return Placed(request, canvas, loaded, prefix, held, in_place)
 
     def _auxiliary_scores(self, asked: PrefillRequest, reading: Reading) -> Callable[[str], list[CharacterScores]]:
-        """The auxiliary model's scores on demand; on a device of its own it starts now, while KV is loaded."""
+        """A function that returns the auxiliary model's scores. On a device of its own, scoring starts at once and runs
+        while KV is loaded.
+        """
         auxiliary, method = self.auxiliary, asked.method
 
         def score(layers: str) -> list[CharacterScores]:
@@ -204,7 +208,7 @@ class Composer:
     # ---- what to recompute, and what was ----------------------------------------------------------------------------
 
     def _ratio(self, asked: PrefillRequest, placed: Placed, report: Report) -> float:
-        """The share of ``request.rows`` to recompute: as asked for, or less the better the chunks' contexts fit."""
+        """The share of ``request.rows`` to recompute: the requested one, or less if the contexts of variants fit."""
         fitted = asked.method.fitted_ratio
         if fitted is None:
             return asked.ratio
@@ -248,8 +252,8 @@ class Composer:
 
 
 def shared_positions(layout: Layout) -> Tensor:
-    """APE's positions ``[T]``: every chunk begins where the first one does, the text behind the last one comes after
-    the longest. What stands between two chunks goes on from the one before it.
+    """APE's shared positions ``[T]``: every chunk begins at the position of the first one, and the text behind the last
+    chunk follows the longest. Text between two chunks continues from the one before it.
     """
     positions = torch.arange(len(layout))
     runs = layout.runs()
@@ -269,7 +273,7 @@ def shared_positions(layout: Layout) -> Tensor:
 
 
 def _place_preamble(layout: Layout, canvas: Canvas, collection: Collection) -> int:
-    """Place the KV of the prompt's preamble, where an earlier prompt left it; the number of its rows."""
+    """Place the KV of the prompt's preamble, if an earlier prompt had it; returns the number of its rows."""
     kept = collection.preambles.longest(layout.ids)
     if kept is None:
         return 0
@@ -280,7 +284,7 @@ def _place_preamble(layout: Layout, canvas: Canvas, collection: Collection) -> i
 
 
 def _in_place(layout: Layout, loaded: Loaded, collection: Collection) -> Tensor:
-    """``[T]`` bool: tokens of a chunk right behind the very prefix it was encoded behind; their KV is right."""
+    """``[T]`` bool: the tokens of a chunk in place, right behind its encode prefix, whose KV needs no repair."""
     in_place = torch.zeros(len(layout), dtype=torch.bool)
     if not loaded.in_place:
         return in_place
@@ -293,9 +297,9 @@ def _in_place(layout: Layout, loaded: Loaded, collection: Collection) -> Tensor:
 
 
 def _reordered(placed: Placed) -> str:
-    """The prompt with its chunks in the order of the attention the question pays to them, the most attended one last.
+    """The prompt with its chunks sorted by the question's attention to them, the highest last.
 
-    Texts trade places; what stands between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
+    Chunk texts are permuted; the text between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
     """
     layout = placed.request.layout
     rows = placed.held.nonzero()[:, 0]  # a chunk that is in place may be attended to as well
@@ -311,11 +315,11 @@ def _reordered(placed: Placed) -> str:
 
 
 def _mean(numbers: Sequence[float], weights: Tensor) -> float:
-    """The weighted mean; 0 where nothing weighs anything."""
+    """The weighted mean; 0 if all weights are 0."""
     total = int(weights.sum())
     return float((torch.tensor(numbers, dtype=torch.float32) * weights).sum() / total) if total else 0.0
 
 
 def _first(mask: Tensor, otherwise: int) -> int:
-    """Index of the first true element."""
+    """The index of the first true element, else ``otherwise``."""
     return int(mask.int().argmax()) if bool(mask.any()) else otherwise

@@ -1,4 +1,4 @@
-"""Full prefill: every token is computed."""
+"""Full prefill: every token of the prompt is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sources import sources_of
 
 
 class Full:
-    """Full prefill on a canvas. Chunks are still recognised: control tokens inside documents stay text."""
+    """The strategy ``full``. Chunks are recognised nevertheless, because control tokens inside them are plain text."""
 
     def __init__(self, backbone: Backbone, index: ChunkIndex) -> None:
         self._backbone, self._index = backbone, index

@@ -1,4 +1,4 @@
-"""From a prompt to its KV, by the strategy that the method names; whatever fails is answered by full prefill."""
+"""Prefill by the strategy that a method names, with full prefill as the fallback of every failure."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Strategy = Callable[[PrefillRequest, Report], Prefill]
 
 
 class Prefiller:
-    """The strategies by name: ``full``, ``prefix`` (caching), ``harvest`` (of finished prompts), ``compose`` (of stored
-    chunks). Not for two threads at once; the engine's lock sees to that.
+    """The prefill strategies by name: ``full``, ``prefix`` (prefix caching), ``harvest`` (variants from finished
+    prompts) and ``compose`` (chunks encoded ahead). Not thread-safe: callers hold the engine's lock.
     """
 
     def __init__(self, collections: Collections) -> None:
@@ -39,7 +39,7 @@ class Prefiller:
 
     @property
     def auxiliary(self) -> Auxiliary | None:
-        """The model that selects tokens for methods that ask one."""
+        """The auxiliary model that selects tokens, or None."""
         return self._composer.auxiliary
 
     @auxiliary.setter
@@ -53,8 +53,10 @@ class Prefiller:
                 raise ConfigurationError(changed)
 
     def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
-        """Raises `PromptError` for a prompt that is empty or beyond the context length, `ConfigurationError` for a
-        strategy that nobody brings.
+        """Prefill a request, and fill in its report.
+
+        Raises `PromptError` for a prompt that is empty or beyond the context length, and `ConfigurationError` for an
+        unknown strategy.
         """
         if self._backbone.obstacle is not None:
             report.fallbacks.append(f"plain prefill: {self._backbone.obstacle}")
@@ -69,10 +71,10 @@ class Prefiller:
             return self.strategies[name](request, report)
         except PromptError:
             raise
-        except Exception as error:  # whatever goes wrong in reuse costs time, never the answer
+        except Exception as error:  # a failure in reuse costs time, never the answer
             log.exception("reuse failed; prefilling the whole prompt")
             report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
             report.fit, report.requested_ratio = None, request.ratio
             report.prefix = report.reused = report.adjusted = report.recomputed = report.edges = 0
-            traceback.clear_frames(error.__traceback__)  # it holds on to the canvas, and memory may be what lacked
+            traceback.clear_frames(error.__traceback__)  # frees the canvas: the error may be a lack of memory
             return full(request, report)

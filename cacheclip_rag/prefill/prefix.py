@@ -1,4 +1,4 @@
-"""Prefix caching: full prefill behind the longest beginning that an earlier prompt left."""
+"""Prefix caching: full prefill behind the longest cached prefix of the prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .sources import sources_of
 
 
 class Prefix:
-    """Reuses KV of the very tokens that stood before, and computes the rest: the same KV as a full prefill's."""
+    """The strategy ``prefix``: reuses KV behind exactly the same tokens and computes the rest, with the result of a
+    full prefill.
+    """
 
     def __init__(self, collections: Collections) -> None:
         self._collections = collections

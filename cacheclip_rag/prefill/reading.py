@@ -1,4 +1,4 @@
-"""A prompt, read once: its documents, its question and its tokens."""
+"""Reading a prompt: recognises its documents, finds its question, tokenises it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from .result import PrefillRequest
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """``spans``: the documents in ``prompt``, known chunks and parts of them; ``tokens``: what a model without cache
-    would see, but that control tokens inside documents are text.
+    """A prompt with its documents, question and tokens.
+
+    ``spans``: the known chunks, and parts of them, in ``prompt``; ``tokens``: as transformers tokenises the prompt,
+    except that control tokens inside documents are plain text.
     """
 
     prompt: str
@@ -26,7 +28,7 @@ class Reading:
     tokens: Tokens
 
     def layout(self, chunks: Sequence[tuple[Span, Tokens | None]] = ()) -> Layout:
-        """The tokens, and which of them can take their KV from these ``chunks`` (tokens None: its KV is missing)."""
+        """The tokens, and which of them can take their KV from ``chunks`` (a chunk's tokens; None if it has no KV)."""
         stored = [None if tokens is None else (tokens.ids, tokens.offsets) for _, tokens in chunks]
         return align(self.prompt, self.tokens.ids, self.tokens.offsets, [span for span, _ in chunks], stored)
 
@@ -37,7 +39,7 @@ class Reading:
 
 
 def read(backbone: Backbone, index: ChunkIndex, request: PrefillRequest, report: Report) -> Reading:
-    """Recognise the documents, find the question, tokenise.
+    """Recognise the documents of a request's prompt, find its question, and tokenise it.
 
     Raises `PromptError` for a prompt without tokens, and for one beyond the model's context length.
     """
@@ -62,7 +64,7 @@ def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
 
 
 def check_fits(tokens: Tokens, context_length: int) -> None:
-    """Raises `PromptError` when there are no tokens, or as many as the model's context length."""
+    """Raises `PromptError` if there are no tokens, or no room for an answer within the context length."""
     if not len(tokens):
         raise PromptError("the prompt is empty")
     if len(tokens) >= context_length:
@@ -73,7 +75,7 @@ def check_fits(tokens: Tokens, context_length: int) -> None:
 
 
 def workspace_size(backbone: Backbone, count: int, room: int) -> int:
-    """Slots for a prompt of ``count`` tokens and ``room`` more, as far as the context length goes: "as many as you
-    like" must not cost memory that no answer can fill.
+    """The slots (tokens) for a prompt of ``count`` tokens and ``room`` more, at most the context length, so that a very
+    large ``room`` allocates no memory that no answer can fill.
     """
     return min(count + room, max(backbone.context_length, count))

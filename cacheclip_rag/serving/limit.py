@@ -1,4 +1,4 @@
-"""How many requests may be in flight at a time: whoever asked first goes first."""
+"""A first-come, first-served limit on the number of requests in flight."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections import deque
 log = logging.getLogger("cacheclip_rag")
 
 PATIENCE = 60.0
-"""Seconds of waiting after which the log says so."""
+"""Seconds of waiting after which a warning is logged."""
 
 _LOOK = 0.05  # seconds between two looks at whether a waiting caller has gone
 
 
 class RequestLimit:
-    """How many requests may be in flight, each with a canvas in memory; the others wait, in the order of asking.
+    """A fair semaphore: at most ``limit`` requests are in flight, each with a canvas in memory; others wait in order.
 
-    A seat is held from before the prefill to the end of the answer, so a stream that is neither read to its end nor
-    closed keeps one.
+    A request is in flight from before its prefill to the end of its answer. A stream that is neither read to its end
+    nor closed stays in flight.
     """
 
     def __init__(self, limit: int) -> None:
         self._free = self.limit = limit
-        # Reentrant: a stream that nobody holds any more gives its seat back from the garbage collector, which may run
-        # on a thread that is inside one of these methods.
+        # Reentrant: an abandoned stream is released by the garbage collector, which may run on a thread that is inside
+        # one of these methods.
         self._lock = threading.RLock()
         self._queue: deque[threading.Lock] = deque()
-        """Locks that are released when it is their owner's turn; an Event has a lock inside that is not reentrant."""
+        """One lock per waiting request, released to admit it; the lock inside an Event is not reentrant."""
 
     @property
     def in_flight(self) -> int:
@@ -38,34 +38,35 @@ class RequestLimit:
         return len(self._queue)
 
     def acquire(self, cancel: threading.Event | None = None) -> bool:
-        """Wait for a seat. False, and no seat, if ``cancel`` is set before there is one."""
+        """Wait until the request may start. Returns False, without admitting it, if ``cancel`` is set before."""
         mine = threading.Lock()
         mine.acquire()
         with self._lock:
             if cancel is not None and cancel.is_set():
                 return False
             self._queue.append(mine)
-            self._call()
-        seated = False
+            self._admit()
+        admitted = False
         try:
-            seated = self._wait(mine, cancel)
+            admitted = self._wait(mine, cancel)
         finally:
-            if not seated:
-                self._leave(mine)
-        return seated
+            if not admitted:
+                self._withdraw(mine)
+        return admitted
 
     def release(self) -> None:
+        """Mark a request as ended, and admit the next one."""
         with self._lock:
             self._free += 1
-            self._call()
+            self._admit()
 
-    def _call(self) -> None:
-        """Free seats go to those who wait."""
+    def _admit(self) -> None:
+        """Admit waiting requests, in order, while there is room."""
         while self._free and self._queue:
             self._free -= 1
             try:
                 self._queue.popleft().release()
-            except IndexError:  # the collector ran just now, and what it ended has called the last one
+            except IndexError:  # a release by the garbage collector admitted the last one just now
                 self._free += 1
 
     def _wait(self, mine: threading.Lock, cancel: threading.Event | None) -> bool:
@@ -78,8 +79,8 @@ class RequestLimit:
                 log.warning("a request waits for one of %d in flight to end; is a stream left open?", self.limit)
         return True
 
-    def _leave(self, mine: threading.Lock) -> None:
-        """Give up waiting; a seat that came at the last moment goes to the next."""
+    def _withdraw(self, mine: threading.Lock) -> None:
+        """Stop waiting; if the request was admitted at the last moment, release it."""
         with self._lock:
             if mine in self._queue:
                 self._queue.remove(mine)

@@ -1,4 +1,4 @@
-"""A first-come, first-served lock on the model."""
+"""A first-come, first-served lock."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import TracebackType
 
 
 class FairLock:
-    """Hands the model to one forward at a time, in the order of asking.
+    """A lock that is granted in the order of requests; the engine holds it while the model computes.
 
-    It is taken for a prefill or for one decoding step and never across a ``yield``, so that streams interleave and a
-    call made while another one streams does not wait for it.
+    It is held for one prefill or one decoding step, and never across a ``yield``, so that streams interleave, and a
+    call made while another one streams does not wait for its end.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class FairLock:
                 if mine in self._queue:
                     self._queue.remove(mine)
                     raise
-            self.__exit__(None, None, None)  # the turn came with the interrupt: pass it on
+            self.__exit__(None, None, None)  # granted at the moment of the interrupt: pass it on
             raise
 
     def __exit__(
@@ -47,6 +47,7 @@ class FairLock:
 
     @property
     def idle(self) -> bool:
+        """Whether nobody holds the lock."""
         return not self._busy
 
     @property

