@@ -137,10 +137,10 @@ def test_what_is_being_read_is_not_evicted(tmp_path: Path, monkeypatch: pytest.M
     keys = [put(store, f"text {number}") for number in range(4)]
     reading, go_on, read = threading.Event(), threading.Event(), files.contents
 
-    def slow(path: Path, limit: int | None = None) -> Any:
+    def slow(*arguments: Any) -> Any:
         reading.set()
         assert go_on.wait(60)
-        return read(path, limit)
+        return read(*arguments)
 
     monkeypatch.setattr(files, "contents", slow)
     got: list[ChunkKV | None] = []
@@ -292,12 +292,12 @@ def test_a_file_that_was_replaced_meanwhile_is_not_set_aside(
 ) -> None:
     if alike:  # the new file has the old one's number, as happens where they are reused
         contents, number = files.contents, os.stat(tmp_path)
-        monkeypatch.setattr(files, "contents", lambda path, limit: (contents(path, limit)[0], number))
+        monkeypatch.setattr(files, "contents", lambda path, limit, check: (contents(path, limit)[0], number))
         monkeypatch.setattr(files, "status", lambda path: number)
     store, other = open_disk(tmp_path), open_disk(tmp_path)
     key = put(store, "text 0")
     good = path_of(store, key).read_bytes()
-    path_of(store, key).write_bytes(good[:-1])
+    path_of(store, key).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     load = format.load
 
     def replaced(data: bytes, *rest: Any) -> ChunkKV:
@@ -323,6 +323,74 @@ def test_a_link_or_a_pipe_in_the_place_of_a_file_is_a_miss(tmp_path: Path) -> No
     for opened in (store, open_disk(tmp_path)):
         assert opened.get(link) is None and opened.get(pipe) is None
     assert elsewhere.exists()
+
+
+def whole_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the files that are read into memory from now on."""
+    sizes: list[int] = []
+    empty = files.np.empty
+
+    def counted(size: int, *rest: Any) -> Any:
+        sizes.append(size - 1)
+        return empty(size, *rest)
+
+    monkeypatch.setattr(files.np, "empty", counted)
+    return sizes
+
+
+HOLES = 64 << 20  # bytes that are there by name only
+
+
+def sparse(path: Path, data: bytes, tensor: str | None = None) -> None:
+    """Make a file of these bytes and a hole behind them, of which the header says that it is ``tensor``'s."""
+    length = int.from_bytes(data[:8], "little")
+    if tensor is not None:
+        header = json.loads(data[8 : 8 + length])
+        end = len(data) - 8 - length
+        header[tensor] = {"dtype": "U8", "shape": [HOLES], "data_offsets": [end, end + HOLES]}
+        raw = json.dumps(header).encode()
+        raw += b" " * (-len(raw) % 8)
+        data = len(raw).to_bytes(8, "little") + raw + data[8 + length :]
+    path.write_bytes(data)
+    os.truncate(path, len(data) + HOLES)
+
+
+@pytest.mark.parametrize("secret", [b"", b"correct horse"])
+@pytest.mark.parametrize("tensor", [None, "extra.more"])
+def test_a_file_with_holes_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str | None, secret: bytes
+) -> None:
+    namespace = replace(ONE, secret=secret)
+    store = open_disk(tmp_path, namespace)
+    key = put(store, "text 0")
+    sparse(path_of(store, key), path_of(store, key).read_bytes(), tensor)
+    sizes = whole_reads(monkeypatch)
+    found = Administration(tmp_path).verify(secret)
+    assert [reason for _, reason in found.bad] == ["checksum" if tensor else "larger than its header says"]
+    assert store.get(key) is None and key not in open_disk(tmp_path, namespace)
+    assert max(sizes, default=0) < HOLES
+    assert put(store, "text 0") == key and same(store.get(key), make("text 0"))
+
+
+def test_a_good_file_with_holes_is_served(tmp_path: Path) -> None:
+    """Some file systems store no zeros, and some copy files so."""
+    store = open_disk(tmp_path)
+    chunk = replace(make("text 0"), extra={"zeros": torch.zeros((8, 1 << 20), dtype=torch.uint8)})
+    key = ONE.key("text 0")
+    assert store.put(key, chunk)
+    path = path_of(store, key)
+    data = path.read_bytes()
+    path.write_bytes(b"")
+    with open(path, "r+b") as file:
+        for start in range(0, len(data), 4096):
+            if any(piece := data[start : start + 4096]):
+                file.seek(start)
+                file.write(piece)
+        file.truncate(len(data))
+    assert path.read_bytes() == data
+    got = open_disk(tmp_path).get(key)
+    assert same(got, chunk) and got is not None and not got.extra["zeros"].any()
+    assert Administration(tmp_path).verify().good == 1
 
 
 def test_a_file_larger_than_the_whole_store_may_be_is_not_read(tmp_path: Path) -> None:
@@ -384,12 +452,12 @@ def test_only_one_module_touches_the_file_system() -> None:
 def test_everything_that_is_made_is_its_owner_s_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        store = open_disk(tmp_path / "above" / "store", cap=3 * SIZE + 300)
+        store = open_disk(tmp_path / "far above" / "above" / "store", cap=3 * SIZE + 300)
         for number in range(5):
             put(store, f"text {number}")
     finally:
         os.umask(before)
-    for path in (store.folder, *store.folder.rglob("*")):
+    for path in (store.folder.parent.parent, store.folder.parent, store.folder, *store.folder.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert Administration(store.folder).verify().open_to_others == []
     path_of(store, put(store, "text 9")).chmod(0o644)
@@ -433,6 +501,20 @@ def test_tenants_share_a_folder_and_nothing_else(tmp_path: Path) -> None:
     other = open_disk(tmp_path, yours)
     (other.path / f"{key}.safetensors").write_bytes(path_of(open_disk(tmp_path, mine), key).read_bytes())
     assert open_disk(tmp_path, yours).get(key) is None, "copied into the other tenant's folder"
+
+
+@pytest.mark.parametrize("name", [".usage", ".lock"])
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_a_link_under_the_name_of_a_note_leads_nowhere(tmp_path: Path, name: str, link: str) -> None:
+    folder, victim = tmp_path / "store", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious " * 20)
+    victim.chmod(0o644)
+    (folder / name).hardlink_to(victim) if link == "hard" else (folder / name).symlink_to(victim)
+    store = open_disk(folder)
+    key = put(store, "text 0")
+    assert same(store.get(key), make("text 0"))
+    assert victim.read_text() == "precious " * 20 and stat.S_IMODE(victim.stat().st_mode) == 0o644
 
 
 # ---- P13: forgetting ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..chunks import Namespace
 from ..errors import StoreError
 from . import files, format
 from .cap import STALE, Found, SharedCap, namespaces
@@ -124,8 +125,8 @@ class Administration(Holdings):
     def _head(self, file: Found, size: int) -> bytes:
         return files.read_head(self._path(file), size)
 
-    def _read(self, file: Found) -> format.Data:
-        return files.read(self._path(file))
+    def _read(self, file: Found, namespace: Namespace) -> format.Data:
+        return files.read(self._path(file), check=lambda read, status: format.check_file(read, status, namespace))
 
     def _namespaces(self) -> Iterator[NamespaceUsage]:
         return (NamespaceUsage(path.name, _about(path)) for path in namespaces(self.folder))

@@ -121,6 +121,7 @@ class DiskStore:
             with self._lock:
                 self._stats.misses += 1
             return None
+        chunk = None
         with self._lock:
             self._reading[key] += 1
         try:
@@ -137,8 +138,14 @@ class DiskStore:
     def _load(self, key: str) -> ChunkKV | None:
         self.touch(key)  # before the file is opened: what is being read is not what was used longest ago
         status: os.stat_result | None = None
+
+        def check(read: files.Read, opened: os.stat_result) -> None:
+            nonlocal status
+            status = opened
+            self._check(read, opened)
+
         try:
-            data, status = files.contents(self._name(key), self.cap)
+            data, status = files.contents(self._name(key), self.cap, check)
             return format.load(data, key, self.namespace)
         except format.Rejected as reason:
             self._set_aside(key, str(reason), status)
@@ -260,6 +267,9 @@ class DiskStore:
         """`_file`, where there is no time to lose: to join a `Path` takes as long as to open a file."""
         return f"{self._prefix}{key}{format.SUFFIX}"
 
+    def _check(self, read: files.Read, status: os.stat_result) -> None:
+        format.check_file(read, status, self.namespace)
+
     def _listed(self) -> set[str]:
         """Keys of the files that are there. Raises OSError."""
         try:
@@ -324,7 +334,7 @@ class DiskStore:
                     return
                 files.rename(path, bad)
                 # A file that took the other's place, and its number with it, is good: then it goes back.
-                format.load(files.read(bad, self.cap), key, self.namespace)
+                format.load(files.read(bad, self.cap, self._check), key, self.namespace)
                 files.rename(bad, path)
         except (format.Rejected, OSError, MemoryError):
             pass

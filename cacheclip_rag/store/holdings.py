@@ -180,8 +180,8 @@ class Holdings(ABC):
         """Its first bytes, or what there is. Raises OSError."""
 
     @abstractmethod
-    def _read(self, file: Found) -> format.Data:
-        """All of it. Raises OSError."""
+    def _read(self, file: Found, namespace: Namespace) -> format.Data:
+        """All of it, for `format.load`. Raises OSError, and `Rejected` for what is not worth reading."""
 
     def _each(self, work: Callable[[Found], T], found: Iterable[Found]) -> Iterator[T]:
         """``work`` done on each, in order."""
@@ -211,8 +211,7 @@ class Holdings(ABC):
     def _reason(self, file: Found, secret: bytes) -> str | None:
         """Why a file would not be served; "keyed" where only its secret could tell, None where it would be."""
         try:
-            data = self._read(file)
-            metadata = format.header(data)
+            metadata: dict[str, str] = format.read_fields(partial(self._head, file))["__metadata__"]
             fields = json.loads(metadata["namespace"])
             keyed = fields.pop("keyed", None) is not None
             namespace = Namespace(fields, secret if keyed else b"")
@@ -222,7 +221,7 @@ class Holdings(ABC):
                 return "keyed"
             if file.namespace != namespace.digest[:32]:
                 return "other model"
-            format.load(data, metadata["key"], namespace)
+            format.load(self._read(file, namespace), metadata["key"], namespace)
         except format.Rejected as reason:
             return str(reason)
         except (ValueError, AttributeError, TypeError, RecursionError):

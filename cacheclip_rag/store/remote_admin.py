@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
+from ..chunks import Namespace
 from ..errors import StoreError
 from . import files, format
 from .cap import Found
@@ -45,7 +46,7 @@ class RemoteAdministration(Holdings):
     def _head(self, file: Found, size: int) -> bytes:
         return _asking(lambda: self.remote.read_head(_name(file), size))
 
-    def _read(self, file: Found) -> format.Data:
+    def _read(self, file: Found, namespace: Namespace) -> format.Data:
         return bytearray(self.remote.read(_name(file)))
 
     def _each(self, work: Callable[[Found], T], found: Iterable[Found]) -> Iterator[T]:
