@@ -13,8 +13,9 @@ from typing import Any
 from ..chunks import Namespace
 from ..errors import StoreError
 from . import files, format
-from .cap import STALE, Found, SharedCap, namespaces
+from .cap import STALE, Found, SharedCap, hidden, namespaces
 from .documents import FOLDER, Documents
+from .forgettings import Forgettings
 from .holdings import Holdings, NamespaceUsage, Stored, Verified
 
 log = logging.getLogger("cacheclip_rag")
@@ -100,13 +101,20 @@ class Administration(Holdings):
         """
         known = Documents(self.folder, tenant, secret)
         wanted = known.only(documents)
-        gone, left = list[Stored](), 0
+        gone, left, failures = list[Stored](), 0, list[str]()
         for place in (self, *elsewhere) if wanted else ():
-            gone += forget_digests(place, known, wanted, tenant)
-            left += sum(
-                one.tenant == tenant and one.holds(lambda text: known.text(text) in wanted) for one in place.entries()
-            )
-        known.remove(documents)
+            try:
+                gone += forget_digests(place, known, wanted, tenant)
+                left += sum(
+                    one.tenant == tenant and one.holds(lambda text: known.text(text) in wanted)
+                    for one in place.entries()
+                )
+            except StoreError as error:
+                failures.append(str(error))
+        if failures:
+            raise StoreError("; ".join(failures))
+        if not left:
+            known.remove(documents)
         return gone, left
 
     def clear(self, namespace: str = "") -> int:
@@ -121,6 +129,19 @@ class Administration(Holdings):
         return count
 
     # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _hidden(self, namespace: str) -> list[str]:
+        try:
+            return hidden(self.folder, namespace)
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be read: {error.strerror or error}") from error
+
+    def _tell(self) -> list[str]:
+        try:
+            Forgettings(self.folder).note()
+            return []
+        except OSError as error:
+            return [f"other processes cannot be told, since {self.folder} cannot be written: {error.strerror or error}"]
 
     def _head(self, file: Found, size: int) -> bytes:
         return files.read_head(self._path(file), size)

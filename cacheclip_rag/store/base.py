@@ -76,7 +76,14 @@ class ChunkStore(Protocol):
         """How often such a thing was noted, by `refresh` or on the way."""
 
     def vanished(self) -> list[str]:
-        """Keys that other processes removed, as far as it was noted, since this was asked last."""
+        """Keys that other processes removed, as far as it was noted, since this was asked last: by `refresh`, or by a
+        look-up that found the file gone.
+        """
+
+    def forgettings(self) -> bytes:
+        """Another value than before once a process that shares what is kept has forgotten something. What is known
+        without being kept here may be what it forgot, and so may what was computed meanwhile.
+        """
 
     def stats(self) -> StoreStats: ...
 

@@ -133,7 +133,7 @@ class SharedCap:
         for folder in namespaces(self.folder):
             try:
                 for entry in files.listing(folder):
-                    garbage = entry.name.startswith(files.TEMPORARY) or entry.name.endswith(".bad")
+                    garbage = _is_garbage(entry.name)
                     if not garbage and not _CHUNK.fullmatch(entry.name):
                         continue
                     try:
@@ -195,9 +195,38 @@ class SharedCap:
 
 
 def namespaces(folder: Path) -> list[Path]:
-    """The folders of all namespaces below a store's folder."""
+    """The folders of all namespaces below a store's folder, also those that were moved elsewhere and linked."""
     try:
         found = [entry for entry in files.listing(folder) if _FOLDER.fullmatch(entry.name)]
-        return sorted(folder / entry.name for entry in found if entry.is_dir(follow_symlinks=False))
+        return sorted(folder / entry.name for entry in found if entry.is_dir())
     except OSError:
         return []
+
+
+def hidden(folder: Path, namespace: str = "") -> list[str]:
+    """What may hold chunks below a store's folder, in the namespaces whose names begin so, and cannot be looked into,
+    each with the reason. Raises OSError where the folder itself cannot be.
+    """
+    found = list[str]()
+    for entry in files.listing(folder):
+        if not _FOLDER.fullmatch(entry.name) or not entry.name.startswith(namespace):
+            continue
+        if entry.is_dir():
+            found += _hidden_in(folder / entry.name)
+        elif entry.is_symlink():
+            found.append(f"{entry.name} is a link that leads to no folder: is a disk not mounted?")
+    return found
+
+
+def _hidden_in(folder: Path) -> list[str]:
+    try:
+        entries = list(files.listing(folder))
+    except OSError as error:
+        return [f"{folder.name} cannot be read: {error.strerror or error}"]
+    mine = [entry for entry in entries if _is_garbage(entry.name) or _CHUNK.fullmatch(entry.name)]
+    links = [f"{folder.name}/{entry.name} is a link" for entry in mine if entry.is_symlink()]
+    return links + [f"{folder.name}/{entry.name} is a folder" for entry in mine if entry.is_dir(follow_symlinks=False)]
+
+
+def _is_garbage(name: str) -> bool:
+    return name.startswith(files.TEMPORARY) or name.endswith(".bad")

@@ -19,6 +19,7 @@ from ..errors import StoreError
 from . import files, format
 from .base import Entry, StoreStats
 from .cap import Found, SharedCap
+from .forgettings import Forgettings
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -63,6 +64,7 @@ class DiskStore:
         self._seen = -1
         self.changes = 0
         self._shared = SharedCap(self.folder, cap)
+        self._forgettings = Forgettings(self.folder)
         self.writable = True
         try:
             self._make_folder()
@@ -116,6 +118,9 @@ class DiskStore:
             self._vanished.clear()
             return gone
 
+    def forgettings(self) -> bytes:
+        return self._forgettings.last()
+
     def get(self, key: str) -> ChunkKV | None:
         if key not in self._index:
             with self._lock:
@@ -150,7 +155,7 @@ class DiskStore:
         except format.Rejected as reason:
             self._set_aside(key, str(reason), status)
         except FileNotFoundError:
-            self._forget(key, "vanished")
+            self._note_vanished(key)
         except (OSError, MemoryError):
             self._reject("unreadable")
         return None
@@ -165,8 +170,14 @@ class DiskStore:
             known.stamped = known.used
             try:
                 files.touch(self._file(key))
+            except FileNotFoundError:
+                self._note_vanished(key)
             except OSError:
                 pass
+
+    def holds(self, key: str) -> bool:
+        """Whether the file is there now, whatever was noted."""
+        return _is_key(key) and _exists(self._file(key))
 
     def put(self, key: str, chunk: ChunkKV) -> bool:
         if not _is_key(key):
@@ -235,7 +246,9 @@ class DiskStore:
             except OSError as error:
                 log.warning("could not delete stored chunk %s: %s", key[:12], error)
                 continue
-            self._forget(key)
+            with self._lock:
+                self._index.pop(key, None)
+                self._vanished.discard(key)
         if self.sync and keys:
             try:
                 files.sync_folder(self.path)  # or a power cut brings them back
@@ -303,6 +316,7 @@ class DiskStore:
                 self._index[key] = _Known(
                     text, context, "joint" in head, status.st_size, status.st_mtime, status.st_mtime
                 )
+                self._vanished.discard(key)
             return True
         return False
 
@@ -311,6 +325,14 @@ class DiskStore:
         if metadata["key"] != key or metadata["namespace"] != self.namespace.json:
             raise format.Rejected("other key or model")
         return metadata
+
+    def _note_vanished(self, key: str) -> None:
+        """The file is gone. Whoever removed it may have forgotten the text, so it must not only be missed."""
+        with self._lock:
+            # What this process removed has left the index, or is about to (`_note_evicted`).
+            if self._index.pop(key, None) is not None:
+                self._vanished.add(key)
+                self._stats.reject("vanished")
 
     def _forget(self, key: str, reason: str | None = None) -> None:
         with self._lock:
@@ -366,6 +388,7 @@ class DiskStore:
                 self._stats.evicted += not file.garbage
                 if file.namespace == self.path.name:
                     self._index.pop(file.key, None)
+                    self._vanished.discard(file.key)
 
 
 def _exists(path: Path) -> bool:

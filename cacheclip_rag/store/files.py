@@ -237,6 +237,17 @@ def status(path: Path | str) -> os.stat_result:
     return os.stat(path, follow_symlinks=False)
 
 
+def is_absent(path: Path) -> bool:
+    """Whether there is nothing at all under this name."""
+    try:
+        status(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def changed(path: Path) -> int:
     """When a folder's list of names changed, in nanoseconds."""
     return os.stat(path).st_mtime_ns

@@ -146,31 +146,55 @@ class Holdings(ABC):
         namespaces whose names begin so, of this tenant where one is named; what was removed.
 
         Files whose beginning is damaged may hold such a text as well, and so may unfinished ones and those set aside:
-        they go. Files of a format to come stay. Raises `StoreError`, too, for a file that cannot be read.
+        they go. Files of a format to come stay. All files are tried; raises `StoreError` that says what is left, also
+        of what cannot be looked into. Repeat it then.
         """
-        gone = []
-        for file, stored, reason, _ in self.look(self.scan(namespace)):
-            if stored is not None:
-                if tenant in (None, stored.tenant) and stored.holds(unwanted):
-                    self.remove(file)
-                    if not file.garbage:
-                        gone.append(stored)
-            elif reason.startswith(_UNREADABLE):
-                raise StoreError(f"{file.name} may hold what is to be forgotten, and is {reason}")
-            elif file.garbage or reason != format.OTHER_FORMAT:
-                self.remove(file)
+        gone, left = list[Stored](), self._hidden(namespace)
+        seen = set[Found]()
+        # Another process may be about to store such a chunk. What it stores until it is told is found by the second
+        # look, and what it stores later it takes back (see `forgettings`).
+        for _ in range(2):
+            untold = self._tell()
+            for look in self.look([file for file in self.scan(namespace) if file not in seen]):
+                seen.add(look.file)
+                try:
+                    self._forget(look, unwanted, tenant, gone)
+                except StoreError as error:
+                    left.append(str(error))
+        left += untold if gone or left else []
+        _complain(left)
         return gone
+
+    def _forget(self, look: Look, unwanted: Callable[[str], bool], tenant: str | None, gone: list[Stored]) -> None:
+        file, stored, reason, _ = look
+        if stored is not None:
+            if tenant in (None, stored.tenant) and stored.holds(unwanted):
+                self.remove(file)
+                if not file.garbage:
+                    gone.append(stored)
+        elif reason.startswith(_UNREADABLE):
+            raise StoreError(f"{file.namespace}/{file.name} is {reason}")
+        elif file.garbage or reason != format.OTHER_FORMAT:
+            self.remove(file)
 
     def look(self, found: Iterable[Found]) -> Iterator[Look]:
         """These files, but for those that are gone meanwhile."""
         return (look for look in self._each(self._look_at, found) if look is not None)
 
     def clear(self, namespace: str = "") -> int:
-        """Remove all chunks of the namespaces whose names begin so; how many. Other files stay."""
-        count = 0
+        """Remove all chunks of the namespaces whose names begin so; how many. Other files stay.
+
+        All are tried; raises `StoreError` that says what is left.
+        """
+        count, left = 0, self._hidden(namespace)
+        self._tell()
         for file in self.scan(namespace):
-            self.remove(file)
-            count += not file.garbage
+            try:
+                self.remove(file)
+                count += not file.garbage
+            except StoreError as error:
+                left.append(str(error))
+        _complain(left)
         return count
 
     # ---- a place's own ----------------------------------------------------------------------------------------------
@@ -190,6 +214,14 @@ class Holdings(ABC):
     def _namespaces(self) -> Iterable[NamespaceUsage]:
         """Those that are known to be there, with what is known about them."""
         return ()
+
+    def _hidden(self, namespace: str) -> list[str]:
+        """What may hold chunks of these namespaces and cannot be looked into, each with the reason."""
+        return []
+
+    def _tell(self) -> list[str]:
+        """Let others know that something is being forgotten; why they cannot be told."""
+        return []
 
     def _open_to_others(self, file: Found) -> list[str]:
         """It, when other users may read or write it."""
@@ -231,6 +263,16 @@ class Holdings(ABC):
         except (OSError, MemoryError) as error:
             return f"{_UNREADABLE}: {getattr(error, 'strerror', None) or error}"
         return None
+
+
+def _complain(left: list[str]) -> None:
+    """Raises `StoreError` where anything is left of what was to be removed."""
+    if left:
+        shown = "; ".join(left[:3]) + ("; ..." if len(left) > 3 else "")
+        raise StoreError(
+            f"not all could be removed or looked into, {len(left)} are left and may hold what is to be forgotten: "
+            f"{shown}. Mend that and forget again"
+        )
 
 
 def describe(file: Found, read: Callable[[int], bytes]) -> Look:

@@ -58,6 +58,9 @@ class Int8Store:
     def vanished(self) -> list[str]:
         return self.inner.vanished()
 
+    def forgettings(self) -> bytes:
+        return self.inner.forgettings()
+
     def stats(self) -> StoreStats:
         return self.inner.stats()
 

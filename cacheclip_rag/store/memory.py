@@ -95,6 +95,9 @@ class MemoryStore:
     def vanished(self) -> list[str]:
         return []
 
+    def forgettings(self) -> bytes:
+        return b""
+
     def stats(self) -> StoreStats:
         with self._memory.lock:
             return replace(self._stats, memory_bytes=self._stats.nbytes)
