@@ -352,8 +352,8 @@ def test_what_is_forgotten_while_it_is_fetched_is_not_kept(
     store = Place(tmp_path, HUGE, HUGE, remote=remote).store(ONE)
     read = remote.read
 
-    def meanwhile(name: str) -> bytes:
-        data = read(name)
+    def meanwhile(*arguments: Any) -> Any:
+        data = read(*arguments)
         Administration(tmp_path).forget(secret)
         return data
 

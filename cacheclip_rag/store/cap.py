@@ -43,6 +43,46 @@ class Found(NamedTuple):
         return self.name[:64]
 
 
+class Held:
+    """Chunks that an ingestion under way counts on, in all namespaces of one place: this process evicts none of them.
+
+    Nothing is held before `begin` and after the last `end`. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[str, str], int] = {}
+        self._depth = self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._depth += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._sizes.clear()
+                self.nbytes = 0
+
+    @property
+    def active(self) -> bool:
+        return self._depth > 0
+
+    def add(self, namespace: str, key: str, nbytes: int) -> None:
+        with self._lock:
+            if self._depth:
+                self.nbytes += nbytes - self._sizes.get((namespace, key), 0)
+                self._sizes[namespace, key] = nbytes
+
+    def drop(self, namespace: str, key: str) -> None:
+        with self._lock:
+            self.nbytes -= self._sizes.pop((namespace, key), 0)
+
+    def __contains__(self, place: tuple[str, str]) -> bool:
+        return place in self._sizes
+
+
 LastUsed = Callable[[Found], "float | None"]
 """When a file was last used (epoch seconds), for one who may know better than the file; None: it must stay."""
 
@@ -158,6 +198,8 @@ class SharedCap:
             # A young temporary file is another process's chunk in the making.
             if used is not None and not (file.name.startswith(files.TEMPORARY) and now - file.used < STALE):
                 candidates.append((not file.garbage, used, file.name, file))
+        if gladly and sum(candidate[3].nbytes for candidate in candidates) < size:
+            return gone  # a chunk that does not fit anyway costs others nothing
         for *_, file in sorted(candidates, key=lambda candidate: candidate[:3]):
             if freed >= size and (freed >= gladly or time.monotonic() > until):
                 break

@@ -9,7 +9,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,13 @@ from ..chunks import ChunkKV, Namespace
 from ..errors import StoreError
 from . import files, format
 from .base import Entry, StoreStats
-from .cap import Found, SharedCap
+from .cap import Found, Held, SharedCap
 from .forgettings import Forgettings
+from .memory import count_fitting
 
 log = logging.getLogger("cacheclip_rag")
 
+FULL = "the store is full, and room could only be made by evicting what is being stored with it (disk_bytes)"
 _STAMP_EVERY = 60.0  # seconds between two "last used" stamps of a file
 _BRIEFLY = 1.0  # seconds to wait for other processes before a damaged file is left where it is
 _TICK = 2_000_000_000  # nanoseconds between two times of change that a file system tells apart, at worst
@@ -47,8 +50,11 @@ class DiskStore:
     as ``*.bad``. A folder that cannot be written still serves what it holds.
     """
 
-    def __init__(self, folder: str | Path, namespace: Namespace, cap: int, *, sync: bool = True) -> None:
-        """``sync``: what was kept survives a power cut too, not only the end of the process.
+    def __init__(
+        self, folder: str | Path, namespace: Namespace, cap: int, *, sync: bool = True, held: Held | None = None
+    ) -> None:
+        """``sync``: what was kept survives a power cut too, not only the end of the process. ``held``: what `holding`
+        holds, in this store and in those that it shares a place with.
 
         Raises `StoreError` when ``folder`` is no folder and cannot be made one.
         """
@@ -65,6 +71,7 @@ class DiskStore:
         self.changes = 0
         self._shared = SharedCap(self.folder, cap)
         self._forgettings = Forgettings(self.folder)
+        self._held = Held() if held is None else held
         self.writable = True
         try:
             self._make_folder()
@@ -106,6 +113,8 @@ class DiskStore:
             with self._lock:
                 # What this process deleted or evicted since the snapshot has left the index already.
                 self._vanished |= {key for key in gone if self._index.pop(key, None) is not None}
+            for key in gone:
+                self._held.drop(self.path.name, key)
             adopted = [key for key in new if self._adopt(key)]
             # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
             self._seen = changed if listed - changed > _TICK else -1
@@ -194,6 +203,7 @@ class DiskStore:
     def _put(self, key: str, data: bytes) -> bool:
         path = self._file(key)
         if _exists(path) and self._adopt(key):
+            self._hold([key])
             return True
         if len(data) > self.cap:
             return self._not_kept(f"larger than the store's cap of {self.cap:,} bytes")
@@ -201,8 +211,10 @@ class DiskStore:
             for attempt in range(2):
                 try:
                     if not self._publish(path, data):
-                        return self._not_kept("no room could be made")
+                        held = self._held.active
+                        return self._not_kept(FULL if held else "no room could be made")
                     kept = self._adopt(key)
+                    self._hold([key])
                     self.touch(key)
                     return kept
                 except FileNotFoundError:  # the folder: another process cleared the store
@@ -238,6 +250,27 @@ class DiskStore:
             files.sync_folder(self.path)
         return True
 
+    @contextmanager
+    def holding(self, keys: Collection[str] = ()) -> Iterator[None]:
+        self._held.begin()
+        try:
+            self._hold(keys)
+            yield
+        finally:
+            self._held.end()
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        if not self._held.active:
+            return len(texts)
+        with self._lock:
+            kept = [(len(known.text), known.nbytes) for known in self._index.values() if not known.context]
+        return count_fitting(texts, self.cap - self._held.nbytes, kept)
+
+    def _hold(self, keys: Collection[str]) -> None:
+        for key in keys:
+            if (known := self._index.get(key)) is not None:
+                self._held.add(self.path.name, key, known.nbytes)
+
     def delete(self, keys: Collection[str]) -> None:
         for key in filter(_is_key, keys):
             try:
@@ -246,6 +279,7 @@ class DiskStore:
             except OSError as error:
                 log.warning("could not delete stored chunk %s: %s", key[:12], error)
                 continue
+            self._held.drop(self.path.name, key)
             with self._lock:
                 self._index.pop(key, None)
                 self._vanished.discard(key)
@@ -328,6 +362,7 @@ class DiskStore:
 
     def _note_vanished(self, key: str) -> None:
         """The file is gone. Whoever removed it may have forgotten the text, so it must not only be missed."""
+        self._held.drop(self.path.name, key)
         with self._lock:
             # What this process removed has left the index, or is about to (`_note_evicted`).
             if self._index.pop(key, None) is not None:
@@ -375,6 +410,8 @@ class DiskStore:
 
     def _last_used(self, file: Found) -> float | None:
         """When a file was last used, to the moment where it was by this process; None for what is being read."""
+        if (file.namespace, file.key) in self._held:
+            return None
         with self._lock:
             mine = file.namespace == self.path.name
             if mine and file.key in self._reading:

@@ -13,6 +13,7 @@ from ..errors import ConfigurationError, StoreError
 from . import files
 from .admin import Administration, forget_digests
 from .base import ChunkStore
+from .cap import Held
 from .disk import DiskStore
 from .documents import Documents
 from .forgettings import Forgettings
@@ -44,7 +45,8 @@ class Place:
         memory_bytes, disk_bytes = _size("memory_bytes", memory_bytes), _size("disk_bytes", disk_bytes)
         self.tenant, self.secret = tenant, secret
         self._folder = None if folder is None else Path(folder).expanduser()
-        self._memory, self._disk_bytes = Memory(memory_bytes), disk_bytes
+        self.memory, self._disk_bytes, self._held = Memory(memory_bytes), disk_bytes, Held()
+        """What counts all KV in memory: others that keep some take a `Shelf` of it."""
         self.documents = Documents(self._folder, tenant, secret)
         self._remote, self._uploading = remote, list[RemoteStore]()
         self._stores: weakref.WeakSet[ChunkStore] = weakref.WeakSet()
@@ -55,12 +57,12 @@ class Place:
 
     def store(self, namespace: Namespace) -> ChunkStore:
         """A new one, of the tiers that there are. Raises `StoreError` when the folder cannot be made."""
-        memory = MemoryStore(self._memory)
+        memory = MemoryStore(self.memory)
         if self._folder is None and self._remote is None:
             return self._opened(memory)
         tiers: list[ChunkStore] = [memory]
         if self._folder is not None:
-            tiers.append(DiskStore(self._folder, namespace, self._disk_bytes))
+            tiers.append(DiskStore(self._folder, namespace, self._disk_bytes, held=self._held))
         if self._remote is None:
             return self._opened(TieredStore(*tiers))
         beside = tiers[-1] if isinstance(tiers[-1], DiskStore) else None

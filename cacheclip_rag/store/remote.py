@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -347,6 +348,12 @@ class RemoteStore:
 
     def forgettings(self) -> bytes:
         return b""
+
+    def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
+        return nullcontext()  # a remote has no cap
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        return len(texts)
 
     def flush(self) -> None:
         """Wait for the uploads, and remove what is still to be removed. Bounded: when the remote is dead, the circuit

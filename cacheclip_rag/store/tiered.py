@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from ..chunks import ChunkKV
 from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
+from .memory import MemoryStore
 from .remote import RemoteStore
 
 
@@ -127,6 +129,18 @@ class TieredStore:
         with self._lock:
             gone, self._vanished = self._vanished, set()
         return list(gone)
+
+    def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
+        """In the tier that keeps what the others evict."""
+        return self._keeper.holding(keys)
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        return self._keeper.fitting(texts)
+
+    @property
+    def _keeper(self) -> ChunkStore:
+        in_memory = self.remote is not None and isinstance(self.tiers[-1], MemoryStore)
+        return self.remote if self.remote is not None and in_memory else self.tiers[-1]
 
     def forgettings(self) -> bytes:
         return self.tiers[-1].forgettings()
