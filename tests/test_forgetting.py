@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import threading
@@ -18,6 +19,7 @@ from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine
 from cacheclip_rag.errors import ConfigurationError, StoreError
+from cacheclip_rag.frameworks.chunk_kv import encode
 from cacheclip_rag.store import (
     DiskStore,
     Documents,
@@ -432,3 +434,22 @@ def test_a_file_of_a_tenant_that_was_no_text_is_left_to_itself(tmp_path: Path) -
     place.forget_everywhere([place.documents.text(SECRET)])
     assert holds(tmp_path, SECRET)
     assert len(Administration(tmp_path).forget(secret)) == 1 and not holds(tmp_path, SECRET)
+
+
+def test_no_text_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even its beginning, at any level: logs are kept, and kept elsewhere."""
+    caplog.set_level(logging.DEBUG, "cacheclip_rag")
+    texts = [f"The patient {number} is called Jane Roe. " + PASSAGES[number] for number in range(4)]
+    with Engine(tiny_backbone(), store=tmp_path, disk_bytes=2000, memory_bytes=10) as small:
+        encode(small, [*texts, "Jane Roe", "Jane Roe \ud800 " + PASSAGES[0]], show_progress=False)
+        small.generate("\n\n".join(texts), max_new_tokens=1)
+        small.ensure_later(texts)
+        small.flush()
+    with Engine(tiny_backbone(), store=tmp_path) as engine:
+        encode(engine, texts, show_progress=False)
+        for path in tmp_path.glob("*/*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1])
+        engine.generate("\n\n".join(texts), max_new_tokens=1)
+        engine.forget(texts)
+    assert caplog.records and "not be kept" in caplog.text
+    assert "Jane Roe" not in caplog.text and "patient" not in caplog.text

@@ -57,6 +57,11 @@ class Administration(Holdings):
         texts = frozenset[str]().union(*map(known.of, documents))
         return self.usage(lambda stored: stored.tenant == tenant and known.text(stored.text) in texts)
 
+    def knows_documents(self, documents: Sequence[str], tenant: str = "", secret: bytes = b"") -> bool:
+        """Whether any of these documents of the tenant has chunks."""
+        known = Documents(self.folder, tenant, secret)
+        return any(map(known.of, documents))
+
     def collect(self, cap: int | None = None, unused_for: float | None = None) -> list[Found]:
         """Remove what crashes left an hour ago, damaged files, and empty namespaces; what was removed.
 

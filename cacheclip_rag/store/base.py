@@ -91,6 +91,9 @@ class ChunkStore(Protocol):
         others. A put that would need that keeps nothing and returns False. May be nested.
         """
 
+    def room(self) -> int | None:
+        """While something is held: how many bytes more can be put. None where anything may be evicted for it."""
+
     def fitting(self, texts: Sequence[str]) -> int:
         """While something is held: how many chunks with these texts, from the first on, can be expected to be kept, by
         what others take. To be asked before they are encoded; `put` has the last word. All of them otherwise.

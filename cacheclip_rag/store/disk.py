@@ -259,12 +259,15 @@ class DiskStore:
         finally:
             self._held.end()
 
+    def room(self) -> int | None:
+        return max(self.cap - self._held.nbytes, 0) if self._held.active else None
+
     def fitting(self, texts: Sequence[str]) -> int:
         if not self._held.active:
             return len(texts)
         with self._lock:
             kept = [(len(known.text), known.nbytes) for known in self._index.values() if not known.context]
-        return count_fitting(texts, self.cap - self._held.nbytes, kept)
+        return count_fitting(texts, self.room(), kept)
 
     def _hold(self, keys: Collection[str]) -> None:
         for key in keys:

@@ -123,6 +123,12 @@ class Holdings(ABC):
             if look.stored is not None and not look.file.garbage:
                 yield look.stored
 
+    def keyed(self) -> set[str]:
+        """What the namespaces here say of their secrets (`keyed_by`)."""
+        first = {file.namespace: file for file in self.scan() if not file.garbage}
+        about = [look.about for look in self.look(first.values())] + [one.about for one in self._namespaces()]
+        return {str(fields["keyed"]) for fields in about if fields.get("keyed")}
+
     def verify(self, secret: bytes = b"", progress: Callable[[int], None] | None = None) -> Verified:
         """Read every file and check all that a request would check. Changes nothing."""
         result = Verified()
@@ -263,6 +269,11 @@ class Holdings(ABC):
         except (OSError, MemoryError) as error:
             return f"{_UNREADABLE}: {getattr(error, 'strerror', None) or error}"
         return None
+
+
+def keyed_by(secret: bytes) -> str:
+    """What a namespace with this secret says of it."""
+    return str(json.loads(Namespace({}, secret).json).get("keyed", ""))
 
 
 def _complain(left: list[str]) -> None:

@@ -65,6 +65,9 @@ class Int8Store:
     def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
         return self.inner.holding(keys)
 
+    def room(self) -> int | None:
+        return self.inner.room()
+
     def fitting(self, texts: Sequence[str]) -> int:
         return self.inner.fitting(texts)
 

@@ -246,6 +246,9 @@ class MemoryStore:
         with self._chunks.holding(keys):
             yield
 
+    def room(self) -> int | None:
+        return self._chunks.room
+
     def fitting(self, texts: Sequence[str]) -> int:
         kept = [(len(chunk.text), chunk.nbytes) for _, chunk in self._chunks.items()]
         return count_fitting(texts, self._chunks.room, kept)

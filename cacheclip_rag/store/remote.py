@@ -352,6 +352,9 @@ class RemoteStore:
     def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
         return nullcontext()  # a remote has no cap
 
+    def room(self) -> int | None:
+        return None
+
     def fitting(self, texts: Sequence[str]) -> int:
         return len(texts)
 

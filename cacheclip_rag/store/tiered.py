@@ -134,6 +134,9 @@ class TieredStore:
         """In the tier that keeps what the others evict."""
         return self._keeper.holding(keys)
 
+    def room(self) -> int | None:
+        return self._keeper.room()
+
     def fitting(self, texts: Sequence[str]) -> int:
         return self._keeper.fitting(texts)
 
