@@ -193,6 +193,22 @@ def test_nothing_comes_back_in_a_race(tmp_path: Path) -> None:
     assert not any(text.encode() in path.read_bytes() for path in tmp_path.rglob("*.bad") for text in forgotten)
 
 
+def test_what_is_stored_while_it_is_forgotten_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the moment between the first look and the second note, which a race rarely hits."""
+    store, scan, looks = open_disk(tmp_path), Administration.scan, list[int]()
+
+    def meanwhile(self: Administration, namespace: str = "") -> Any:
+        found = scan(self, namespace)
+        looks.append(len(found))
+        if len(looks) == 1:
+            put(store, SECRET)
+        return found
+
+    monkeypatch.setattr(Administration, "scan", meanwhile)
+    Administration(tmp_path).forget(secret)
+    assert looks == [0, 1] and not holds(tmp_path, SECRET)
+
+
 # ---- everything, or what is left ---------------------------------------------------------------------------------
 
 
