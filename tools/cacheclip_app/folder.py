@@ -41,8 +41,8 @@ _COLLECTION = "chunks"
 _BATCH = 8
 """Documents that are embedded at a time: what an interruption costs."""
 
-NOT_KEPT = "the store did not keep it"
-"""Why `Engine.ensure` skips a chunk for which there was no room."""
+_THE_STORE = "the store "
+"""How a reason begins for which `Engine.ensure` skips a chunk that the store has not kept."""
 
 DISK_BYTES = 32 << 30
 """An engine's default."""
@@ -303,7 +303,7 @@ def _encode(
     chosen_texts, said = set(chosen), {beginning for beginning, _ in result.skipped}
     lost = [text for text in _worth(texts) if text in chosen_texts and text not in kept and text[:40] not in said]
     skipped = result.skipped + [(text[:40], "evicted again by another process") for text in lost]
-    full = sum(reason == NOT_KEPT for _, reason in result.skipped)
+    full = sum(reason.startswith(_THE_STORE) for _, reason in result.skipped)
     return len(kept), len(kept - there), skipped, left_out + full + len(lost)
 
 
