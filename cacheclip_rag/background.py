@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -20,7 +21,8 @@ Task = TypeVar("Task", bound=Hashable)
 class Background(Generic[Task]):
     """One daemon thread that calls ``work(task)`` for every task it is given, each once, in order.
 
-    It does not keep alive the object whose method ``work`` is, and ends with it.
+    It does not keep alive the object whose method ``work`` is, and ends with it. A process that is forked begins with
+    nothing to do and a thread of its own, once there is something: what waited is its parent's.
     """
 
     def __init__(self, work: Callable[[Task], None]) -> None:
@@ -31,9 +33,19 @@ class Background(Generic[Task]):
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._busy = self._closed = self._over = False
+        self._process = os.getpid()
+
+    def _own(self) -> threading.Condition:
+        """What to hold. In a forked process a new one: the parent's threads, which may have held it, are not here."""
+        if self._process != os.getpid():
+            self._changed = threading.Condition()
+            self._waiting, self._at_hand, self._thread = OrderedDict(), [], None
+            self._busy = self._closed = False
+            self._process = os.getpid()
+        return self._changed
 
     def add(self, tasks: Iterable[Task]) -> None:
-        with self._changed:
+        with self._own():
             if self._over:
                 return
             self._waiting.update(dict.fromkeys(tasks))
@@ -47,7 +59,7 @@ class Background(Generic[Task]):
 
     def drop(self, unwanted: Callable[[Task], bool]) -> None:
         """Leave out the tasks that wait and are unwanted. One that is at hand is told so by `wanted`."""
-        with self._changed:
+        with self._own():
             for task in list(filter(unwanted, self._waiting)):
                 del self._waiting[task]
             self._at_hand = [task for task in self._at_hand if not unwanted(task)]
@@ -55,7 +67,7 @@ class Background(Generic[Task]):
 
     def wanted(self) -> bool:
         """For ``work``: whether its task has not been dropped since it was begun."""
-        with self._changed:
+        with self._own():
             return bool(self._at_hand)
 
     @property
@@ -65,13 +77,13 @@ class Background(Generic[Task]):
 
     def flush(self) -> None:
         """Wait until nothing is left to do."""
-        with self._changed:
+        with self._own():
             self._changed.wait_for(lambda: self._closed or not (self._waiting or self._busy))
 
     def close(self) -> None:
         """Finish the task at hand, drop the rest. The next `add` begins again."""
         atexit.unregister(self._end)
-        with self._changed:
+        with self._own():
             self._closed = True
             self._waiting.clear()
             thread, self._thread = self._thread, None

@@ -470,9 +470,8 @@ class Engine:
         if self._fuse_when_idle and method.fit is not None:
             due = [self.index.text(name) for name in names if self.usage.uses(name) in FUSED_AT]
             self.corpus.background.add(Task(text, method, fuse=True) for text in due if text is not None)
-        gone = [text for use in report.chunks if use.missing and (text := self.index.text(use.key)) is not None]
-        if gone:
-            self.corpus.background.add(Task(text, method) for text in gone)
+        if missing := [use.key for use in report.chunks if use.missing]:
+            self.corpus.encode_again(missing, method)
 
     def _then_notify(self, tokens: Iterator[int], report: Report) -> Iterator[int]:
         """Yield ``tokens``; when they end, by whatever cause, count the request and notify the observers."""

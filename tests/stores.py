@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from cacheclip_rag.chunks import ChunkKV, Namespace
-from cacheclip_rag.store import ChunkStore, DiskStore, format
+from cacheclip_rag.store import ChunkStore, DiskStore, files, format
 
 MODEL, OTHER = (Namespace({"format": format.FORMAT, "model": name, "tenant": ""}) for name in ("one", "two"))
 KEYED, OTHER_SECRET = replace(MODEL, secret=b"correct horse"), replace(MODEL, secret=b"battery staple")
@@ -87,3 +89,37 @@ def later(folder: Path) -> None:
     """Let the folder's time of change be another one, whatever the clock's grain."""
     before = folder.stat().st_mtime_ns
     os.utime(folder, ns=(before, before + 1_000_000))
+
+
+def whole_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the files that are read into memory from now on."""
+    sizes: list[int] = []
+    empty = files.np.empty
+
+    def counted(size: int, *rest: Any) -> Any:
+        sizes.append(size - 1)
+        return empty(size, *rest)
+
+    monkeypatch.setattr(files.np, "empty", counted)
+    return sizes
+
+
+HOLES = 64 << 20  # bytes that are there by name only
+
+
+def sparse(path: Path, data: bytes, tensor: str | None = None) -> None:
+    """Make a file of these bytes and a hole behind them, of which the header says that it is ``tensor``'s."""
+    length = int.from_bytes(data[:8], "little")
+    if tensor is not None:
+        header = json.loads(data[8 : 8 + length])
+        end = len(data) - 8 - length
+        header[tensor] = {"dtype": "U8", "shape": [HOLES], "data_offsets": [end, end + HOLES]}
+        raw = json.dumps(header).encode()
+        raw += b" " * (-len(raw) % 8)
+        data = len(raw).to_bytes(8, "little") + raw + data[8 + length :]
+    path.write_bytes(data)
+    os.truncate(path, len(data) + HOLES)
+
+
+def holds(folder: Path, text: str) -> bool:
+    return any(text.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())

@@ -60,7 +60,7 @@ def test_what_lies_there_is_listed(remote: Remote) -> None:
 
 def test_what_lies_there_is_verified(remote: Remote) -> None:
     good, bad, short = (uploaded(remote, f"text {number}") for number in range(3))
-    whole = remote.read(name_of(bad))
+    whole = bytes(remote.read(name_of(bad)))
     remote.write(name_of(bad), whole[:-1] + bytes([whole[-1] ^ 1]), again=True)
     remote.write(name_of(short), whole[:30], again=True)
     result = RemoteAdministration(remote).verify()

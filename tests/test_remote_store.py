@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.server
+import os
 import threading
 import time
 import uuid
@@ -11,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from stores import HUGE, KEYED, MODEL, make, same
+from stores import HOLES, HUGE, KEYED, MODEL, make, same, sparse, whole_reads
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine
@@ -271,3 +274,110 @@ def test_an_engine_answers_although_its_remote_is_dead(broken: Remote, tmp_path:
         engine.forget(PASSAGES[:1])
         assert not engine.knows(PASSAGES[0])
         assert time.monotonic() - start < 30
+
+
+# ---- what is sent ------------------------------------------------------------------------------------------------
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Ignores the range it is asked for, says of every file that it is small, and sends until nobody listens."""
+
+    sent, piece, ended = 0, b"\0" * (1 << 20), threading.Event()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while type(self).sent < 1 << 30:
+                self.wfile.write(self.piece)
+                type(self).sent += len(self.piece)
+                time.sleep(0 if len(self.piece) > 1 else 0.01)
+        except OSError:
+            self.ended.set()
+
+
+@pytest.fixture
+def endless() -> Iterator[str]:
+    pytest.importorskip("aiohttp")
+    Endless.sent, Endless.piece, Endless.ended = 0, b"\0" * (1 << 20), threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/kv"
+    server.shutdown()
+
+
+def test_a_server_that_ignores_ranges_is_not_listened_to_for_longer_than_is_kept(endless: str) -> None:
+    remote = Remote(endless, timeout=60, max_bytes=1 << 20)
+    assert remote.read_head("x", 100) == bytes(100)
+    with pytest.raises(module.Unavailable, match="larger than 1,048,576 bytes"):
+        remote.read("x")
+    assert RemoteStore(remote, MODEL).get(MODEL.key("text 0")) is None
+    assert Endless.ended.wait(60) and Endless.sent < 256 << 20, "what lies in the sockets' buffers"
+
+
+def test_a_server_that_never_ends_is_not_listened_to_after_its_time(endless: str) -> None:
+    Endless.piece = b"\0"
+    for work in (lambda remote: remote.read("x"), lambda remote: remote.listing()):
+        Endless.ended.clear()
+        with pytest.raises(module.Unavailable):
+            work(Remote(endless, timeout=0.5))
+        assert Endless.ended.wait(60), "the connection is closed"
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit])
+def test_whatever_a_client_raises_is_a_miss(broken: Remote, raised: type[BaseException]) -> None:
+    def fail(*_: object, **__: object) -> bytes:
+        raise raised("from the client")
+
+    broken.fs.cat_file = broken.fs.find = broken.fs.info = fail
+    store = RemoteStore(broken, MODEL)
+    assert store.get(MODEL.key("text 0")) is None and store.stats().rejected == {"unavailable": 1}
+    with pytest.raises(module.Unavailable, match=raised.__name__):
+        broken.listing()
+
+
+def test_an_interrupt_of_who_waits_does_not_keep_others_out(broken: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        RemoteStore(broken, MODEL).get(MODEL.key(f"text {number}"))
+    assert broken.broken
+    broken._until, broken.fs.how = 0.0, "well"  # the pause is over, and the next call tries
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Future, "result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            broken.read_head("x", 1)
+    broken._until = 0.0
+    with pytest.raises(FileNotFoundError):
+        broken.read_head("x", 1)
+    assert not broken.broken
+
+
+def test_a_file_with_holes_on_a_share_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = Remote(f"file://{tmp_path}/share", timeout=60)
+    key = uploaded(remote)
+    path = tmp_path / "share" / MODEL.digest[:32] / f"{key}.safetensors"
+    sparse(path, path.read_bytes())
+    sizes = whole_reads(monkeypatch)
+    store = RemoteStore(remote, MODEL)
+    assert store.get(key) is None and store.stats().rejected == {"larger than its header says": 1}
+    assert max(sizes, default=0) < HOLES and not remote.broken
+    store.put(key, make("text 0"))
+    store.flush()
+    assert same(RemoteStore(remote, MODEL).get(key), make("text 0"))
+
+
+def test_folders_above_a_share_are_their_owner_s(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        uploaded(Remote(f"file://{tmp_path}/one/two", timeout=60))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "one").rglob("*") if path.is_dir()} == {0o700}

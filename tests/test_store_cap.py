@@ -176,10 +176,10 @@ def test_what_is_being_read_is_not_evicted(
     keys = [put(store, f"text {number}") for number in range(4)]
     reading, go_on, read = threading.Event(), threading.Event(), files.contents
 
-    def slow(path: Path, limit: int | None = None) -> Any:
+    def slow(*arguments: Any) -> Any:
         reading.set()
         assert go_on.wait(60)
-        return read(path, limit)
+        return read(*arguments)
 
     monkeypatch.setattr(files, "contents", slow)
     got: list[ChunkKV | None] = []

@@ -6,14 +6,17 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from stores import (
+    HOLES,
     MODEL,
     OTHER,
     SIZE,
@@ -25,6 +28,8 @@ from stores import (
     path_of,
     put,
     same,
+    sparse,
+    whole_reads,
 )
 
 from cacheclip_rag.chunks import Namespace
@@ -257,3 +262,55 @@ def test_only_one_module_touches_the_file_system() -> None:
         if source.name == "files.py":
             continue
         assert not [line for line in source.read_text().splitlines() if access.search(line)], source.name
+
+
+@pytest.mark.parametrize("secret", [b"", b"correct horse"])
+@pytest.mark.parametrize("tensor", [None, "extra.more"])
+def test_a_file_with_holes_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str | None, secret: bytes
+) -> None:
+    namespace = replace(MODEL, secret=secret)
+    store = open_disk(tmp_path, namespace)
+    key = put(store, "text 0")
+    sparse(path_of(store, key), path_of(store, key).read_bytes(), tensor)
+    sizes = whole_reads(monkeypatch)
+    found = Administration(tmp_path).verify(secret)
+    assert [reason for _, reason in found.bad] == ["checksum" if tensor else "larger than its header says"]
+    assert store.get(key) is None and key not in open_disk(tmp_path, namespace)
+    assert max(sizes, default=0) < HOLES
+    assert put(store, "text 0") == key and same(store.get(key), make("text 0"))
+
+
+def test_a_good_file_with_holes_is_served(tmp_path: Path) -> None:
+    """Some file systems store no zeros, and some copy files so."""
+    store = open_disk(tmp_path)
+    chunk = replace(make("text 0"), extra={"zeros": torch.zeros((8, 1 << 20), dtype=torch.uint8)})
+    key = MODEL.key("text 0")
+    assert store.put(key, chunk)
+    path = path_of(store, key)
+    data = path.read_bytes()
+    path.write_bytes(b"")
+    with open(path, "r+b") as file:
+        for start in range(0, len(data), 4096):
+            if any(piece := data[start : start + 4096]):
+                file.seek(start)
+                file.write(piece)
+        file.truncate(len(data))
+    assert path.read_bytes() == data
+    got = open_disk(tmp_path).get(key)
+    assert same(got, chunk) and got is not None and not got.extra["zeros"].any()
+    assert Administration(tmp_path).verify().good == 1
+
+
+@pytest.mark.parametrize("name", [".usage", ".lock"])
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_a_link_under_the_name_of_a_note_leads_nowhere(tmp_path: Path, name: str, link: str) -> None:
+    folder, victim = tmp_path / "store", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious " * 20)
+    victim.chmod(0o644)
+    (folder / name).hardlink_to(victim) if link == "hard" else (folder / name).symlink_to(victim)
+    store = open_disk(folder)
+    key = put(store, "text 0")
+    assert same(store.get(key), make("text 0"))
+    assert victim.read_text() == "precious " * 20 and stat.S_IMODE(victim.stat().st_mode) == 0o644

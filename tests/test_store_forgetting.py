@@ -7,16 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import HUGE, KEYED, MODEL, OTHER, later, make, open_disk, path_of, put
+from stores import HUGE, KEYED, MODEL, OTHER, holds, later, make, open_disk, path_of, put
 
 from cacheclip_rag.errors import StoreError
 from cacheclip_rag.store import MemoryStore, TieredStore, files, format
 from cacheclip_rag.store.admin import Administration
 from cacheclip_rag.store.holdings import occurs_in
-
-
-def holds(folder: Path, text: str) -> bool:
-    return any(text.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 def test_nothing_is_left_of_a_deleted_chunk(tmp_path: Path) -> None:

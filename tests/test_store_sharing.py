@@ -109,12 +109,12 @@ def test_tenants_share_a_folder_and_nothing_else(tmp_path: Path, other: Namespac
 def test_everything_that_is_made_is_its_owner_s_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        store = open_disk(tmp_path / "above" / "store", cap=3 * SIZE + 300)
+        store = open_disk(tmp_path / "far above" / "above" / "store", cap=3 * SIZE + 300)
         for number in range(5):
             put(store, f"text {number}")
     finally:
         os.umask(before)
-    for path in (store.folder, *store.folder.rglob("*")):
+    for path in (store.folder.parent.parent, store.folder.parent, store.folder, *store.folder.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert Administration(store.folder).verify().open_to_others == []
     path_of(store, put(store, "text 9")).chmod(0o644)

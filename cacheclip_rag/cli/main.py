@@ -21,6 +21,7 @@ from ..weights.catalogue import CATALOGUE
 from ..weights.pull import is_pulled, resolve
 from . import documents as app_cli
 from . import store as store_cli
+from .plain import plain
 
 
 class _Group(TyperGroup):
@@ -30,7 +31,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except CacheClipError as error:
-            typer.echo(f"cacheclip: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"cacheclip: {plain(error)}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -275,7 +276,7 @@ def fuse(
             store=store,
             disk_bytes=store_cli.room(store, cap),
             tenant=tenant,
-            secret=store_cli.secret(secret_file),
+            secret=store_cli.secret_of(secret_file, store),
             remote=remote or None,
             kv_dtype=cast(Any, kv_dtype),  # Engine checks it
             dtype=dtype,

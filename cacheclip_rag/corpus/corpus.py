@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -27,16 +27,22 @@ log = logging.getLogger("cacheclip_rag")
 T = TypeVar("T")
 
 _NOT_KEPT = "the store did not keep it"
+_FULL = "the store is full: it would only evict another chunk (raise disk_bytes)"
+_EVICTED = "the store is full: another process evicted it again"
 _WAIT = 10.0
 """Seconds that background work waits for requests to end, so that a stream left open does not block it for ever."""
 
 
 class Task(NamedTuple):
-    """Work for idle time: encode a chunk, or fuse it with the chunks it is used with."""
+    """Work for idle time: encode a chunk, or fuse it with the chunks it is used with.
+
+    ``again``: the chunk was known when the task was made, so that it may be forgotten in the meantime.
+    """
 
     text: str
     method: Method
     fuse: bool = False
+    again: bool = False
 
 
 @dataclass
@@ -85,19 +91,38 @@ class Corpus:
         document: str | None = None,
     ) -> Ensured:
         """Compute and store the KV of these chunks, encoded as ``method`` wants it (see `Engine.ensure`)."""
-        result, texts = Ensured(), require_list(texts)
+        result, texts = Ensured(), list(require_list(texts))
         if document is not None:
-            texts = list(texts)
             try:
                 self.documents.add(document, texts)
             except StoreError as error:  # chunks stored now could not be forgotten with their document
                 result.skip(texts, str(error))
                 return result
         characters = batch_characters(self.collections.backbone.device)
-        for batch in with_progress(batches(texts, characters), progress):
-            with self.skipping(batch, result, "not encoded"):
-                self._ensure_batch(batch, method, result)
+        with self._held_in_store(texts, method, result):
+            for batch in with_progress(batches(texts, characters), progress):
+                with self.skipping(batch, result, "not encoded"):
+                    self._ensure_batch(batch, method, result)
         return result
+
+    @contextmanager
+    def _held_in_store(self, texts: Sequence[str], method: Method, result: Ensured) -> Iterator[None]:
+        """None of these chunks is evicted by this process for another one of them. Chunks that another process evicted
+        meanwhile are moved to the skipped ones of ``result``.
+        """
+        if self._obstacle is not None or not method.ahead:
+            yield
+            return
+        library, auxiliary = self.collections.of(method.encode).library, self.collections.auxiliary
+        with ExitStack() as held:
+            for each in (library,) if auxiliary is None else (library, auxiliary):
+                held.enter_context(each.store.holding([each.key(text) for text in texts]))
+            yield
+        library.store.refresh()
+        text_of = {library.key(text): text for text in texts}
+        if lost := {key for key in result.keys if not library.keeps(key)}:
+            result.keys = [key for key in result.keys if key not in lost]
+            result.skip([text_of[key] for key in lost], _EVICTED)
 
     @contextmanager
     def skipping(self, texts: Sequence[str], result: Ensured, what: str) -> Iterator[None]:
@@ -131,30 +156,37 @@ class Corpus:
         with self._lock:  # none of the chunks can be forgotten while it is held
             if not wanted():
                 return
-            made, refused = self._encode_missing(dict(zip(keys, texts, strict=True)), library)
+            encoded, refused = self._encode_missing(dict(zip(keys, texts, strict=True)), library)
         for key, text in zip(keys, texts, strict=True):
             if key in refused:
                 log.warning("chunk not encoded: %s", refused[key])
                 result.skip([text], refused[key])
             else:
                 result.keys.append(key)
-        result.encoded += made - len(refused)
+        result.encoded += encoded
 
     def _encode_missing(self, texts: dict[str, str], library: Library) -> tuple[int, dict[str, str]]:
-        """Encode those of ``texts`` (by key) that have no KV. Returns how many, and the reasons of failures by key."""
+        """Encode those of ``texts`` (by key) that have no KV and fit into the store.
+
+        Returns how many were encoded and stored, and the reasons for the others by key.
+        """
         missing = {
             key: text for key, text in texts.items() if not self._held(key, text, library) and library.get(key) is None
         }
+        fitting = library.store.fitting(list(missing.values()))
+        full, missing = list(missing)[fitting:], dict(list(missing.items())[:fitting])
         made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
         refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
         refused |= {key: _NOT_KEPT for key in made if key not in refused and not library.keeps(key)}
+        encoded = len(made) - len(refused)
+        refused |= dict.fromkeys(full, _FULL)
         # A chunk that a full disk refuses may still be in memory, and serve prompts while this process lives.
         kept = [text for key, text in texts.items() if key not in refused or key in library.store]
         for text in kept:
             self.index.add(self.collections.name(text), canonical(text))
         if (auxiliary := self.collections.auxiliary) is not None:  # a chunk that it cannot encode scores 0 later
             auxiliary.ensure_each([text for text in kept if text not in auxiliary])
-        return len(made), refused
+        return encoded, refused
 
     def _settled(self, key: str, text: str, library: Library) -> bool:
         """Whether nothing is left to do for this chunk, so that there is no need to wait for the lock."""
@@ -170,7 +202,17 @@ class Corpus:
         """Like `ensure`, in the background, while no request is being served."""
         texts = require_list(texts)
         if self._obstacle is None:
-            self.background.add(Task(text, method) for text in texts)
+            self.background.add(Task(text, method, again=self._is_known(text)) for text in texts)
+
+    def _is_known(self, text: str) -> bool:
+        return self.collections.name(text) in self.index
+
+    def encode_again(self, names: Iterable[str], method: Method) -> None:
+        """Queue chunks, by their names in the index, whose KV a prefill did not find in the store."""
+        with self._lock:
+            self.follow()  # the KV of a forgotten chunk is not found either
+        gone = [text for name in names if (text := self.index.text(name)) is not None]
+        self.background.add(Task(text, method, again=True) for text in gone)
 
     @on_cpu
     def _do_later(self, task: Task) -> None:
@@ -180,9 +222,17 @@ class Corpus:
         if task.fuse:
             self.fuse_later(task)
             return
-        result = Ensured()
+        result, before = Ensured(), self._place.forgettings()
+
+        def wanted() -> bool:
+            self.follow()
+            return self.background.wanted() and (not task.again or self._is_known(task.text))
+
         with self.skipping([task.text], result, "not encoded"):
-            self._ensure_batch([task.text], task.method, result, wanted=self.background.wanted)
+            self._ensure_batch([task.text], task.method, result, wanted)
+            if task.again and result.encoded and self._place.forgettings() != before:
+                for library in self._libraries():  # perhaps it was this chunk that another process forgot meanwhile
+                    library.store.delete([library.key(task.text)])
 
     def flush(self) -> None:
         """Wait until all background work is done, and uploaded if there is a remote store."""
@@ -201,16 +251,15 @@ class Corpus:
     def forget(self, texts: Iterable[str]) -> None:
         """Delete the KV of these chunks and all KV computed with them in its context (see `Engine.forget`)."""
         if gone := list(require_list(texts)):
-            self._forget(gone)
-            opened = [library.namespace for library in self._libraries()]
-            self._place.forget_elsewhere(set(map(self.documents.text, gone)), opened)
+            digests = set(map(self.documents.text, gone))
+            _all_of(lambda: self._forget(gone), lambda: self._place.forget_elsewhere(digests))
             self.documents.drop(gone)
 
     def forget_document(self, *documents: str) -> None:
         """Delete the chunks of these documents, unless others have them as well (see `Engine.forget_document`)."""
         if wanted := self.documents.only(documents):
-            self._forget([text for text in self.index.texts() if self.documents.text(text) in wanted])
-            self._place.forget_everywhere(wanted)
+            gone = [text for text in self.index.texts() if self.documents.text(text) in wanted]
+            _all_of(lambda: self._forget(gone), lambda: self._place.forget_everywhere(wanted))
         self.documents.remove(documents)
 
     def _forget(self, gone: Sequence[str]) -> None:
@@ -240,3 +289,15 @@ def require_list(texts: Iterable[T]) -> Iterable[T]:
     if isinstance(texts, str):
         raise ConfigurationError("chunks are given as several texts, not as one: [text]")
     return texts
+
+
+def _all_of(*steps: Callable[[], object]) -> None:
+    """Take every step, then raise a `StoreError` that says what each of them could not do."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except StoreError as error:
+            failures.append(error)
+    if failures:
+        raise StoreError("; ".join(dict.fromkeys(map(str, failures)))) from failures[0]

@@ -32,8 +32,8 @@ def encode(engine: Engine, texts: Iterable[str], show_progress: bool = True) -> 
     with bar:
         result = engine.ensure(texts, progress=progress)
     log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
-    for text, reason in result.skipped:
-        log.debug("no KV of %r: %s", text, reason)
+    for number, (_, reason) in enumerate(result.skipped, start=1):  # no text is logged
+        log.debug("no KV of %d of %d chunks: %s", number, len(result.skipped), reason)
     return result.encoded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection as Container
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 from ..errors import StoreError
 from ..model.backbone import Backbone
@@ -105,15 +105,15 @@ class Collections:
         forgotten, so they are dropped; returns their texts.
         """
         gone: set[str] = set()
+        forgotten = self._place.refresh()  # all open stores, the auxiliary model's included
         for each in self:
             store = each.library.store
-            store.refresh()
             gone.update(store.vanished())
             if store.changes != self._seen.get(each):
                 self._seen[each] = store.changes
                 each.variants.refresh()
                 self._register(each.library)
-        lost = self._lose(gone) if gone else []
+        lost = self._lose(gone, forgotten) if gone or forgotten else []
         if lost:
             self.clear_prefix_caches()
         return lost
@@ -125,13 +125,11 @@ class Collections:
         self.clear_prefix_caches()
         failures = []
         for text in texts:
-            name = self.name(text)
-            self.index.remove(name)
-            for each in self:
-                each.drop(text, name)
-        for library in self.libraries():
+            self.index.remove(self.name(text))
+        drops = [partial(each.drop, text, self.name(text)) for text in texts for each in self]
+        for forget in drops + [partial(library.forget, unwanted) for library in self.libraries()]:
             try:
-                library.forget(unwanted)
+                forget()
             except StoreError as error:
                 failures.append(error)
         for each in self:
@@ -144,13 +142,15 @@ class Collections:
         with self._lock:
             self._prefix_caches.clear()
 
-    def _lose(self, gone: Container[str]) -> list[str]:
-        """Drop the texts whose KV had one of these keys and is in no library any more; returns them."""
+    def _lose(self, gone: Container[str], forgotten: bool) -> list[str]:
+        """Drop the texts whose KV had one of these keys and is in no library any more, or, if another process has
+        ``forgotten`` anything, whose KV is in no library. Returns them.
+        """
         opened = list(self)
         lost = []
         for text in self.index.texts():
             held = any(text in each.library for each in opened)
-            if not held and any(each.library.key(text) in gone for each in opened):
+            if not held and (forgotten or any(each.library.key(text) in gone for each in opened)):
                 self.index.remove(self.name(text))
                 for each in opened:
                     each.drop(text, self.name(text))

@@ -7,7 +7,8 @@ and its numbers are far from all others. Source: KIVI (arXiv 2402.02750), with 8
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -57,6 +58,18 @@ class Int8Store:
 
     def vanished(self) -> list[str]:
         return self.inner.vanished()
+
+    def forgettings(self) -> bytes:
+        return self.inner.forgettings()
+
+    def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
+        return self.inner.holding(keys)
+
+    def room(self) -> int | None:
+        return self.inner.room()
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        return self.inner.fitting(texts)
 
     def stats(self) -> StoreStats:
         return self.inner.stats()

@@ -45,6 +45,22 @@ class Placed(NamedTuple):
     shape: tuple[int, ...]
 
 
+def where(about: Any) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+    """First byte, end, dtype and shape of a tensor, by what the header says of it. Raises `Rejected`."""
+    start, stop, kind, shape = _place(about)
+    return start, stop, _DTYPES[kind], shape
+
+
+def measure(header: Mapping[str, Any]) -> int:
+    """How many bytes the tensors of ``header`` take behind it, and that they fill them. Raises `Rejected`."""
+    end = 0
+    for start, stop, kind, shape in sorted(_place(about) for about in header.values()):
+        if start != end or stop - start != math.prod(shape) * _SIZES[_DTYPES[kind]]:
+            raise Rejected("damaged")
+        end = stop
+    return end
+
+
 def read_tensors(header: Mapping[str, Any], data: memoryview) -> dict[str, Placed]:
     """The tensors that ``header`` (without the metadata) finds in the writable ``data`` behind it; they share its
     memory.
