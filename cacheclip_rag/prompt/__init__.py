@@ -5,6 +5,7 @@ from .documents import any_of, documents
 from .index import ANCHOR_LENGTH, MAX_CANDIDATES, MAX_TRIES, ChunkIndex, Span
 from .layout import Layout, align
 from .question import Question, find_question
+from .rendered import RenderedPrompt
 
 __all__ = [
     "ANCHOR_LENGTH",
@@ -13,6 +14,7 @@ __all__ = [
     "ChunkIndex",
     "Layout",
     "Question",
+    "RenderedPrompt",
     "Span",
     "align",
     "any_of",
