@@ -14,6 +14,9 @@ from ..prompt.rendered import Stretch
 
 Render = Callable[[list[dict[str, Any]], dict[str, Any]], str]
 
+_PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
+"""Characters for private use, which no filter of a template changes."""
+
 _PLAIN = ("role", "type")
 """Fields of messages that say what something is. Templates compare them, and nobody writes text there."""
 
@@ -80,30 +83,39 @@ def chat(
 
 
 def _read(
-    marked: str, marks: _Marks, prompt: str, control: Callable[[str], Sequence[Stretch]]
+    marked: str, marks: _Marks, prompt: str, written: Callable[[str], Sequence[Stretch]]
 ) -> dict[int, list[Stretch]] | None:
     """By its number, where each marked text stands in the prompt; None where the marks changed more than themselves."""
-    pieces = re.split(f"([{''.join(marks.numbers)}])", marked)
-    if "".join(pieces[::2]) != prompt:
-        return None
     found: dict[int, list[Stretch]] = {number: [] for number, _, _ in marks.numbers.values()}
-    opened: dict[tuple[int, int], int] = {}
-    at = 0
-    for piece, mark in zip(pieces[::2], pieces[1::2], strict=False):
-        at += len(piece)
-        number, inner, opens = marks.numbers[mark]
+    opened: dict[tuple[int, bool], int] = {}
+    pieces: list[str] = []
+    at = last = 0
+    cut: list[tuple[int, int, bool]] = []  # texts of which the template left out one end
+    for match in _PRIVATE.finditer(marked):
+        if match[0] not in marks.numbers:
+            continue
+        pieces.append(marked[last : match.start()])
+        last = match.end()
+        at += len(pieces[-1])
+        number, inner, opens = marks.numbers[match[0]]
         if opens:
             opened[number, inner] = at
         elif (number, inner) in opened:
             found[number].append((opened.pop((number, inner)), at))
-        elif not inner:  # the template left out how the text begins, and may write something like it instead
-            text = marks.written[number]
+        elif not inner:
+            cut.append((number, at, True))
+    if "".join([*pieces, marked[last:]]) != prompt:
+        return None
+    cut += [(number, start, False) for (number, inner), start in opened.items() if not inner]
+    control = written(prompt) if cut else ()
+    for number, at, ends in cut:  # and it may have written something like it instead
+        text = marks.written[number]
+        if ends:
             start = at - _alike(prompt[max(0, at - len(text)) : at][::-1], text[::-1])
-            found[number].append((max([start, *(b for a, b in control(prompt) if a < start < b)]), at))
-    for (number, inner), start in opened.items():
-        if not inner:  # or how it ends
-            end = start + _alike(prompt[start:], marks.written[number])
-            found[number].append((start, min([end, *(a for a, b in control(prompt) if a < end < b)])))
+            found[number].append((max([start, *(b for a, b in control if a < start < b)]), at))
+        else:
+            end = at + _alike(prompt[at : at + len(text)], text)
+            found[number].append((at, min([end, *(a for a, b in control if a < end < b)])))
     return found
 
 
@@ -131,7 +143,7 @@ def _places(prompt: str, text: str, start: int, end: int, quotes: bool) -> list[
 
 
 class _Marks:
-    """Two characters for each text of a conversation that occur nowhere in the prompt."""
+    """A few characters for each text of a conversation that occur nowhere in the prompt."""
 
     def __init__(
         self,
@@ -145,7 +157,7 @@ class _Marks:
         self._characters = self._unused(prompt)
         self._seen = count()
         self.written: dict[int, str] = {}
-        self.numbers: dict[str, tuple[int, int, bool]] = {}
+        self.numbers: dict[str, tuple[int, bool, bool]] = {}
 
     def texts(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
         """All texts that would be marked, by their numbers."""
@@ -186,22 +198,23 @@ class _Marks:
         if self._wanted is not None and number not in self._wanted:
             return text
         start, last, pieces = text.index(core), 0, []
-        for inner, (begin, end) in enumerate(self._control(core) if self._quotes(core) else (), 1):
-            pieces += [core[last:begin], self._mark(number, inner, True), core[begin:end]]
-            pieces += [self._mark(number, inner, False)]
-            last = end
+        if written := self._control(core) if self._quotes(core) else ():
+            opening, closing = self._mark(number, True, True), self._mark(number, True, False)
+            for begin, end in written:
+                pieces += [core[last:begin], opening, core[begin:end], closing]
+                last = end
         opening, closing = (
-            self._mark(number, 0, opens) if side else "" for side, opens in zip(self._sides, (True, False), strict=True)
+            self._mark(number, False, opens) if side else ""
+            for opens, side in zip((True, False), self._sides, strict=True)
         )
         return "".join([text[:start], opening, *pieces, core[last:], closing, text[start + len(core) :]])
 
-    def _mark(self, number: int, inner: int, opens: bool) -> str:
+    def _mark(self, number: int, inner: bool, opens: bool) -> str:
         mark = next(self._characters)
         self.numbers[mark] = number, inner, opens
         return mark
 
     @staticmethod
     def _unused(prompt: str) -> Iterator[str]:
-        """Characters for private use, which no filter of a template changes."""
         used = set(prompt)
         return (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -61,37 +61,37 @@ class Texts:
         control token written inside one stays text. Of overlapping documents the one named first is tokenised as a
         whole. ``tokens``: what `tokenise` made of the prompt, where that is known already.
         """
-        tokens = self.tokenise(prompt) if tokens is None else tokens
         documents = _disjoint([*documents, *(contents(prompt) or ())])
-        if documents:
-            tokens = self._tokenise_around(prompt, documents, tokens)
+        tokens = self._tokenise_around(prompt, documents, tokens)
         if self._first is not None and not (len(tokens) and tokens.ids[0] == self._first):
             opening = Tokens(torch.tensor([self._first]), torch.zeros(1, 2, dtype=torch.long))
             tokens = Tokens(torch.cat([opening.ids, tokens.ids]), torch.cat([opening.offsets, tokens.offsets]))
         return tokens
 
-    def _tokenise_around(self, prompt: str, documents: Sequence[Stretch], around: Tokens) -> Tokens:
+    def _tokenise_around(self, prompt: str, documents: Sequence[Stretch], tokens: Tokens | None) -> Tokens:
         """The tokens of the prompt as if other characters stood in place of the control tokens that documents quote;
         the documents that do are then tokenised by themselves. So what a document quotes changes nothing outside it,
         with tokenizers, too, that treat the beginning of a text or what stands beside a control token in their own way.
         """
-        harmless, quoting = prompt, set[int]()
+        quoting = set[int]()
         starts = [start for start, _ in documents]
-        while True:
-            quoted = []
-            # As the tokenizer found them: its normaliser may have made one of other characters.
-            for a, b in self._control(harmless, around):
+
+        def hidden(text: str, written: Iterable[Stretch]) -> str:
+            characters: list[str] = []
+            for a, b in written:
                 for number in range(max(0, bisect_right(starts, a) - 1), bisect_left(starts, b)):
                     left, right = max(a, starts[number]), min(b, documents[number][1])
-                    if harmless[left:right].strip(self._harmless):
-                        quoted.append((left, right))
+                    if text[left:right].strip(self._harmless):
+                        characters = characters or list(text)
+                        characters[left:right] = self._harmless * (right - left)
                         quoting.add(number)
-            if not quoted:
-                break
-            characters = list(harmless)
-            for left, right in quoted:
-                characters[left:right] = self._harmless * (right - left)
-            harmless = "".join(characters)
+            return "".join(characters) if characters else text
+
+        harmless = hidden(prompt, (match.span() for match in self._written.finditer(prompt))) if documents else prompt
+        around = tokens if tokens is not None and not quoting else self.tokenise(harmless)
+        # As the tokenizer finds them, too: its normaliser makes some of other characters.
+        while documents and (hiding := hidden(harmless, self._control(harmless, around))) != harmless:
+            harmless = hiding
             around = self.tokenise(harmless)
         if not quoting:
             return around

@@ -2,14 +2,16 @@
 
 from ..deprecation import renamed_names
 from .documents import any_of, documents
-from .index import ANCHOR_LENGTH, MAX_CANDIDATES, MAX_TRIES, ChunkIndex, Span
+from .index import ANCHOR_LENGTH, COMPARED_EACH, MAX_CANDIDATES, MAX_COMPARED, MAX_TRIES, ChunkIndex, Span
 from .layout import Layout, align
 from .question import Question, find_question
 from .rendered import RenderedPrompt
 
 __all__ = [
     "ANCHOR_LENGTH",
+    "COMPARED_EACH",
     "MAX_CANDIDATES",
+    "MAX_COMPARED",
     "MAX_TRIES",
     "ChunkIndex",
     "Layout",
