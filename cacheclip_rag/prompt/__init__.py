@@ -2,8 +2,9 @@
 
 from ..deprecation import renamed_names
 from .documents import any_of, documents
+from .escaped import escaped
 from .index import ANCHOR_LENGTH, COMPARED_EACH, MAX_CANDIDATES, MAX_COMPARED, MAX_TRIES, ChunkIndex, Span
-from .layout import Layout, align
+from .layout import Layout, align, outright
 from .question import Question, find_question
 from .rendered import RenderedPrompt
 
@@ -21,7 +22,9 @@ __all__ = [
     "align",
     "any_of",
     "documents",
+    "escaped",
     "find_question",
+    "outright",
 ]
 
 __getattr__ = renamed_names(__name__, {"WINDOW": (f"{__name__}.index", "ANCHOR_LENGTH")})
