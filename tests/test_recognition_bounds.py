@@ -95,7 +95,7 @@ def test_the_work_is_bounded_by_the_prompt_s_length(name: str, monkeypatch: pyte
         tried.clear()
         prompt = (unit * (length // len(unit) + 1))[:length]
         spans = index.find(prompt, hints=[f"k{n}" for n in range(0, 500, 7)])
-        assert len(tried) <= MAX_TRIES + length // 32 + MAX_CANDIDATES + 2 * length / (ANCHOR_LENGTH // 2)
+        assert len(tried) <= MAX_TRIES + length // 64 + MAX_CANDIDATES + 2 * length / (ANCHOR_LENGTH // 2)
         longest = max(map(len, texts))
         once = 4 * MAX_CANDIDATES * longest  # what the last place that is tried may cost
         assert index.compared <= MAX_COMPARED + COMPARED_EACH * length + 16 * length + once

@@ -21,7 +21,7 @@ ANCHOR_LENGTH = 32
 MAX_CANDIDATES = 32
 """An anchor shared by more chunks than this is boilerplate and is looked at only when nothing better covers it."""
 MAX_TRIES = 4096
-"""Matches that are tried in one prompt, and one more for every 32 characters, before recognition takes the first one
+"""Matches that are tried in one prompt, and one more for every 64 characters, before recognition takes the first one
 that it finds at each place. Text that repeats itself (a ruled line, zeros, base64) matches itself at every shift, and
 all of them would be tried; three hundred chunks that begin alike take a fiftieth of that many."""
 MAX_COMPARED, COMPARED_EACH = 1 << 22, 16
@@ -136,7 +136,7 @@ class ChunkIndex:
         they could be.
         """
         with self._lock:
-            self._tries = MAX_TRIES + len(prompt) // 32
+            self._tries = MAX_TRIES + len(prompt) // 64
             self.compared, self._most = 0, MAX_COMPARED + COMPARED_EACH * len(prompt)
             self._shared, self._hinted = [], None
             spans = self._scan(prompt, 0, len(prompt), hints, common=False)
