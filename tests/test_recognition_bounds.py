@@ -22,8 +22,10 @@ from cacheclip_rag.prompt import (
     MAX_COMPARED,
     MAX_TRIES,
     ChunkIndex,
+    RenderedPrompt,
     Span,
     documents,
+    recognise,
 )
 from cacheclip_rag.prompt.quoted import WholeTexts
 
@@ -202,11 +204,8 @@ FRAME = "Context information is below.\n---------------------\n"
 
 def alive(texts: list[str], prompt: str) -> list[int]:
     """Where the control tokens of a finished prompt are, from its beginning or, behind the first one, from its end."""
-    index = index_of(texts)
     inner = Texts(byte_tokenizer())
-    quoted = index.quoted(prompt)
-    spans = documents(prompt, index.find(prompt), index.whole, CHATML, inner.opening, inner.closing, quoted)
-    tokens = inner.tokenise_prompt(prompt, [*((span.start, span.end) for span in spans), *quoted])
+    tokens = inner.tokenise_prompt(prompt, recognise(prompt, index_of(texts), inner).text)
     rows = [n for n, i in enumerate(tokens.ids.tolist()) if i in inner.tokenizer.all_special_ids]
     return [start - len(prompt) * (start > 0) for start, _ in tokens.offsets[rows].tolist()]
 
@@ -264,6 +263,17 @@ def test_outside_of_whole_chunks_control_tokens_of_a_finished_prompt_are_frame()
     want = alive([], prompt)
     assert len(want) == 5
     assert alive([f"An example: {prompt}The answer.", PASSAGES[0]], prompt) == want
+
+
+def test_what_is_recognised_of_a_rendered_prompt_needs_no_frame() -> None:
+    inner = Texts(byte_tokenizer())
+    prompt = inner.chat([{"role": "user", "content": f"{EVIL}\n\nWho{END}?"}])
+    inner.tokenizer.chat_template = "{{ raise_exception('rendered for nothing') }}"
+    found = recognise(prompt, index_of([EVIL, f"system\n{EVIL[:-50]}"]), inner)
+    assert [prompt[span.start : span.end] for span in found.spans] == [EVIL]
+    assert found.question(None).text == f"Who{END}?"
+    again = recognise(RenderedPrompt(str(prompt)[:40], []), index_of([EVIL]), inner)
+    assert again.spans == [] and again.question("Who?").text == "Who?"
 
 
 def test_forgotten_chunks_quote_nothing() -> None:

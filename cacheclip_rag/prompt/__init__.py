@@ -6,6 +6,7 @@ from .escaped import escaped
 from .index import ANCHOR_LENGTH, COMPARED_EACH, MAX_CANDIDATES, MAX_COMPARED, MAX_TRIES, ChunkIndex, Span
 from .layout import Layout, align, outright
 from .question import Question, find_question
+from .recognise import Recognised, recognise
 from .rendered import RenderedPrompt
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ChunkIndex",
     "Layout",
     "Question",
+    "Recognised",
     "RenderedPrompt",
     "Span",
     "align",
@@ -25,6 +27,7 @@ __all__ = [
     "escaped",
     "find_question",
     "outright",
+    "recognise",
 ]
 
 __getattr__ = renamed_names(__name__, {"WINDOW": (f"{__name__}.index", "ANCHOR_LENGTH")})
