@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError, WeightsError
     from .methods import METHODS, Method
     from .model.backbone import Backbone
+    from .prompt import RenderedPrompt
     from .report import ChunkUse, Report
     from .serving.decoding import TextStream
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Method": "methods",
     "NotComposable": "errors",
     "PromptError": "errors",
+    "RenderedPrompt": "prompt",
     "Report": "report",
     "Stats": "serving.stats",
     "StoreError": "errors",
@@ -51,6 +53,7 @@ __all__ = [
     "Method",
     "NotComposable",
     "PromptError",
+    "RenderedPrompt",
     "Report",
     "Stats",
     "StoreError",

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ class Engine:
         self.composable = self.backbone.obstacle is None
         if not self.composable and on_uncomposable == "error":
             raise NotComposable(f'{self.backbone.obstacle}; on_uncomposable="prefill" serves it without reuse')
-        self.index = ChunkIndex()
+        self.index = ChunkIndex(self.backbone.quotes)
         secret = secret.encode() if isinstance(secret, str) else secret
         remote = Remote(remote) if isinstance(remote, str) else remote
         place = Place(store, memory_bytes, disk_bytes, tenant, secret, remote)
@@ -152,7 +152,7 @@ class Engine:
             self.prefiller,
             self.lock,
             self.limit,
-            before=lambda request: engine._before(request),
+            before=lambda: engine._before(),
             after=lambda report, request: engine._after(report, request),
         )
         self._hints, self._tally = Hints(), Tally()
@@ -302,17 +302,18 @@ class Engine:
         """
         return self.collections.of(self.recipe(method).encode).variants.held(text) if self.composable else []
 
-    def hint(self, texts: Sequence[str], question: str | None = None) -> None:
+    def hint(self, texts: Sequence[str], question: str | None = None, caller: Hashable = None) -> None:
         """Announce the chunks and the question of an upcoming prompt, as a retriever knows them.
 
         It starts loading their KV into memory, resolves ambiguities in recognition, and helps to find the question
-        among the instructions. A wrong or missing hint costs time only. Raises `ConfigurationError` for a single text
+        among the instructions: it counts only in a prompt with these chunks, and of the same ``caller`` (any value that
+        tells those apart whose hints must not mix; None is one, too). Raises `ConfigurationError` for a single text
         instead of a list.
         """
         texts = list(require_list(texts))
         if self.composable:
             keys = frozenset(self.library.key(text) for text in texts)
-            self._hints.note(question, keys)
+            self._hints.note(question, keys, caller)
             self._threads.submit(lambda: [self.library.get(key) for key in keys])
 
     def library_of(self, method: str | Method) -> Library:
@@ -355,15 +356,16 @@ class Engine:
         max_new_tokens: int = 256,
         stop: Sequence[str] | None = None,
         cancel: threading.Event | None = None,
+        caller: Hashable = None,
         **options: Any,
     ) -> TextStream:
         """Stream the answer to a prompt: an iterator of text deltas that carries ``ids`` and ``report``.
 
         The prefill runs at the first ``next``. Closing the iterator, or setting ``cancel``, ends the request and frees
-        its memory. ``question``: the question's text, if the caller knows it. ``max_new_tokens`` counts tokens of the
-        answer. ``stop``: strings that end the answer and are not part of it. ``options`` go to ``model.generate``
-        (``temperature``, ``top_p``, ...); decoding is greedy unless a temperature above 0 or ``do_sample=True`` is
-        given.
+        its memory. ``question``: the question's text, if the caller knows it; ``caller``: whose hints count (see
+        `hint`). ``max_new_tokens`` counts tokens of the answer. ``stop``: strings that end the answer and are not part
+        of it. ``options`` go to ``model.generate`` (``temperature``, ``top_p``, ...); decoding is greedy unless a
+        temperature above 0 or ``do_sample=True`` is given.
 
         Raises `ConfigurationError`, and `PromptError` for an empty prompt, at once; for one beyond the context length
         at the first ``next``.
@@ -375,7 +377,7 @@ class Engine:
         _check_prompt(prompt)
         options = self._decoding(options, stop or ())
         report = Report(chosen.name, ratio)
-        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question)
+        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question, self._hints, caller)
         tokens = self._then_notify(self.answering.tokens(request, options, report, cancel), report)
         return TextStream(tokens, self.backbone.tokenizer, report, stop or ())
 
@@ -387,6 +389,7 @@ class Engine:
         method: str | Method | None = None,
         recompute_ratio: float | None = None,
         room: int = 256,
+        caller: Hashable = None,
     ) -> Prefill:
         """Prefill without decoding: the prompt's KV on a canvas with ``room`` free slots (tokens), and the logits of
         its last token. Raises as `stream` does.
@@ -395,7 +398,8 @@ class Engine:
         report = Report(chosen.name, ratio)
         start = time.perf_counter()
         _check_prompt(prompt)
-        result = self.answering.prefill(PrefillRequest(prompt, chosen, ratio, room, question), report)
+        request = PrefillRequest(prompt, chosen, ratio, room, question, self._hints, caller)
+        result = self.answering.prefill(request, report)
         report.ttft = report.total = time.perf_counter() - start
         return result
 
@@ -453,14 +457,12 @@ class Engine:
             settled["eos_token_id"] = sorted(self.backbone.ends(settled.get("eos_token_id")).union(ids))
         return settled
 
-    def _before(self, request: PrefillRequest) -> PrefillRequest:
-        """Catch up with other processes' changes to the store, and add the retriever's hints to the request."""
+    def _before(self) -> None:
+        """Catch up with other processes' changes to the store."""
         try:
             self.corpus.follow()
         except Exception:  # the request can still be answered from what this process knows
             log.exception("what other processes stored is not known")
-        hints, announced = self._hints.of(request.prompt)
-        return dataclasses.replace(request, question=request.question or announced, hints=hints)
 
     def _after(self, report: Report, request: PrefillRequest) -> None:
         """Count which chunks were used together; queue missing chunks for encoding and frequent ones for fusing."""

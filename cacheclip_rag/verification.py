@@ -117,7 +117,7 @@ def _golden(engine: Engine) -> list[Check]:
     # An engine answers ratio 1 by full prefill; here all goes the way of reuse, and everything placed is recomputed.
     report = Report("query_guided", 1.0)
     request = PrefillRequest(prompt, methods.resolve("query_guided"), 1.0, _ANSWER + 1)
-    redone = engine.prefiller.strategies["compose"](request, report)
+    redone = engine.prefiller.strategies["compose"](request, engine.prefiller.read(request, report), report)
     error = _error(redone.forced(answer.tolist()), own) if report.recomputed and not report.reused else float("inf")
     checks.append(Check("reuse at ratio 1 is full prefill", error, limit))
 

@@ -9,6 +9,8 @@ from prompts import CHATML, check, index_of, words
 
 from cacheclip_rag.prompt import (
     Question,
+    RenderedPrompt,
+    Span,
     documents,
     find_question,
 )
@@ -103,3 +105,37 @@ def test_without_chunks_the_question_is_the_prompt() -> None:
 
 def test_there_is_always_some_question() -> None:
     assert asked("", []).text and asked("<|im_end|>", []).text and asked(words(1), [words(1)]).text
+
+
+def test_of_messages_the_question_is_one_and_never_the_template_s() -> None:
+    def rendered(*messages: str) -> RenderedPrompt:
+        text, own = "", []
+        for message in messages:
+            text += "<|im_start|>user\n"
+            own.append((len(text), len(text) + len(message)))
+            text += f"{message}<|im_end|>\n"
+        return RenderedPrompt(f"{text}<|im_start|>assistant\n", own)
+
+    def of(*messages: str, known: str | None = None) -> str:
+        question = asked(rendered(*messages), [words(1), words(2)], known)
+        assert question.text in messages[-1] or question.text in "\n\n".join(messages)
+        return question.text
+
+    chunk = words(1)
+    assert of("Be brief. " * 90, f"Who built it?\n\n{chunk}") == "Who built it?"
+    assert of(f"Use this:\n{chunk}", "Who built it?", "Ada.", "And when?") == "And when?"
+    assert of(f"{chunk}\n\n{words(2)}\n\nWho built it?") == "Who built it?"
+    assert of("Be brief.", "Who built it?", chunk) == "Be brief.\n\nWho built it?"
+    assert of("Be brief.", "Who built it?") == "Who built it?"
+    assert of("Be brief.", chunk) == "Be brief."
+    assert find_question(rendered("user", chunk), [], "user", CHATML).start == len("<|im_start|>user\n")
+    assert asked(rendered(chunk), [chunk]).text  # nobody asked anything
+
+
+@pytest.mark.parametrize("known", ["a", "aa", "lamp"])
+def test_a_question_that_stands_in_chunks_a_million_times_is_looked_for_outside_only(known: str) -> None:
+    chunk = known * 40_000
+    spans = [Span(n * len(chunk) + n, (n + 1) * len(chunk) + n, "k0", 0) for n in range(20)]
+    prompt = "\n".join([chunk] * 20)
+    assert find_question(prompt, spans, known, CHATML) == Question(known)
+    assert find_question(f"{prompt}\n{known}", spans, known, CHATML).start == len(prompt) + 1

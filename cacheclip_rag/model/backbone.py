@@ -100,9 +100,17 @@ class Backbone:
         """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
         return self.texts.tokenise(text, plain)
 
-    def tokenise_prompt(self, prompt: str, documents: Sequence[tuple[int, int]] = ()) -> Tokens:
-        """A whole prompt's tokens. ``documents``: character spans in which control tokens stay text."""
-        return self.texts.tokenise_prompt(prompt, documents)
+    def tokenise_prompt(
+        self, prompt: str, documents: Sequence[tuple[int, int]] = (), tokens: Tokens | None = None
+    ) -> Tokens:
+        """A whole prompt's tokens. ``documents``: character spans in which control tokens stay text; ``tokens``: the
+        result of `tokenise`, if the caller has it.
+        """
+        return self.texts.tokenise_prompt(prompt, documents, tokens)
+
+    def quotes(self, text: str) -> bool:
+        """Whether control tokens occur in a text (see `PromptTokenizer.quotes`)."""
+        return self.texts.quotes(text)
 
     def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """The prompt for chat ``messages``, up to the assistant's turn; their texts joined if there is no template."""

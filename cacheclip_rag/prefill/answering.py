@@ -28,8 +28,8 @@ class Cancelled(Exception):
 class Answering:
     """Runs requests: prefill, then decoding.
 
-    ``before(request)`` is called under the lock and returns the request to prefill; ``after(report, request)`` is
-    called after the prefill, and what it raises is logged. Neither is called for a model whose KV cannot be moved.
+    ``before()`` is called under the lock, before the prompt is read; ``after(report, request)`` after the prefill, and
+    what it raises is logged. Neither is called for a model whose KV cannot be moved.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Answering:
         prefiller: Prefiller,
         lock: FairLock,
         limit: RequestLimit,
-        before: Callable[[PrefillRequest], PrefillRequest],
+        before: Callable[[], object],
         after: Callable[[Report, PrefillRequest], None],
     ) -> None:
         self._backbone, self._prefiller, self._lock, self._limit = backbone, prefiller, lock, limit
@@ -88,16 +88,18 @@ class Answering:
 
     @on_cpu
     def prefill(self, request: PrefillRequest, report: Report, cancel: threading.Event | None = None) -> Prefill:
-        """Prefill under the lock. Raises `Cancelled` if ``cancel`` was set while waiting for it, and what `Prefiller`
-        raises.
+        """Read the prompt, then prefill under the lock. Raises `Cancelled` if ``cancel`` was set while waiting for it,
+        and what `Prefiller` raises.
         """
         movable = self._backbone.obstacle is None
+        if movable:
+            with self._lock:
+                self._before()
+        reading = self._prefiller.read(request, report)  # others may compute meanwhile
         with self._lock:
             if cancel is not None and cancel.is_set():
                 raise Cancelled
-            if movable:
-                request = self._before(request)
-            result = self._prefiller(request, report)
+            result = self._prefiller(request, reading, report)
         if movable:
             try:
                 self._after(report, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,11 +22,14 @@ from ..methods.recompute.base import Recomputed
 from ..methods.request import Request
 from ..methods.select.query_guided import question_scores
 from ..model.canvas import Canvas
-from ..prompt import Layout, Span, Tokens
+from ..prompt import Layout, Span, Stretch, Tokens, escaped, outright, rearranged
 from ..report import ChunkUse, Report
+from .full import Full
 from .reading import Reading, read, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
+
+log = logging.getLogger("cacheclip_rag")
 
 _GONE = "its stored KV is gone or damaged"
 _OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name}") does so ahead'
@@ -69,9 +73,8 @@ class Compose:
     def __init__(self, collections: Collections, composer: Composer) -> None:
         self._collections, self._composer = collections, composer
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         collection = self._collections.of(request.method.encode)
-        reading = read(self._collections.backbone, self._collections.index, request, report)
 
         def load(reading: Reading) -> Loaded:
             return self._load(reading, collection, request.method)
@@ -99,9 +102,10 @@ class Composer:
     ``auxiliary`` is the auxiliary model, or None. Not thread-safe: callers hold the engine's lock.
     """
 
-    def __init__(self, collections: Collections) -> None:
+    def __init__(self, collections: Collections, full: Full) -> None:
         self.auxiliary: Auxiliary | None = None
-        self._backbone, self._index = collections.backbone, collections.index
+        self._backbone, self._index, self._full = collections.backbone, collections.index, full
+        self._escaped = False
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
 
     def __call__(
@@ -112,16 +116,26 @@ class Composer:
         load: Callable[[Reading], Loaded],
         report: Report,
     ) -> Prefill:
-        """Prefill ``asked`` with the chunks that ``load`` returns. On any exception but `PromptError`, the caller falls
-        back to full prefill.
+        """Prefill ``asked`` with the chunks that ``load`` returns, or in full if reuse would take longer. On any
+        exception but `PromptError`, the caller falls back to full prefill.
         """
-        placed = self._place(asked, reading, collection, load, report)
+        if reason := escaped(reading.prompt, reading.spans, self._index.text):
+            report.fallbacks.append(reason)
+            if not self._escaped:  # an application that does so does it in every prompt
+                log.warning(reason)
+            self._escaped = True
+        loaded, layout = self._align(reading, load, report)
+        if reason := _outright(asked, layout, collection):
+            report.fallbacks.append(reason)
+            return self._full(asked, reading, report)
+        placed = self._place(asked, reading, collection, loaded, layout, report)
         if asked.method.reorder and len(placed.request.layout.chunk[placed.held].unique()) > 1:
             with report.timed("reorder"):
                 prompt = _reordered(placed)
             asked = dataclasses.replace(asked, prompt=prompt, question=reading.question.text)
             reading = read(self._backbone, self._index, asked, report)
-            placed = self._place(asked, reading, collection, load, report)
+            loaded, layout = self._align(reading, load, report)
+            placed = self._place(asked, reading, collection, loaded, layout, report)
         ratio = self._ratio(asked, placed, report)
         chosen = placed.request.rows[:0]
         if budget := int(ratio * len(placed.request.rows) + 1e-9):
@@ -139,22 +153,27 @@ class Composer:
 
     # ---- place ----------------------------------------------------------------------------------------------------
 
+    def _align(self, reading: Reading, load: Callable[[Reading], Loaded], report: Report) -> tuple[Loaded, Layout]:
+        """Load the chunks, and align the prompt's tokens with theirs."""
+        with report.timed("load"):
+            loaded = load(reading)
+        with report.timed("tokenise"):
+            tokens = [None if chunk is None else Tokens(chunk.ids, chunk.offsets) for chunk in loaded.chunks]
+            return loaded, reading.layout(list(zip(reading.spans, tokens, strict=True)))
+
     def _place(
         self,
         asked: PrefillRequest,
         reading: Reading,
         collection: Collection,
-        load: Callable[[Reading], Loaded],
+        loaded: Loaded,
+        layout: Layout,
         report: Report,
     ) -> Placed:
-        """Load the chunks, align the prompt's tokens with theirs, and place their KV."""
+        """Place the KV of the chunks on a canvas."""
         backbone, method = self._backbone, asked.method
         scores = self._auxiliary_scores(asked, reading)
-        with report.timed("load"):
-            loaded = load(reading)
         with report.timed("tokenise"):
-            tokens = [None if chunk is None else Tokens(chunk.ids, chunk.offsets) for chunk in loaded.chunks]
-            layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
             # A caller's question may contain lone surrogates, which no tokenizer takes; it must not fail the request.
             text = reading.question.text.encode("utf-8", "replace").decode()
             question_ids = backbone.tokenise("\n\n" + text, plain=True).ids
@@ -251,6 +270,15 @@ class Composer:
         )
 
 
+def _outright(asked: PrefillRequest, layout: Layout, collection: Collection) -> str | None:
+    """Why the whole prompt had better be prefilled, or None (see `prompt.outright`)."""
+    if asked.ratio >= 1.0:  # somebody wants every row recomputed
+        return None
+    kept = collection.preambles.longest(layout.ids)
+    prefix = 0 if kept is None else min(kept[0].shape[2], _first(layout.reusable, len(layout)))
+    return outright(layout, asked.ratio, getattr(asked.method.select, "passes", 0.0) if asked.ratio else 0.0, prefix)
+
+
 def shared_positions(layout: Layout) -> Tensor:
     """APE's shared positions ``[T]``: every chunk begins at the position of the first one, and the text behind the last
     chunk follows the longest. Text between two chunks continues from the one before it.
@@ -306,12 +334,12 @@ def _reordered(placed: Placed) -> str:
     request = dataclasses.replace(placed.request, rows=rows, groups=layout.chunk[rows])
     flow = torch.zeros(len(layout.spans), dtype=torch.float32)
     flow.index_add_(0, request.groups, question_scores(request, request.computer.full_layers).cpu())
-    texts = [layout.prompt[span.start : span.end] for span in layout.spans]
-    prompt, last = "", 0
+    pieces, last = list[Stretch](), 0
     for span, number in zip(layout.spans, flow.argsort(stable=True).tolist(), strict=True):
-        prompt += layout.prompt[last : span.start] + texts[number]
+        other = layout.spans[number]
+        pieces += [(last, span.start), (other.start, other.end)]
         last = span.end
-    return prompt + layout.prompt[last:]
+    return rearranged(layout.prompt, [*pieces, (last, len(layout.prompt))])
 
 
 def _mean(numbers: Sequence[float], weights: Tensor) -> float:

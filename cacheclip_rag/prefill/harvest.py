@@ -14,7 +14,7 @@ from ..kv.encode.harvested import ChunkMass, harvest
 from ..model.canvas import Canvas
 from ..report import Report
 from .compose import Composer, Loaded
-from .reading import Reading, read, workspace_size
+from .reading import Reading, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
 
@@ -28,11 +28,10 @@ class Harvest:
     def __init__(self, collections: Collections, composer: Composer) -> None:
         self._collections, self._composer = collections, composer
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         collection = self._collections.of(request.method.encode)
         variants = collection.harvested
         assert variants is not None
-        reading = read(self._collections.backbone, self._collections.index, request, report)
         if reading.spans and all(span.key in variants for span in reading.spans):
             return self._composer(request, reading, collection, lambda reading: _load(reading, variants), report)
         return self._cold(request, reading, variants, report)

@@ -14,24 +14,26 @@ from .compose import Compose, Composer
 from .full import Full, Native
 from .harvest import Harvest
 from .prefix import Prefix
+from .reading import Reading, read
 from .result import Prefill, PrefillRequest
 
 log = logging.getLogger("cacheclip_rag")
 
-Strategy = Callable[[PrefillRequest, Report], Prefill]
+Strategy = Callable[[PrefillRequest, Reading, Report], Prefill]
 
 
 class Prefiller:
     """The prefill strategies by name: ``full``, ``prefix`` (prefix caching), ``harvest`` (variants from finished
-    prompts) and ``compose`` (chunks encoded ahead). Not thread-safe: callers hold the engine's lock.
+    prompts) and ``compose`` (chunks encoded ahead). Callers hold the engine's lock, but not for `read`.
     """
 
     def __init__(self, collections: Collections) -> None:
         self._backbone, self._collections = collections.backbone, collections
-        self._composer = Composer(collections)
-        self._native = Native(collections.backbone, collections.index)
+        full = Full(collections.backbone)
+        self._composer = Composer(collections, full)
+        self._native = Native(collections.backbone)
         self.strategies: dict[str, Strategy] = {
-            "full": Full(collections.backbone, collections.index),
+            "full": full,
             "prefix": Prefix(collections),
             "harvest": Harvest(collections, self._composer),
             "compose": Compose(collections, self._composer),
@@ -52,23 +54,26 @@ class Prefiller:
             if (changed := library.changed()) is not None:
                 raise ConfigurationError(changed)
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
-        """Prefill a request, and fill in its report.
+    def read(self, request: PrefillRequest, report: Report) -> Reading:
+        """Recognise and tokenise a request's prompt (see `reading.read`)."""
+        return read(self._backbone, self._collections.index, request, report)
 
-        Raises `PromptError` for a prompt that is empty or beyond the context length, and `ConfigurationError` for an
-        unknown strategy.
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
+        """Prefill a request whose prompt was read, and fill in its report.
+
+        Raises `PromptError`, and `ConfigurationError` for an unknown strategy.
         """
         if self._backbone.obstacle is not None:
             report.fallbacks.append(f"plain prefill: {self._backbone.obstacle}")
-            return self._native(request, report)
+            return self._native(request, reading, report)
         full, name = self.strategies["full"], request.method.strategy
         if name not in self.strategies:
             raise ConfigurationError(f'method "{request.method.name}" names a strategy "{name}", which is not there')
         if name == "full" or (request.ratio >= 1.0 and name != "prefix"):
-            return full(request, report)
+            return full(request, reading, report)
         try:
             self._check_models()
-            return self.strategies[name](request, report)
+            return self.strategies[name](request, reading, report)
         except PromptError:
             raise
         except Exception as error:  # a failure in reuse costs time, never the answer
@@ -77,4 +82,4 @@ class Prefiller:
             report.fit, report.requested_ratio = None, request.ratio
             report.prefix = report.reused = report.adjusted = report.recomputed = report.edges = 0
             traceback.clear_frames(error.__traceback__)  # frees the canvas: the error may be a lack of memory
-            return full(request, report)
+            return full(request, reading, report)

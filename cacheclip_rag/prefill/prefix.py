@@ -6,7 +6,7 @@ import torch
 
 from ..kv.collections import Collections
 from ..report import Report
-from .reading import read, workspace_size
+from .reading import Reading, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
 
@@ -19,11 +19,10 @@ class Prefix:
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         backbone, caching = self._collections.backbone, request.method.prefix_cache
         assert caching is not None
         cache = self._collections.prefix_cache(caching)
-        reading = read(backbone, self._collections.index, request, report)
         layout, borders = reading.layout([(span, None) for span in reading.spans]), reading.borders
         count, known = len(layout), 0
         canvas = backbone.canvas(workspace_size(backbone, count, request.room))

@@ -9,9 +9,12 @@ import torch
 
 from ..errors import PromptError
 from ..model.backbone import Backbone
-from ..prompt import ChunkIndex, Layout, Question, Span, Tokens, align, documents, find_question
+from ..prompt import ChunkIndex, Layout, Question, Span, Tokens, align, recognise
 from ..report import Report
 from .result import PrefillRequest
+
+_SLACK = 256
+"""Tokens by which a prompt may be shorter once control tokens inside its documents are plain text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +44,21 @@ class Reading:
 def read(backbone: Backbone, index: ChunkIndex, request: PrefillRequest, report: Report) -> Reading:
     """Recognise the documents of a request's prompt, find its question, and tokenise it.
 
-    Raises `PromptError` for a prompt without tokens, and for one beyond the model's context length.
+    It needs no lock. Raises `PromptError` for a prompt without tokens, and for one beyond the model's context length.
     """
-    prompt = request.prompt
-    with report.timed("recognise"):
-        found = index.find(prompt, request.hints)
-        control, opening, closing = backbone.control_tokens, backbone.opening, backbone.closing
-        spans = documents(prompt, found, index.whole, control, opening, closing)
-        question = find_question(prompt, spans, request.question, control, closing)
+    prompt, hints, caller = request.prompt, request.hints, request.caller
     with report.timed("tokenise"):
-        tokens = backbone.tokenise_prompt(prompt, [(span.start, span.end) for span in spans])
+        raw = backbone.tokenise(prompt)
+    check_fits(raw, backbone.context_length + _SLACK)  # before any work on a prompt that is far too long
+    with report.timed("recognise"):
+        found = recognise(prompt, index, backbone, () if hints is None else hints.keys(caller))
+        announced = None if hints is None else hints.question(prompt, found.spans, caller)
+        question = found.question(request.question or announced)
+    with report.timed("tokenise"):
+        tokens = backbone.tokenise_prompt(prompt, found.text, raw)
     check_fits(tokens, backbone.context_length)
     report.prompt_tokens = len(tokens)
-    return Reading(prompt, tuple(spans), question, tokens)
+    return Reading(prompt, tuple(found.spans), question, tokens)
 
 
 def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:

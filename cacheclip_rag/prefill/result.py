@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from ..methods import Method
 from ..model.canvas import Canvas
 from ..prompt import Layout
 from ..report import Report
+from ..serving.hints import Hints
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class PrefillRequest:
     """A prompt to prefill: at most the share ``ratio`` of its placed tokens is recomputed; tokens without stored KV are
     always computed.
 
-    ``room``: slots for the answer (tokens). ``question`` (its text) and ``hints`` (names of chunks) are optional hints.
+    ``room``: slots for the answer (tokens). Optional: ``question`` is the question's text; ``hints`` holds what
+    retrievers announced, of which the ``caller``'s counts.
     """
 
     prompt: str
@@ -27,7 +29,8 @@ class PrefillRequest:
     ratio: float
     room: int = 256
     question: str | None = None
-    hints: Collection[str] = ()
+    hints: Hints | None = None
+    caller: Hashable = None
 
 
 @dataclass(frozen=True, eq=False)

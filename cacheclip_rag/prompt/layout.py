@@ -11,6 +11,14 @@ from torch import Tensor
 
 from .index import Span
 
+RUN_COST = 8
+"""What putting one piece of stored KV in its place costs, in tokens that are computed; measured it is between less than
+one (a model of half a billion parameters on a CPU) and ten (on a GPU)."""
+
+
+SHORT = 512
+"""Tokens of a prompt below which it matters little how it is prefilled."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -50,6 +58,23 @@ class Layout:
             (int(chunk[rows[a]]), int(rows[a]), slice(int(token[rows[a]]), int(token[rows[b - 1]]) + 1))
             for a, b in zip(starts, ends, strict=True)
         ]
+
+
+def outright(layout: Layout, ratio: float = 0.0, passes: float = 0.0, prefix: int = 0) -> str | None:
+    """Why this prompt had better be prefilled as a whole, or None where reusing what is stored is worth it.
+
+    ``ratio`` of the reused tokens are recomputed, and what has no stored KV is computed ``passes`` more times than once
+    (1 for a selection that runs the question through the whole model first, less where it stops at a depth). The KV of
+    the first ``prefix`` tokens is there from an earlier prompt. Short prompts are never worth a thought.
+    """
+    count, reusable, runs = len(layout), int(layout.reusable.sum()), len(layout.runs())
+    saved = prefix + reusable * (1.0 - ratio) - passes * (count - reusable - prefix)
+    if not reusable or count < SHORT or saved > RUN_COST * runs:
+        return None
+    return (
+        f"full prefill: {reusable:,} of {count:,} tokens have stored KV, in {runs:,} pieces; "
+        "putting them together would take longer"
+    )
 
 
 def align(

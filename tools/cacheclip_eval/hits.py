@@ -14,7 +14,7 @@ from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.model.canvas import Canvas
 from cacheclip_rag.prefill.reading import borders_of
-from cacheclip_rag.prompt import ChunkIndex
+from cacheclip_rag.prompt import ChunkIndex, recognise
 
 from .data import Item, prompt
 
@@ -34,7 +34,7 @@ def hits(
     Exact methods answer as full prefill does, so what they are worth is how often they hit. The first item finds
     nothing, of course; capacity is the method's own, at this model's bytes a token, and none for `ANYWHERE`.
     """
-    index = ChunkIndex()
+    index = ChunkIndex(backbone.quotes)
     per_token = 2 * backbone.layers * backbone.kv_heads * backbone.head_dim * backbone.dtype.itemsize
     caches = {}
     for name in methods:
@@ -48,8 +48,8 @@ def hits(
         for passage in item.passages:
             index.add(passage.chunk, passage.chunk)
         text = prompt(item, backbone)
-        spans = index.find(text)
-        tokens = backbone.tokenise_prompt(text, [(span.start, span.end) for span in spans])
+        recognised = recognise(text, index, backbone)
+        spans, tokens = recognised.spans, backbone.tokenise_prompt(text, recognised.text)
         borders = borders_of(tokens, spans)
         canvas = Canvas(1, 1, 1, len(tokens), dtype=torch.int8, device="cpu")
         canvas.length = len(tokens)

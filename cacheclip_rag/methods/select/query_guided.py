@@ -45,6 +45,11 @@ class QueryGuided:
         if isinstance(self.layers, tuple) and not 0.0 <= self.layers[0] <= self.layers[1] <= 1.0:
             raise ConfigurationError(f"layers is a band of depths from 0 to 1, as (0.69, 0.83), not {self.layers}")
 
+    @property
+    def passes(self) -> float:
+        """The cost of the question's pass, as a share of a forward over the same rows."""
+        return self.layers[1] if isinstance(self.layers, tuple) else 1.0
+
     def select(self, request: Request, budget: int) -> Tensor:
         scores = question_scores(request, self._layers(request.computer), self.normalise)
         return request.rows[top_groups(scores.cpu(), request.groups, budget, self.group_size, self.threshold)]
@@ -69,7 +74,7 @@ def question_scores(request: Request, layers: list[int], normalise: Normalise = 
     positions = request.positions[rows]
     if len(scored) == 0 or int(scored[0]) < int(request.rows[-1]):
         room = workspace.capacity - len(layout)
-        copy = request.question_ids[-room:] if room else request.question_ids[:0]  # its end: what is asked stands there
+        copy = request.question_ids[max(0, len(request.question_ids) - room) :]  # its end, where the question is asked
         scored = torch.arange(len(layout), len(layout) + len(copy))
         rows, ids = torch.cat([rows, scored]), torch.cat([ids, copy])
         positions = torch.cat([positions, scored - len(layout) + int(request.positions[-1]) + 1])
