@@ -1,4 +1,4 @@
-"""FairLock, work in the background, and the prompt heads that requests share."""
+"""The lock, the limit on requests, background work, and the preambles that requests share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def join(*threads: threading.Thread) -> None:
         assert not thread.is_alive(), "dead lock"
 
 
-# ---- turns -------------------------------------------------------------------------------------------------------
+# ---- lock --------------------------------------------------------------------------------------------------------
 
 
 def test_who_asked_first_goes_first() -> None:
@@ -120,7 +120,7 @@ def test_an_interrupt_while_waiting_loses_no_turn(monkeypatch: pytest.MonkeyPatc
 
     class Interrupted(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
-            if granted:  # the turn comes at the very moment of the interrupt
+            if granted:  # the lock is granted at the very moment of the interrupt
                 turns.__exit__(None, None, None)
                 assert self.is_set()
             raise KeyboardInterrupt
@@ -360,7 +360,7 @@ def test_many_threads_add() -> None:
 
 
 def test_a_seat_may_come_back_from_the_garbage_collector() -> None:
-    """It runs where it likes: also on a thread that has just begun to take a seat, or to give one."""
+    """It runs anywhere, also on a thread that is just inside `acquire` or `release`."""
 
     class Deque(type(RequestLimit(1)._queue)):  # type: ignore[misc]
         def append(self, waiting: Any) -> None:
@@ -401,7 +401,7 @@ def test_heads_that_extend_one_another_are_kept_once_and_within_their_bytes() ->
     assert cache.nbytes == 64 * one and cache.longest(ids) is None
 
 
-# ---- prompt heads ------------------------------------------------------------------------------------------------
+# ---- preambles ---------------------------------------------------------------------------------------------------
 
 
 def canvas(ids: Tensor) -> Canvas:

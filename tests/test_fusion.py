@@ -696,7 +696,7 @@ def test_usage_counts_who_is_met_and_where() -> None:
 def test_who_stood_behind_may_come_in_front_unless_the_order_is_fixed() -> None:
     usage = Usage()
     usage.note(["a", "b", "c"])
-    # All were met once: those in front are expected there with 2/3, those behind with 1/3.
+    # All occurred once: those before it are expected there with 2/3, those behind with 1/3.
     assert usage.expected_context("a", 5) == ["b", "c"] and usage.expected_context("b", 5) == ["a", "c"]
     usage.note(["a", "b"])
     assert usage.expected_context("a", 5) == ["c"] and usage.expected_context("b", 5) == [
@@ -889,7 +889,7 @@ def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
     def answered(**options: Any) -> Any:
         return ready.prefill(prompt, **options).report
 
-    both = len(B + C)  # A's KV is exact: it stands right behind the prefix it was computed behind
+    both = len(B + C)  # A is in place: right behind the prefix it was computed behind
     alone = answered()
     assert alone.fit == 0.0 and alone.requested_ratio == 0.4 and alone.recomputed == int(0.4 * both)
     ready.fuse({C: [D]})  # a stranger's context counts half
