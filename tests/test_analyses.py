@@ -71,7 +71,7 @@ def test_exact_reuse_hits_what_stood_in_the_same_place_before(engine: Engine) ->
     half = replace(ITEM, id="3", passages=ITEM.passages[:2])
     anywhere = [row["found"] for row in hits(engine.backbone, [half, turned, ITEM]) if row["method"] == ANYWHERE]
     assert anywhere == [0, sum(len(text) for text in PASSAGES[:2]), context]  # a token a character
-    with pytest.raises(ConfigurationError, match="not exact"):
+    with pytest.raises(ConfigurationError, match="no prefix caching"):
         list(hits(engine.backbone, [ITEM], ["naive"]))
 
 

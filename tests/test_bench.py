@@ -57,4 +57,4 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine
     row = json.loads(result.stdout)
     assert row["method"] == "query_guided" and row["model"] == "smollm2-135m-instruct" and "torch" in row["machine"]
     shown = CliRunner().invoke(cli.app, words)
-    assert "times sooner" in shown.stdout and "KL to full prefill" in shown.stdout
+    assert "times faster" in shown.stdout and "KL to full prefill" in shown.stdout

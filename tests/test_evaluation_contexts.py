@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cacheclip_eval import Item, Passage, access, run
-from cacheclip_eval.contexts import meeting
+from cacheclip_eval.contexts import planner
 from cacheclip_eval.systems import parse
 from fused import A, B, C, D, E
 from tiny import tiny_backbone
@@ -23,7 +23,7 @@ def item(name: str, *texts: str) -> Item:
 
 def test_company_from_use_is_what_other_items_retrieved_together() -> None:
     corpus = [item("1", A, B, C), item("2", B, A, D), item("3", B, A), item("4", C, E)]
-    meet = meeting("use", 10, corpus, [], lambda texts: 1 / 0)
+    meet = planner("use", 10, corpus, [], lambda texts: 1 / 0)
     found = meet(corpus[0]).neighbours
     assert found[A] == [B, D] and found[B] == [
         A,
@@ -31,7 +31,7 @@ def test_company_from_use_is_what_other_items_retrieved_together() -> None:
     ]  # twice with each other, once with D; their own item is not counted
     assert found[C] == [E]
     assert meet(item("5", A, B)).neighbours[A][:1] == [B]
-    alone = meeting("use", 2, [item("1", A, B, C, D)], [], lambda texts: 1 / 0)
+    alone = planner("use", 2, [item("1", A, B, C, D)], [], lambda texts: 1 / 0)
     assert alone(item("1", A, B, C, D)).neighbours == {
         A: [C, D],
         B: [C, D],
@@ -42,7 +42,7 @@ def test_company_from_use_is_what_other_items_retrieved_together() -> None:
 
 def test_company_from_prompts_are_the_items_most_like_this_one() -> None:
     corpus = [item("1", A, B, C), item("2", B, A, D), item("3", B, A, C), item("4", C, E), item("5", D, E)]
-    met = meeting("prompts", 10, corpus, [], lambda texts: 1 / 0)
+    met = planner("prompts", 10, corpus, [], lambda texts: 1 / 0)
     assert met(corpus[0]).sequences == [[B, A, C], [B, A, D], [C, E]] and met(corpus[0]).neighbours == {}
     assert met(item("6", A, "new")).sequences[-1] == ["new", A]  # nobody else asked about "new"
     assert met(corpus[1]).sequences[0] in ([A, B, C], [B, A, C])
@@ -51,17 +51,17 @@ def test_company_from_prompts_are_the_items_most_like_this_one() -> None:
 def test_company_by_resemblance_is_sought_in_the_whole_corpus() -> None:
     place = {A: 0.0, B: 0.1, C: 1.0, D: 0.9, E: 0.5}
     embed = lambda texts: [[np.cos(place[t]), np.sin(place[t])] for t in texts]  # noqa: E731
-    meet = meeting("similar", 2, [item("1", A, C), item("2", B)], [D, E], embed)
+    meet = planner("similar", 2, [item("1", A, C), item("2", B)], [D, E], embed)
     assert meet(item("1", A, C)).neighbours == {A: [B, E], C: [D, E]}
     with pytest.raises(ConfigurationError, match="similar, use, prompts"):
-        meeting("rumour", 2, [], [], embed)
+        planner("rumour", 2, [], [], embed)
 
 
 def test_systems_with_different_company_share_a_store_and_not_their_variants(tmp_path: Path) -> None:
     ready, items = Engine(tiny_backbone()), [item("1", A, B, C), item("2", C, A, E)]
     systems = parse(["naive:context=use", "naive:context=use,neighbours=1", "naive:context=prompts", "naive"])
     systems = [
-        dataclasses.replace(s, meet=meeting(s.context, s.neighbours, items, [], lambda texts: 1 / 0))
+        dataclasses.replace(s, plan=planner(s.context, s.neighbours, items, [], lambda texts: 1 / 0))
         if s.context
         else s
         for s in systems
@@ -84,7 +84,7 @@ def test_the_bytes_of_a_system_that_fuses_are_those_of_chunks_and_variants(tmp_p
     for context, variants_of in {"use": [A, B, C], "prompts": [A, C, A]}.items():
         ready, path = Engine(tiny_backbone()), tmp_path / f"{context}.jsonl"
         fusing = dataclasses.replace(
-            parse([f"naive:context={context}"])[0], meet=meeting(context, 9, items, [], lambda texts: 1 / 0)
+            parse([f"naive:context={context}"])[0], plan=planner(context, 9, items, [], lambda texts: 1 / 0)
         )
         assert run(ready, items[:1], [*parse(["naive"]), fusing], path, dataset="set", max_new_tokens=2) == 0
         _, plain, row = map(json.loads, path.read_text().splitlines())
@@ -105,7 +105,7 @@ def test_a_company_that_does_not_fit_is_no_row_of_another_one(tmp_path: Path, mo
     ready = Engine(tiny_backbone(), method="naive")
     monkeypatch.setattr(ready.backbone, "window", 2 * len(A) + len(ready.library.prefix_ids))
     [system] = parse(["naive:context=use"])
-    meet = meeting("use", 9, [item("1", A, B, C)], [], None)
+    meet = planner("use", 9, [item("1", A, B, C)], [], None)
     with pytest.raises(ConfigurationError, match="fewer neighbours"):
         access.fuse(ready, system.recipe, meet(item("1", A, B, C)))
     with pytest.raises(ConfigurationError, match="meet"):

@@ -195,7 +195,7 @@ def test_the_ratio_falls_with_the_fit_of_the_variants() -> None:
     def answered(**options: Any) -> Any:
         return ready.prefill(prompt, **options).report
 
-    both = len(B + C)  # A's KV is exact: it stands right behind the prefix it was computed behind
+    both = len(B + C)  # A is in place: right behind the prefix it was computed behind
     alone = answered()
     assert alone.fit == 0.0 and alone.requested_ratio == 0.4 and alone.recomputed == int(0.4 * both)
     ready.fuse({C: [D]})  # a stranger's context counts half

@@ -128,7 +128,7 @@ def test_legolink_takes_the_first_k_of_each_chunk_and_epic_the_same_share():
         mine = [row - start for row in seen["chosen"].tolist() if start <= row < start + len(passage)]
         assert mine == list(range(len(mine))) and abs(len(mine) - 0.1 * len(passage)) < 1
     _, request, seen = watch(engine, resolve("legolink", tokens=7), "\n\n".join(PASSAGES[:2]) + " Who?")
-    assert seen["chosen"].tolist() == [len(PASSAGES[0]) + 2 + i for i in range(7)], "the first chunk is exact here"
+    assert seen["chosen"].tolist() == [len(PASSAGES[0]) + 2 + i for i in range(7)], "the first chunk is in place here"
 
 
 def test_random_is_drawn_anew_for_another_prompt_or_seed_only():
@@ -214,7 +214,7 @@ def test_one_softmax_is_the_published_merge_of_two(temperature, mass):
 
 
 def test_shared_positions_on_a_layout_made_by_hand():
-    # head, chunk 0 of three tokens, a separator, chunk 1 of five with a token of its own inside, the question
+    # preamble, chunk 0 of three tokens, a separator, chunk 1 of five with a token of its own inside, the question
     chunk = torch.tensor([-1, -1, 0, 0, 0, -1, 1, 1, -1, 1, 1, -1, -1])
     token = torch.tensor([-1, -1, 0, 1, 2, -1, 0, 1, -1, 3, 4, -1, -1])
     layout = Layout("", torch.arange(13), torch.zeros(13, 2), (), chunk, token, torch.zeros(13, dtype=torch.bool))

@@ -64,22 +64,28 @@ _ROWS = [
         recompute_ratio=0.0,
         about="prefix caching in a tree of documents (RAGCache, 2404.12457)",
     ),
-    Method("naive", Nothing(), recompute_ratio=0.0, about="reuse everything as it is, behind a shared prefix"),
-    Method("promptcache", Nothing(), _BARE, recompute_ratio=0.0, about="reuse everything, encoded bare (PromptCache)"),
+    Method("naive", Nothing(), recompute_ratio=0.0, about="plain reuse, encoded behind a shared prefix"),
+    Method(
+        "promptcache",
+        Nothing(),
+        _BARE,
+        recompute_ratio=0.0,
+        about="plain reuse, encoded without a prefix (PromptCache)",
+    ),
     Method(
         "link0",
         Nothing(),
         Blanks(),
         recompute_ratio=0.0,
-        about="reuse everything, encoded behind 5 dummy tokens (EPIC's zero-overhead linking, 2410.15332)",
+        about="plain reuse, encoded behind 5 dummy tokens (EPIC's zero-overhead linking, 2410.15332)",
     ),
-    Method("random", Random(), recompute_ratio=0.15, about="tokens by lot: what every choice must beat"),
+    Method("random", Random(), recompute_ratio=0.15, about="random tokens: the baseline of every selector"),
     Method(
         "epic",
         LeadingTokens(),
         _BARE,
         recompute_ratio=0.15,
-        about="the first r of every chunk, encoded bare (EPIC, 2410.15332, as the study normalises it)",
+        about="the leading tokens of every chunk, encoded without a prefix (EPIC, 2410.15332, as in the study)",
     ),
     Method(
         "legolink",
@@ -101,7 +107,7 @@ _ROWS = [
         WithActivations(prefix=""),
         Reselect(),
         recompute_ratio=0.15,
-        about="as cacheblend, chosen again at layer 5 from stored activations (DroidSpeak, 2411.02820, by the study)",
+        about="cacheblend, selected again at layer 5 from stored activations (DroidSpeak, 2411.02820, as in the study)",
     ),
     Method(
         "cachecraft",
@@ -151,8 +157,8 @@ _ROWS = [
         recompute=Carry(),
         fit=Nearest(),
         fitted_ratio=0.04,
-        about="infoflow's band, softmax inside each chunk, over fused chunks; elsewhere what recomputing changed is "
-        "carried over to the other tokens; less is recomputed the better fused chunks fit (our own)",
+        about="infoflow's band, softmax inside each chunk, over fused chunks; isolated chunks are adjusted by the mean "
+        "change of their recomputed tokens; the better fused chunks fit, the less is recomputed (our own)",
     ),
     Method(
         "ape",
@@ -160,14 +166,14 @@ _ROWS = [
         attend=Scaled(),
         positions="shared",
         recompute_ratio=0.0,
-        about="reuse everything at shared positions; temperature and scale on the context (APE, 2502.05431)",
+        about="plain reuse at shared positions; temperature and scale on the context (APE, 2502.05431)",
     ),
     Method(
         "sel",
         Nothing(),
         attend=SelectedChunks(),
         recompute_ratio=0.0,
-        about="reuse everything; the question sees 2 chunks a layer (SEL, 2412.16545)",
+        about="plain reuse; the question attends to 2 chunks per layer (SEL, 2412.16545)",
     ),
     Method(
         "psr",
@@ -175,7 +181,7 @@ _ROWS = [
         Blanks(),
         attend=Scaled(first=1),
         recompute_ratio=0.15,
-        about="cacheblend's choice behind dummy tokens; temperature and scale on the rest (the study, 2603.20218)",
+        about="cacheblend's selection behind dummy tokens; temperature and scale on the rest (the study, 2603.20218)",
     ),
 ]
 

@@ -117,10 +117,10 @@ def _chunks(report: Record) -> str:
         f"<td>{escape(summary.remark(use))}</td></tr>"
         for number, use in enumerate(report.chunks, start=1)
     )
-    head = "<th></th><th>chunk</th>" + "".join(
+    header = "<th></th><th>chunk</th>" + "".join(
         f'<th class="num">{name}</th>' for name in ("reused", "recomputed", "computed")
     )
-    return f"<table><thead><tr>{head}<th></th></tr></thead><tbody>{rows}</tbody></table>"
+    return f"<table><thead><tr>{header}<th></th></tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _number(count: int) -> str:

@@ -34,5 +34,5 @@ A3 = Method(
     FirstLayer(),
     Isolated(prefix=""),
     recompute_ratio=0.15,
-    about="the question's attention at layer 0, softmax over the context, encoded bare (A³, 2511.17560)",
+    about="the question's attention at layer 0, softmax over the context, encoded without a prefix (A³, 2511.17560)",
 )

@@ -1,4 +1,4 @@
-"""The state of one forward for the attention function: the causal mask of its rows, hooks and a score modification."""
+"""The causal mask of one forward: its rows and floors, with the hooks and score modification of their attention."""
 
 from __future__ import annotations
 
