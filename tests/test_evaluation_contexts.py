@@ -23,14 +23,14 @@ def item(name: str, *texts: str) -> Item:
 
 def test_company_from_use_is_what_other_items_retrieved_together() -> None:
     corpus = [item("1", A, B, C), item("2", B, A, D), item("3", B, A), item("4", C, E)]
-    meet = planner("use", 10, corpus, [], lambda texts: 1 / 0)
-    found = meet(corpus[0]).neighbours
+    plan = planner("use", 10, corpus, [], lambda texts: 1 / 0)
+    found = plan(corpus[0]).neighbours
     assert found[A] == [B, D] and found[B] == [
         A,
         D,
     ]  # twice with each other, once with D; their own item is not counted
     assert found[C] == [E]
-    assert meet(item("5", A, B)).neighbours[A][:1] == [B]
+    assert plan(item("5", A, B)).neighbours[A][:1] == [B]
     alone = planner("use", 2, [item("1", A, B, C, D)], [], lambda texts: 1 / 0)
     assert alone(item("1", A, B, C, D)).neighbours == {
         A: [C, D],
@@ -51,8 +51,8 @@ def test_company_from_prompts_are_the_items_most_like_this_one() -> None:
 def test_company_by_resemblance_is_sought_in_the_whole_corpus() -> None:
     place = {A: 0.0, B: 0.1, C: 1.0, D: 0.9, E: 0.5}
     embed = lambda texts: [[np.cos(place[t]), np.sin(place[t])] for t in texts]  # noqa: E731
-    meet = planner("similar", 2, [item("1", A, C), item("2", B)], [D, E], embed)
-    assert meet(item("1", A, C)).neighbours == {A: [B, E], C: [D, E]}
+    plan = planner("similar", 2, [item("1", A, C), item("2", B)], [D, E], embed)
+    assert plan(item("1", A, C)).neighbours == {A: [B, E], C: [D, E]}
     with pytest.raises(ConfigurationError, match="similar, use, prompts"):
         planner("rumour", 2, [], [], embed)
 
@@ -105,8 +105,8 @@ def test_a_company_that_does_not_fit_is_no_row_of_another_one(tmp_path: Path, mo
     ready = Engine(tiny_backbone(), method="naive")
     monkeypatch.setattr(ready.backbone, "window", 2 * len(A) + len(ready.library.prefix_ids))
     [system] = parse(["naive:context=use"])
-    meet = planner("use", 9, [item("1", A, B, C)], [], None)
+    plan = planner("use", 9, [item("1", A, B, C)], [], None)
     with pytest.raises(ConfigurationError, match="fewer neighbours"):
-        access.fuse(ready, system.recipe, meet(item("1", A, B, C)))
-    with pytest.raises(ConfigurationError, match="meet"):
+        access.fuse(ready, system.recipe, plan(item("1", A, B, C)))
+    with pytest.raises(ConfigurationError, match="plan"):
         run(ready, [item("1", A, B)], [system], tmp_path / "x.jsonl", dataset="set", max_new_tokens=2)

@@ -27,7 +27,7 @@ def small(kind: str, folder: Path) -> ChunkStore:
         "memory": lambda: MemoryStore(4 * NBYTES),
         "disk": lambda: disk,
         "tiers": lambda: TieredStore(MemoryStore(2 * NBYTES), disk),
-        "int8": lambda: Int8Store(disk),
+        "int8": lambda: Int8Store(open_disk(folder, cap=5 * SIZE + 400)),  # chunks this short are larger in int8
     }[kind]()
 
 

@@ -284,7 +284,7 @@ def test_a_file_with_holes_takes_no_memory(
 def test_a_good_file_with_holes_is_served(tmp_path: Path) -> None:
     """Some file systems store no zeros, and some copy files so."""
     store = open_disk(tmp_path)
-    chunk = replace(make("text 0"), extra={"zeros": torch.zeros((8, 1 << 20), dtype=torch.uint8)})
+    chunk = replace(make("text 0", tokens=8), extra={"zeros": torch.zeros((8, 1 << 20), dtype=torch.uint8)})
     key = MODEL.key("text 0")
     assert store.put(key, chunk)
     path = path_of(store, key)
