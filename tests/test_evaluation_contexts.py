@@ -103,7 +103,7 @@ def test_systems_that_cannot_be_fused_are_refused(spec: str) -> None:
 def test_a_company_that_does_not_fit_is_no_row_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be reused by itself, or behind fewer, and the row would say otherwise."""
     ready = Engine(tiny_backbone(), method="naive")
-    monkeypatch.setattr(ready.backbone, "window", 2 * len(A) + len(ready.library.prefix_ids))
+    monkeypatch.setattr(ready.backbone, "context_length", 2 * len(A) + len(ready.library.prefix_ids))
     [system] = parse(["naive:context=use"])
     plan = planner("use", 9, [item("1", A, B, C)], [], None)
     with pytest.raises(ConfigurationError, match="fewer neighbours"):
