@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from ..background import Background
 from ..chunks import canonical
-from ..errors import CacheClipError, ConfigurationError, StoreError
+from ..errors import CacheClipError, ConfigurationError, StoreError, raised_by_signal
 from ..kv.collections import Collections
 from ..kv.library import Library
 from ..methods import Method
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _NOT_KEPT = "the store did not keep it"
 _WAIT = 10.0
-"""Seconds that background work gives way to requests; one that was left open must not hold it up for ever."""
+"""Seconds that background work gives way to requests; where there is always one, it is done in between."""
 
 
 class Task(NamedTuple):
@@ -103,6 +103,8 @@ class Corpus:
         try:
             yield
         except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
+            if raised_by_signal(error):
+                raise
             log.warning("%d chunks %s: %s", len(texts), what, error)
             result.skip(texts, str(error))
 
@@ -172,7 +174,9 @@ class Corpus:
 
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + _WAIT
-        while self._limit.in_flight and time.monotonic() < patience:
+        while not self._limit.at_rest and time.monotonic() < patience:
+            if self.background.ending():
+                return
             time.sleep(0.02)
         if task.fuse:
             self.fuse_later(task)

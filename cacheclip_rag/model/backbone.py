@@ -204,6 +204,8 @@ class Backbone:
         prompt_ids: Tensor,
         logits: Tensor,
         step: Callable[[Tensor, int], Tensor],
+        *,
+        seed: int | None = None,
         **options: Any,
     ) -> Iterator[int]:
         """Decode after a prefill: yields token ids until transformers says stop.
@@ -211,8 +213,10 @@ class Backbone:
         ``prompt_ids [T]``; the prompt's last ``logits [1, V]``; ``step(id [1], row)`` computes the next ones (see
         `on_canvas`). ``options`` are those of ``model.generate``, which prepares logits processors and stopping
         criteria; the loop is ours (its ``custom_generate`` seam), because the first token needs no forward here and the
-        caller may pause or stop between any two. Closing the iterator ends it.
+        caller may pause or stop between any two. Closing the iterator ends it. ``seed``: sample with a generator of its
+        own, so that nobody else's sampling changes the answer; None takes torch's, which all share.
         """
+        random = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
 
         def loop(
             model: PreTrainedModel,
@@ -227,7 +231,7 @@ class Backbone:
                 with torch.inference_mode():
                     scores = logits_processor(input_ids, scores)
                     if generation_config.do_sample:
-                        token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+                        token = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=random)
                     else:
                         token = scores.argmax(dim=-1, keepdim=True)
                     input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import raised_by_signal
 from ..model.backbone import Backbone
 from ..report import Report
-from ..serving.limit import RequestLimit
+from ..serving.limit import Cancel, Place, RequestLimit
 from ..serving.lock import FairLock
 from .prefiller import Prefiller
 from .result import Prefill, PrefillRequest
@@ -42,17 +43,28 @@ class Answering:
         self._before, self._after = before, after
 
     def tokens(
-        self, request: PrefillRequest, options: dict[str, Any], report: Report, cancel: threading.Event | None = None
-    ) -> Iterator[int]:
+        self, request: PrefillRequest, options: dict[str, Any], report: Report, cancel: Cancel | None = None
+    ) -> Generator[int, None, None]:
         """Prefill and decode, within the limit on requests in flight; ``request.room`` is the longest answer (tokens).
 
         The request ends when this is closed, or ``cancel`` is set. ``options`` are those of `Backbone.generate`.
         """
+        place = self._limit.place()
+        tokens = self._tokens(place, request, options, report, cancel)
+        place.owner = weakref.ref(tokens)
+        return tokens
+
+    def _tokens(
+        self,
+        place: Place,
+        request: PrefillRequest,
+        options: dict[str, Any],
+        report: Report,
+        cancel: Cancel | None,
+    ) -> Generator[int, None, None]:
         start = time.perf_counter()
-        admitted = False
         try:
-            admitted = self._limit.acquire(cancel)
-            if not admitted:
+            if not place.take(cancel):
                 return
             ready = self.prefill(request, report, cancel)
             length = min(request.room, self._backbone.context_length - len(ready.layout))
@@ -64,7 +76,9 @@ class Answering:
                 if not report.completion_tokens:
                     report.ttft = time.perf_counter() - start
                 report.completion_tokens += 1
+                place.resting_since = time.monotonic()
                 yield token
+                place.resting_since = None
                 if cancel is not None and cancel.is_set():
                     report.finish_reason = "cancelled"
                     break
@@ -77,12 +91,11 @@ class Answering:
             report.finish_reason = "error"
             raise
         finally:
-            if admitted:
-                self._limit.release()
+            place.release()
             report.finish_reason = report.finish_reason or "cancelled"
             report.total = time.perf_counter() - start
 
-    def prefill(self, request: PrefillRequest, report: Report, cancel: threading.Event | None = None) -> Prefill:
+    def prefill(self, request: PrefillRequest, report: Report, cancel: Cancel | None = None) -> Prefill:
         """Raises `Cancelled` where ``cancel`` was set while it waited for the lock, and what `Prefiller` raises."""
         movable = self._backbone.obstacle is None
         with self._lock:
@@ -94,7 +107,9 @@ class Answering:
         if movable:
             try:
                 self._after(report, request)
-            except Exception:  # what later requests may gain must not cost this one its answer
+            except Exception as error:  # what later requests may gain must not cost this one its answer
+                if raised_by_signal(error):
+                    raise
                 log.exception("what this prompt showed is not followed up")
         return result
 
