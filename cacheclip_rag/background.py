@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -18,11 +17,15 @@ log = logging.getLogger("cacheclip_rag")
 Task = TypeVar("Task", bound=Hashable)
 
 
+_LOOK = 5.0
+"""Seconds between two looks of the thread at what there is to do, should it not have been woken."""
+
+
 class Background(Generic[Task]):
     """One daemon thread that calls ``work(task)`` for every task it is given, each once, in order.
 
-    It does not keep alive the object whose method ``work`` is, and ends with it. A process that is forked begins with
-    nothing to do and a thread of its own, once there is something: what waited is its parent's.
+    It does not keep alive the object whose method ``work`` is, and ends with it. A thread that a fork of the process
+    has left behind is started again by the next `add` or `flush`.
     """
 
     def __init__(self, work: Callable[[Task], None]) -> None:
@@ -30,45 +33,38 @@ class Background(Generic[Task]):
         self._work = weakref.WeakMethod(work, self._gone) if inspect.ismethod(work) else lambda: work
         self._waiting: OrderedDict[Task, None] = OrderedDict()
         self._at_hand: list[Task] = []
-        self._changed = threading.Condition()
+        # Not a Condition, whose `__exit__` is Python: an interrupt at its beginning would leave it locked for ever.
+        self._lock = threading.RLock()
+        self._gate = _Gate()
+        self._flushing: list[_Gate] = []
         self._thread: threading.Thread | None = None
         self._busy = self._closed = self._over = False
-        self._process = os.getpid()
-
-    def _own(self) -> threading.Condition:
-        """What to hold. In a forked process a new one: the parent's threads, which may have held it, are not here."""
-        if self._process != os.getpid():
-            self._changed = threading.Condition()
-            self._waiting, self._at_hand, self._thread = OrderedDict(), [], None
-            self._busy = self._closed = False
-            self._process = os.getpid()
-        return self._changed
 
     def add(self, tasks: Iterable[Task]) -> None:
-        with self._own():
+        with self._lock:
             if self._over:
                 return
             self._waiting.update(dict.fromkeys(tasks))
-            if self._waiting and self._thread is None:
-                self._closed = False
-                self._thread = threading.Thread(target=self._run, name="cacheclip-background", daemon=True)
-                self._thread.start()
-                # A daemon thread that is inside torch when the interpreter goes away takes the process down with it.
-                atexit.register(self._end)
-            self._changed.notify_all()
+            if self._waiting:
+                self._begin()
+        self._gate.open()
 
     def drop(self, unwanted: Callable[[Task], bool]) -> None:
         """Leave out the tasks that wait and are unwanted. One that is at hand is told so by `wanted`."""
-        with self._own():
+        with self._lock:
             for task in list(filter(unwanted, self._waiting)):
                 del self._waiting[task]
             self._at_hand = [task for task in self._at_hand if not unwanted(task)]
-            self._changed.notify_all()
+        self._told()
 
     def wanted(self) -> bool:
         """For ``work``: whether its task has not been dropped since it was begun."""
-        with self._own():
+        with self._lock:
             return bool(self._at_hand)
+
+    def ending(self) -> bool:
+        """For ``work``: whether somebody waits for it to return, to close this."""
+        return self._stopped()
 
     @property
     def busy(self) -> bool:
@@ -77,19 +73,44 @@ class Background(Generic[Task]):
 
     def flush(self) -> None:
         """Wait until nothing is left to do."""
-        with self._own():
-            self._changed.wait_for(lambda: self._closed or not (self._waiting or self._busy))
+        gate = _Gate()
+        self._flushing.append(gate)
+        try:
+            while not self._closed and (self._waiting or self._busy):
+                with self._lock:
+                    if self._waiting and not self._closed and not self._over:
+                        self._begin()
+                self._gate.open()
+                gate.wait(_LOOK)
+        finally:
+            self._flushing.remove(gate)
 
     def close(self) -> None:
         """Finish the task at hand, drop the rest. The next `add` begins again."""
         atexit.unregister(self._end)
-        with self._own():
+        with self._lock:
             self._closed = True
             self._waiting.clear()
             thread, self._thread = self._thread, None
-            self._changed.notify_all()
-        if thread is not None and thread is not threading.current_thread():
+        self._told()
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join()
+
+    def after_fork(self) -> None:
+        """In a forked process, where the thread is not: what it was doing is still to be done."""
+        self._lock, self._gate, self._flushing = threading.RLock(), _Gate(), []
+        self._waiting = OrderedDict.fromkeys([*self._at_hand, *self._waiting])
+        self._thread, self._at_hand, self._busy = None, [], False
+
+    def _begin(self) -> None:
+        """Start the thread, unless it runs."""
+        if self._thread is None or not self._thread.is_alive():
+            self._closed = False
+            self._thread = threading.Thread(target=self._run, name="cacheclip-background", daemon=True)
+            self._thread.start()
+            # A daemon thread that is inside torch when the interpreter goes away takes the process down with it.
+            atexit.unregister(self._end)
+            atexit.register(self._end)
 
     def _end(self) -> None:
         self._over = True
@@ -100,29 +121,55 @@ class Background(Generic[Task]):
             atexit.unregister(self._end)
         except AttributeError:  # at the interpreter's end, modules may have gone before
             return
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._told()
+
+    def _told(self) -> None:
+        """Wake the thread and whoever waits for it."""
+        for gate in [self._gate, *self._flushing]:
+            gate.open()
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped() or self._waiting)
+            with self._lock:
                 if self._stopped():
                     return
-                task, _ = self._waiting.popitem(last=False)
-                self._busy, self._at_hand = True, [task]
+                tasks = [self._waiting.popitem(last=False)[0]] if self._waiting else []
+                if tasks:
+                    self._busy, self._at_hand = True, list(tasks)
+            if not tasks:
+                self._gate.wait(_LOOK)
+                continue
             try:
                 if (work := self._work()) is not None:
-                    work(task)
+                    work(tasks.pop())
             except BaseException:  # whatever it was, the next task must not wait for it
                 log.exception("background encoding failed")
             finally:
                 work = None  # or this thread would keep its object alive while it waits
-                with self._changed:
+                with self._lock:
                     self._busy, self._at_hand = False, []
-                    self._changed.notify_all()
+                self._told()
 
     def _stopped(self) -> bool:
         """Closed, also where a new thread has been started since."""
         return self._closed or self._thread is not threading.current_thread()
+
+
+class _Gate:
+    """Lets one waiting thread through each time it is opened. Unlike an Event it may be opened from a signal handler or
+    from the garbage collector while the same thread is opening it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def wait(self, seconds: float) -> None:
+        self._lock.acquire(timeout=seconds)
+
+    def open(self) -> None:
+        try:
+            self._lock.release()
+        except RuntimeError:  # it is open
+            pass

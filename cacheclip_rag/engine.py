@@ -21,7 +21,7 @@ from .corpus.corpus import Corpus, Ensured, Task, require_list
 from .corpus.fusing import FUSED_AT, Fusing
 from .corpus.usage import Usage
 from .deprecation import warn
-from .errors import ConfigurationError, NotComposable, PromptError
+from .errors import ConfigurationError, NotComposable, PromptError, raised_by_signal
 from .kv.collections import Collections
 from .kv.encode import HarvestedVariant, Isolated
 from .kv.library import KVDtype, Library
@@ -34,7 +34,8 @@ from .prefill.prefiller import Prefiller
 from .prefill.result import Prefill, PrefillRequest
 from .prompt import ChunkIndex
 from .report import Report
-from .serving.decoding import TextStream
+from .serving import forks
+from .serving.decoding import Ending, TextStream
 from .serving.hints import Hints
 from .serving.limit import RequestLimit
 from .serving.lock import FairLock
@@ -107,7 +108,8 @@ class Engine:
         served, fuse frequent chunks with the chunks they are retrieved with, for a method that takes fused variants.
         ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this machine with these
         libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in memory; others wait. A
-        stream is in flight until it is read to its end or closed.
+        stream is in flight until it is read to its end or closed; while none of those in flight is being read, another
+        one is admitted beyond the limit, so that they do not wait for one another.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -158,6 +160,7 @@ class Engine:
         self._hints, self._tally = Hints(), Tally()
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
         self.last_report: Report | None = None
+        forks.watch(self)
         self.observers: list[Callable[[Report], None]] = []
         """Called with the report of each finished request, on the thread that finished it: for metrics and traces."""
 
@@ -342,8 +345,8 @@ class Engine:
 
     def generate(self, prompt: str, **options: Any) -> Answer:
         """Answer a prompt. ``options`` are those of `stream`."""
-        stream = self.stream(prompt, **options)
-        text = "".join(stream)
+        with self.stream(prompt, **options) as stream:
+            text = "".join(stream)
         return Answer(text, tuple(stream.ids), stream.report)
 
     def stream(
@@ -355,17 +358,20 @@ class Engine:
         recompute_ratio: float | None = None,
         max_new_tokens: int = 256,
         stop: Sequence[str] | None = None,
+        seed: int | None = None,
         cancel: threading.Event | None = None,
         caller: Hashable = None,
         **options: Any,
     ) -> TextStream:
         """Stream the answer to a prompt: an iterator of text deltas that carries ``ids`` and ``report``.
 
-        The prefill runs at the first ``next``. Closing the iterator, or setting ``cancel``, ends the request and frees
-        its memory. ``question``: the question's text, if the caller knows it; ``caller``: whose hints count (see
-        `hint`). ``max_new_tokens`` counts tokens of the answer. ``stop``: strings that end the answer and are not part
-        of it. ``options`` go to ``model.generate`` (``temperature``, ``top_p``, ...); decoding is greedy unless a
-        temperature above 0 or ``do_sample=True`` is given.
+        The prefill runs at the first ``next``. Closing the iterator, from any thread, or setting ``cancel``, ends the
+        request and frees its memory; so does an exception while a token is computed. ``question``: the question's text,
+        if the caller knows it; ``caller``: whose hints count (see `hint`). ``max_new_tokens`` counts tokens of the
+        answer. ``stop``: strings that end the answer and are not part of it. ``seed``: sample with a random generator
+        of this request's own, whatever else is sampled meanwhile. ``options`` go to ``model.generate``
+        (``temperature``, ``top_p``, ...); decoding is greedy unless a temperature above 0 or ``do_sample=True`` is
+        given.
 
         Raises `ConfigurationError`, and `PromptError` for an empty prompt, at once; for one beyond the context length
         at the first ``next``.
@@ -374,12 +380,15 @@ class Engine:
         stop = [stop] if isinstance(stop, str) else stop
         check("max_new_tokens", max_new_tokens)
         check("stop", stop or [])
+        if seed is not None:
+            check("seed", seed)
         _check_prompt(prompt)
-        options = self._decoding(options, stop or ())
+        options = self._decoding(options, stop or ()) | {"seed": seed}
+        ending = Ending(cancel)
         report = Report(chosen.name, ratio)
         request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question, self._hints, caller)
-        tokens = self._then_notify(self.answering.tokens(request, options, report, cancel), report)
-        return TextStream(tokens, self.backbone.tokenizer, report, stop or ())
+        tokens = self._then_notify(self.answering.tokens(request, options, report, ending), report)
+        return TextStream(tokens, self.backbone.tokenizer, report, stop or (), ending)
 
     def prefill(
         self,
@@ -423,6 +432,10 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def after_fork(self) -> None:
+        """In a forked process, whose only thread is the one that forked."""
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
+
     # ---- former names -----------------------------------------------------------------------------------------------
 
     def company(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
@@ -461,7 +474,9 @@ class Engine:
         """Catch up with other processes' changes to the store."""
         try:
             self.corpus.follow()
-        except Exception:  # the request can still be answered from what this process knows
+        except Exception as error:  # the request can still be answered from what this process knows
+            if raised_by_signal(error):
+                raise
             log.exception("what other processes stored is not known")
 
     def _after(self, report: Report, request: PrefillRequest) -> None:
@@ -489,7 +504,9 @@ class Engine:
         for observer in self.observers:
             try:
                 observer(report)
-            except Exception:  # an observer must not break an answer
+            except Exception as error:  # an observer must not break an answer
+                if raised_by_signal(error):
+                    raise
                 log.exception("an observer of requests failed")
 
 

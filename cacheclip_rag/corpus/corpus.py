@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from ..background import Background
 from ..chunks import canonical
 from ..compute import on_cpu
-from ..errors import CacheClipError, ConfigurationError, StoreError
+from ..errors import CacheClipError, ConfigurationError, StoreError, raised_by_signal
 from ..kv.collections import Collections
 from ..kv.library import Library
 from ..methods import Method
@@ -30,7 +30,7 @@ _NOT_KEPT = "the store did not keep it"
 _FULL = "the store is full: it would only evict another chunk (raise disk_bytes)"
 _EVICTED = "the store is full: another process evicted it again"
 _WAIT = 10.0
-"""Seconds that background work waits for requests to end, so that a stream left open does not block it for ever."""
+"""Seconds that background work waits for requests to end; where there is always one, it runs between them."""
 
 
 class Task(NamedTuple):
@@ -130,6 +130,8 @@ class Corpus:
         try:
             yield
         except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
+            if raised_by_signal(error):
+                raise
             log.warning("%d chunks %s: %s", len(texts), what, error)
             result.skip(texts, str(error))
 
@@ -217,7 +219,9 @@ class Corpus:
     @on_cpu
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + _WAIT
-        while self._limit.in_flight and time.monotonic() < patience:
+        while not self._limit.at_rest and time.monotonic() < patience:
+            if self.background.ending():
+                return
             time.sleep(0.02)
         if task.fuse:
             self.fuse_later(task)

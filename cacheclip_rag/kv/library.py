@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import MIN_CHARS, ChunkKV, Namespace, canonical
-from ..errors import CacheClipError, ConfigurationError, PromptError, StoreError
+from ..errors import CacheClipError, ConfigurationError, PromptError, StoreError, raised_by_signal
 from ..model.backbone import Backbone
 from ..store import ChunkStore, Int8Store, MemoryStore, TieredStore
 from ..store.format import FORMAT
@@ -125,6 +125,8 @@ class Library:
                 chunks = self.encoder.encode(self.backbone, good, [self.prefix_kv] * len(good))
                 made = {text: chunk for (text, _), chunk in zip(good, chunks, strict=True)}
         except (CacheClipError, RuntimeError, MemoryError) as error:
+            if raised_by_signal(error):
+                raise
             if len(texts) == 1:
                 return [error]
             return [self.encode_each([text])[0] for text in texts]

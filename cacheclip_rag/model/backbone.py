@@ -217,6 +217,8 @@ class Backbone:
         prompt_ids: Tensor,
         logits: Tensor,
         step: Callable[[Tensor, int], Tensor],
+        *,
+        seed: int | None = None,
         **options: Any,
     ) -> Iterator[int]:
         """Decode after a prefill: yields token ids until transformers' stopping criteria end the answer.
@@ -224,8 +226,10 @@ class Backbone:
         ``prompt_ids [T]``; ``logits [1, V]`` of the prompt's last token; ``step(id [1], row)`` computes the next logits
         (see `on_canvas`). ``options`` are those of ``model.generate``, which prepares logits processors and stopping
         criteria. The loop is ours (passed as ``custom_generate``), because the first token needs no forward, and the
-        caller may pause or stop between tokens. Closing the iterator ends it.
+        caller may pause or stop between tokens. Closing the iterator ends it. ``seed``: sample with a generator of its
+        own, so that nobody else's sampling changes the answer; None takes torch's, which all share.
         """
+        random = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
 
         def loop(
             model: PreTrainedModel,
@@ -240,7 +244,7 @@ class Backbone:
                 with torch.inference_mode():
                     scores = logits_processor(input_ids, scores)
                     if generation_config.do_sample:
-                        token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+                        token = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=random)
                     else:
                         token = scores.argmax(dim=-1, keepdim=True)
                     input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)

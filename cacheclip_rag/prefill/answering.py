@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator
 from typing import Any
 
 from torch import Tensor
 
 from ..compute import on_cpu
+from ..errors import raised_by_signal
 from ..model.backbone import Backbone
 from ..report import Report
-from ..serving.limit import RequestLimit
+from ..serving.limit import Cancel, Place, RequestLimit
 from ..serving.lock import FairLock
 from .prefiller import Prefiller
 from .result import Prefill, PrefillRequest
@@ -45,18 +46,29 @@ class Answering:
         self._before, self._after = before, after
 
     def tokens(
-        self, request: PrefillRequest, options: dict[str, Any], report: Report, cancel: threading.Event | None = None
-    ) -> Iterator[int]:
+        self, request: PrefillRequest, options: dict[str, Any], report: Report, cancel: Cancel | None = None
+    ) -> Generator[int, None, None]:
         """Prefill and decode: yields the answer's token ids. Waits for the limit on requests in flight.
 
         ``request.room`` is the maximum length of the answer (tokens); ``options`` are those of `Backbone.generate`.
         Closing the iterator, or setting ``cancel``, ends the request. Raises what `prefill` raises.
         """
+        place = self._limit.place()
+        tokens = self._tokens(place, request, options, report, cancel)
+        place.owner = weakref.ref(tokens)
+        return tokens
+
+    def _tokens(
+        self,
+        place: Place,
+        request: PrefillRequest,
+        options: dict[str, Any],
+        report: Report,
+        cancel: Cancel | None,
+    ) -> Generator[int, None, None]:
         start = time.perf_counter()
-        admitted = False
         try:
-            admitted = self._limit.acquire(cancel)
-            if not admitted:
+            if not place.take(cancel):
                 return
             ready = self.prefill(request, report, cancel)
             length = min(request.room, self._backbone.context_length - len(ready.layout))
@@ -68,7 +80,9 @@ class Answering:
                 if not report.completion_tokens:
                     report.ttft = time.perf_counter() - start
                 report.completion_tokens += 1
+                place.resting_since = time.monotonic()
                 yield token
+                place.resting_since = None
                 if cancel is not None and cancel.is_set():
                     report.finish_reason = "cancelled"
                     break
@@ -81,13 +95,12 @@ class Answering:
             report.finish_reason = "error"
             raise
         finally:
-            if admitted:
-                self._limit.release()
+            place.release()
             report.finish_reason = report.finish_reason or "cancelled"
             report.total = time.perf_counter() - start
 
     @on_cpu
-    def prefill(self, request: PrefillRequest, report: Report, cancel: threading.Event | None = None) -> Prefill:
+    def prefill(self, request: PrefillRequest, report: Report, cancel: Cancel | None = None) -> Prefill:
         """Read the prompt, then prefill under the lock. Raises `Cancelled` if ``cancel`` was set while waiting for it,
         and what `Prefiller` raises.
         """
@@ -103,7 +116,9 @@ class Answering:
         if movable:
             try:
                 self._after(report, request)
-            except Exception:  # follow-up work for later requests must not fail this one
+            except Exception as error:  # follow-up work for later requests must not fail this one
+                if raised_by_signal(error):
+                    raise
                 log.exception("the follow-up work of this prompt failed")
         return result
 

@@ -6,7 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 
-from ..errors import ConfigurationError, PromptError
+from ..errors import ConfigurationError, PromptError, raised_by_signal
 from ..kv.collections import Collections
 from ..methods.auxiliary import Auxiliary
 from ..report import Report
@@ -77,6 +77,8 @@ class Prefiller:
         except PromptError:
             raise
         except Exception as error:  # a failure in reuse costs time, never the answer
+            if raised_by_signal(error):
+                raise
             log.exception("reuse failed; prefilling the whole prompt")
             report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
             report.fit, report.requested_ratio = None, request.ratio

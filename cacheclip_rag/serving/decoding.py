@@ -7,9 +7,23 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..report import Report
+from .limit import Cancel
 
 CONTEXT = 32
 """Preceding tokens that new ones are decoded together with."""
+
+
+class Ending:
+    """Whether an answer is still wanted: by its reader, who may `set` this, and by the caller's own ``cancel``."""
+
+    def __init__(self, cancel: Cancel | None = None) -> None:
+        self._cancel, self._set = cancel, False
+
+    def set(self) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set or (self._cancel is not None and self._cancel.is_set())
 
 
 class TextStream(Iterator[str]):
@@ -17,26 +31,44 @@ class TextStream(Iterator[str]):
 
     Special tokens are not part of the text. The text ends before the first of the ``stop`` strings; what might be the
     beginning of one is held back until the next token decides. `close` ends the request early, as does leaving a
-    ``with`` block or dropping the stream.
+    ``with`` block or dropping the stream, or an exception in ``next``. ``ending``: what the producer of the tokens
+    looks at, to end before the next one.
     """
 
     def __init__(
-        self, tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase, report: Report, stop: Sequence[str] = ()
+        self,
+        tokens: Iterator[int],
+        tokenizer: PreTrainedTokenizerBase,
+        report: Report,
+        stop: Sequence[str] = (),
+        ending: Ending | None = None,
     ) -> None:
         self.ids: list[int] = []
         self.report = report
-        self._tokens, self._tokenizer = tokens, tokenizer
+        self._tokens, self._tokenizer, self._ending = tokens, tokenizer, ending or Ending()
         self._stop = [s for s in stop if s]
         self._text = ""  # decoded so far
         self._sent = 0  # characters of it handed out
         self._settled = ""  # text that can no longer change
         self._anchor = 0  # the first id that is still decoded; `_overlap` characters of it are settled
         self._overlap = 0
-        self._done = False
+        self._done = self._closed = False
 
     def __next__(self) -> str:
+        try:
+            return self._next()
+        except StopIteration:
+            raise
+        except BaseException:  # of an interrupted answer nobody can say whether a token is missing
+            self.close()
+            raise
+
+    def _next(self) -> str:
         while not self._done:
             token = next(self._tokens, None)
+            if self._closed:  # by another thread, which could not close the generator while it ran here
+                self._close_tokens()
+                break
             if token is None:
                 self._done = True
                 self._decode(final=True)
@@ -93,9 +125,14 @@ class TextStream(Iterator[str]):
             close()
 
     def close(self) -> None:
-        """End the request."""
-        self._done = True
-        self._close_tokens()
+        """End the request. A thread that is reading the stream ends it at its next token."""
+        self._closed = self._done = True
+        self._ending.set()
+        try:
+            self._close_tokens()
+        except ValueError as error:
+            if "already executing" not in str(error):
+                raise
 
     def __enter__(self) -> TextStream:
         return self

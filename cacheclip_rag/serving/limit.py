@@ -1,88 +1,153 @@
-"""A first-come, first-served limit on the number of requests in flight."""
+"""How many requests may be in flight at a time: whoever asked first goes first."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+import time
+from typing import Any, Protocol
+from weakref import ref
 
 log = logging.getLogger("cacheclip_rag")
 
-PATIENCE = 60.0
-"""Seconds of waiting after which a warning is logged."""
+REST = 0.05
+"""Seconds without a reader after which a request counts as resting."""
+_LOOK = 0.02
+"""Seconds between two looks of who is next at whether there is a place, or its caller has gone."""
+_PATIENCE = 60.0
+"""Seconds of waiting after which the log says so."""
 
-_LOOK = 0.05  # seconds between two looks at whether a waiting caller has gone
+
+class Cancel(Protocol):
+    """A ``threading.Event``, or whatever else can tell that an answer is no longer wanted."""
+
+    def is_set(self) -> bool: ...
+
+
+class Place:
+    """A request's place among those in flight: asked for, taken, given back; all of it any number of times.
+
+    ``owner``: the generator that answers. Once that has ended, however it did, its place is free.
+    """
+
+    __slots__ = ("__weakref__", "_limit", "gate", "owner", "resting_since", "taken")
+
+    def __init__(self, limit: RequestLimit) -> None:
+        self._limit = limit
+        self.owner: ref[Any] | None = None
+        self.taken = False
+        self.resting_since: float | None = None
+        """When the reader got the last token, unless the next is being computed."""
+        self.gate = threading.Lock()
+        self.gate.acquire()
+
+    def take(self, cancel: Cancel | None = None) -> bool:
+        """Wait for the place. False, and no place, if ``cancel`` is set before there is one."""
+        return self._limit._take(self, cancel)
+
+    def release(self) -> None:
+        self._limit._leave(self)
+
+    @property
+    def over(self) -> bool:
+        if self.owner is None:
+            return False
+        owner = self.owner()
+        return owner is None or owner.gi_frame is None
+
+    @property
+    def rests(self) -> bool:
+        since = self.resting_since
+        return since is not None and time.monotonic() - since >= REST
 
 
 class RequestLimit:
-    """A fair semaphore: at most ``limit`` requests are in flight, each with a canvas in memory; others wait in order.
+    """How many requests may be in flight, each with a canvas in memory; the others wait, in the order of asking.
 
-    A request is in flight from before its prefill to the end of its answer. A stream that is neither read to its end
-    nor closed stays in flight.
+    A place is held from before the prefill to the end of the answer. A stream that is neither read to its end nor
+    closed keeps one, but when none of those in flight is being read, whoever waits is let in beyond the limit: the
+    thread that waits may be the one that would read them.
+
+    As in `FairLock`, nothing that an interrupt could leave half done: the places in the order of asking are all there
+    is, and everything else follows from them. Nor is there a lock, because the garbage collector, which may run on a
+    thread that is in the middle of this, ends streams that nobody holds any more.
     """
 
     def __init__(self, limit: int) -> None:
-        self._free = self.limit = limit
-        # Reentrant: an abandoned stream is released by the garbage collector, which may run on a thread that is inside
-        # one of these methods.
-        self._lock = threading.RLock()
-        self._queue: deque[threading.Lock] = deque()
-        """One lock per waiting request, released to admit it; the lock inside an Event is not reentrant."""
+        self.limit = limit
+        self._places: dict[Place, None] = {}
+
+    def place(self) -> Place:
+        """A place that is neither taken nor asked for yet."""
+        return Place(self)
 
     @property
     def in_flight(self) -> int:
-        return self.limit - self._free
+        return sum(place.taken for place in self._there())
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return sum(not place.taken for place in self._there())
 
-    def acquire(self, cancel: threading.Event | None = None) -> bool:
-        """Wait until the request may start. Returns False, without admitting it, if ``cancel`` is set before."""
-        mine = threading.Lock()
-        mine.acquire()
-        with self._lock:
-            if cancel is not None and cancel.is_set():
-                return False
-            self._queue.append(mine)
-            self._admit()
-        admitted = False
+    @property
+    def at_rest(self) -> bool:
+        """Whether nobody waits for a token: none in flight, or only streams that nobody reads."""
+        return all(place.rests for place in self._there())
+
+    def after_fork(self) -> None:
+        """In a forked process: whoever was in flight is answered by the other one."""
+        self._places = {}
+
+    def _take(self, place: Place, cancel: Cancel | None) -> bool:
+        if place.taken:
+            return True
+        start, told = time.monotonic(), False
         try:
-            admitted = self._wait(mine, cancel)
-        finally:
-            if not admitted:
-                self._withdraw(mine)
-        return admitted
-
-    def release(self) -> None:
-        """Mark a request as ended, and admit the next one."""
-        with self._lock:
-            self._free += 1
-            self._admit()
-
-    def _admit(self) -> None:
-        """Admit waiting requests, in order, while there is room."""
-        while self._free and self._queue:
-            self._free -= 1
-            try:
-                self._queue.popleft().release()
-            except IndexError:  # a release by the garbage collector admitted the last one just now
-                self._free += 1
-
-    def _wait(self, mine: threading.Lock, cancel: threading.Event | None) -> bool:
-        waited = 0.0
-        while not mine.acquire(timeout=_LOOK):
             if cancel is not None and cancel.is_set():
                 return False
-            waited += _LOOK
-            if waited >= PATIENCE > waited - _LOOK:
-                log.warning("a request waits for one of %d in flight to end; is a stream left open?", self.limit)
-        return True
+            self._places[place] = None
+            while not self._free_for(place):
+                first = self._next() is place
+                place.gate.acquire(timeout=_LOOK if first else 5 * _LOOK)
+                if cancel is not None and cancel.is_set():
+                    return False
+                if not told and time.monotonic() - start >= _PATIENCE:
+                    told = True
+                    log.warning("a request waits for one of %d in flight to end; is a stream left open?", self.limit)
+            place.taken = True
+            self._wake()
+            return True
+        finally:
+            if not place.taken:
+                self._leave(place)
 
-    def _withdraw(self, mine: threading.Lock) -> None:
-        """Stop waiting; if the request was admitted at the last moment, release it."""
-        with self._lock:
-            if mine in self._queue:
-                self._queue.remove(mine)
-                return
-        self.release()
+    def _free_for(self, place: Place) -> bool:
+        if self._next() is not place:
+            return False
+        taken = [one for one in self._there() if one.taken]
+        return len(taken) < self.limit or all(one.rests for one in taken)
+
+    def _next(self) -> Place | None:
+        """Who has waited longest."""
+        return next((one for one in self._there() if not one.taken), None)
+
+    def _there(self) -> list[Place]:
+        """Places that are taken or waited for; those of requests that have ended are taken out."""
+        there = list(self._places)
+        gone = [place for place in there if place.over]
+        for place in gone:
+            self._places.pop(place, None)
+        return [place for place in there if place not in gone] if gone else there
+
+    def _leave(self, place: Place) -> None:
+        self._places.pop(place, None)
+        place.taken = False
+        self._wake()
+
+    def _wake(self) -> None:
+        following = self._next()
+        if following is not None:
+            try:
+                following.gate.release()
+            except RuntimeError:  # it has been told already
+                pass

@@ -31,6 +31,10 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda v: _whole(v) and v >= 1, "a whole number of at least 1"),
     "min_new_tokens": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
     "stop": (lambda v: isinstance(v, (list, tuple)) and all(isinstance(s, str) for s in v), "a string or several"),
+    "seed": (
+        lambda v: _whole(v) and -(1 << 63) <= v < 1 << 64,
+        "a whole number that torch.Generator takes: of 64 bits",
+    ),
     "do_sample": (lambda v: isinstance(v, bool), "True or False"),
     "temperature": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
     "top_p": (_share, "a number from 0 to 1"),

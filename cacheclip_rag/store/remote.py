@@ -75,6 +75,10 @@ class Remote:
         self.broken = False
         """Whether the circuit is open."""
 
+    def after_fork(self) -> None:
+        """In a forked process: the calls that were under way are the other one's."""
+        self._slots, self._trying = threading.Semaphore(CALLS_AT_ONCE), False
+
     def call(self, work: Callable[[], T], patience: float | None = None) -> T:
         """``work()``, if it is done in time (``timeout``, or ``patience`` seconds). Raises FileNotFoundError, or
         `Unavailable`.
