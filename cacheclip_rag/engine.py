@@ -417,7 +417,8 @@ class Engine:
         stores = [each.library.store.stats() for each in self.collections]
         auxiliary = self.collections.auxiliary
         aside = [] if auxiliary is None else [auxiliary.store.stats()]
-        return self._tally.snapshot(self.limit.in_flight, self.limit.waiting, total(stores, aside))
+        memory = self.collections.memory_by_kind()
+        return self._tally.snapshot(self.limit.in_flight, self.limit.waiting, total(stores, aside), memory)
 
     def close(self) -> None:
         """Stop background work, after waiting for uploads.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cacheclip_rag.kv.preamble import WORTH, PreambleCache
 from cacheclip_rag.model.canvas import Canvas
+from cacheclip_rag.store import LRUCache, MemoryBudget
 
 
 def canvas(ids: Tensor) -> Canvas:
@@ -121,3 +122,18 @@ def test_prefixes_from_many_threads() -> None:
     join(*[start(lambda n=n: work(n)) for n in range(6)])  # type: ignore[misc]
     assert not errors
     assert sum(longest(cache, prefix(range(5), range(1000 * i, 1000 * i + 30))) > 5 for i in range(6)) <= 4
+
+
+def test_preambles_and_chunks_share_one_budget() -> None:
+    row = 2 * 2 * 4 * 4  # bytes, as above
+    memory = MemoryBudget(100 * row)
+    cache, chunks = PreambleCache(memory=memory), LRUCache[str, object](memory, "chunks")
+    keep(cache, prefix(range(40)))
+    chunks.put("a", object(), 50 * row)
+    assert memory.by_kind() == {"chunks": 50 * row, "preambles": 40 * row} and longest(cache, prefix(range(40))) == 40
+    chunks.put("b", object(), 20 * row)  # "a" was used before the preamble
+    assert "a" not in chunks and longest(cache, prefix(range(40))) == 40
+    chunks.put("c", object(), 90 * row)
+    assert longest(cache, prefix(range(40))) == 0 and memory.nbytes == 90 * row
+    keep(cache, prefix(range(120)))  # more than the budget
+    assert cache.nbytes == 0 and memory.by_kind() == {"chunks": 90 * row}

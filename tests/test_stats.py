@@ -143,24 +143,24 @@ def test_times_fall_into_classes() -> None:
     for seconds in (SECONDS[0], 0.2, 0.21, 1e9):
         tally.add(Report("naive", 0.0, completion_tokens=1, ttft=seconds, finish_reason="stop"))
     tally.add(Report("naive", 0.0, finish_reason="error"))  # never had a first token
-    times = tally.snapshot(0, 0, StoreStats()).first_token["naive"]
+    times = tally.snapshot(0, 0, StoreStats(), {}).first_token["naive"]
     assert times.classes == (1, 0, 2, *[0] * (len(SECONDS) - 3), 1) and times.count == 4
 
 
 def test_a_snapshot_does_not_change_and_threads_lose_nothing() -> None:
     tally = Tally()
-    before = tally.snapshot(0, 0, StoreStats())
+    before = tally.snapshot(0, 0, StoreStats(), {})
 
     def count() -> None:
         for _ in range(500):
             tally.add(Report("naive", 0.0, fresh=2, fallbacks=["chunk 01 prefilled: gone"], finish_reason="stop"))
-            tally.snapshot(0, 0, StoreStats())
+            tally.snapshot(0, 0, StoreStats(), {})
 
     threads = [threading.Thread(target=count) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    after = tally.snapshot(0, 0, StoreStats())
+    after = tally.snapshot(0, 0, StoreStats(), {})
     assert (after.requests, after.fresh, after.fallbacks) == (4000, 8000, {"chunk": 4000})
     assert before.requests == before.fresh == 0 and before.fallbacks == {}

@@ -14,7 +14,7 @@ from stores import HUGE, MODEL, fill, later, make, open_disk, path_of, same
 
 from cacheclip_rag.chunks import Namespace
 from cacheclip_rag.store import ChunkStore, DiskStore, MemoryStore, TieredStore, format
-from cacheclip_rag.store.memory import Memory
+from cacheclip_rag.store.memory import MemoryBudget
 
 
 @pytest.fixture(params=["memory", "disk", "tiered"])
@@ -221,7 +221,7 @@ def test_memory_stays_within_its_cap_and_drops_what_was_used_longest_ago() -> No
 
 def test_stores_in_one_memory_share_its_bytes_and_the_oldest_chunk_goes_whoever_s_it_is() -> None:
     size = make("chunk number 0").nbytes
-    memory = Memory(3 * size)
+    memory = MemoryBudget(3 * size)
     one, other = MemoryStore(memory), MemoryStore(memory)
     keys = [key for key, _ in fill(one, 2)]
     assert other.get(keys[0]) is None and keys[0] not in other and not list(other.entries())

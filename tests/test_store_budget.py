@@ -12,7 +12,7 @@ import pytest
 from stores import HUGE, MODEL, OTHER, SIZE, make, open_disk, path_of, put, same, total
 
 from cacheclip_rag.chunks import Namespace
-from cacheclip_rag.store import ChunkStore, Int8Store, Memory, MemoryStore, Place, Remote, Shelf, TieredStore
+from cacheclip_rag.store import ChunkStore, Int8Store, LRUCache, MemoryBudget, MemoryStore, Place, Remote, TieredStore
 
 NBYTES = make("text 0").nbytes
 
@@ -128,8 +128,8 @@ def test_with_a_remote_behind_memory_nothing_is_refused() -> None:
 
 
 def test_whatever_is_kept_in_memory_shares_its_cap() -> None:
-    memory = Memory(4 * NBYTES)
-    store, preambles = MemoryStore(memory), Shelf[str, str](memory, "preambles")
+    memory = MemoryBudget(4 * NBYTES)
+    store, preambles = MemoryStore(memory), LRUCache[str, str](memory, "preambles")
     assert preambles.put("p", "KV", 2 * NBYTES)
     for number in range(2):
         assert store.put(MODEL.key(f"text {number}"), make(f"text {number}"))
@@ -142,31 +142,31 @@ def test_whatever_is_kept_in_memory_shares_its_cap() -> None:
     assert preambles.put("q", "KV", 3 * NBYTES) and store.stats().entries == 1 and store.stats().evicted == 3
 
 
-def test_a_shelf_has_a_cap_of_its_own_as_well() -> None:
-    memory = Memory(100)
-    shelf, other = Shelf[int, int](memory, "one", cap=30), Shelf[int, int](memory, "other")
+def test_a_cache_has_a_cap_of_its_own_as_well() -> None:
+    memory = MemoryBudget(100)
+    cache, other = LRUCache[int, int](memory, "one", cap=30), LRUCache[int, int](memory, "other")
     assert other.put(0, 0, 60)
     for number in range(5):
-        assert shelf.put(number, number, 10)
-    assert [key for key, _ in shelf.items()] == [2, 3, 4] and shelf.nbytes == 30 and 0 in other
-    assert shelf.put(5, 5, 31) is False and other.put(1, 1, 101) is False
-    assert shelf.put(4, 44, 20) and shelf.nbytes == 30 and shelf.get(4) == 44 and shelf.pop(3) == 3
-    shelf.clear()
+        assert cache.put(number, number, 10)
+    assert [key for key, _ in cache.items()] == [2, 3, 4] and cache.nbytes == 30 and 0 in other
+    assert cache.put(5, 5, 31) is False and other.put(1, 1, 101) is False
+    assert cache.put(4, 44, 20) and cache.nbytes == 30 and cache.get(4) == 44 and cache.pop(3) == 3
+    cache.clear()
     assert memory.nbytes == 60
 
 
-def test_a_shelf_that_is_gone_takes_no_room() -> None:
-    memory = Memory(100)
-    shelf = Shelf[int, Any](memory, "one")
-    shelf.put(0, shelf, 90)  # even in a circle
-    del shelf
+def test_a_cache_that_is_gone_takes_no_room() -> None:
+    memory = MemoryBudget(100)
+    cache = LRUCache[int, Any](memory, "one")
+    cache.put(0, cache, 90)  # even in a circle
+    del cache
     gc.collect()
     assert memory.nbytes == 0 and memory.by_kind() == {}
 
 
 def test_an_ingestion_into_memory_leaves_other_holders_what_they_have_only_as_far_as_it_must() -> None:
-    memory = Memory(4 * NBYTES)
-    store, others = MemoryStore(memory), Shelf[str, str](memory, "preambles")
+    memory = MemoryBudget(4 * NBYTES)
+    store, others = MemoryStore(memory), LRUCache[str, str](memory, "preambles")
     others.put("p", "KV", NBYTES)
     with store.holding():
         for number in range(6):
@@ -176,9 +176,9 @@ def test_an_ingestion_into_memory_leaves_other_holders_what_they_have_only_as_fa
 
 
 def test_many_threads_keep_the_budget() -> None:
-    memory, over = Memory(20 * NBYTES), list[int]()
+    memory, over = MemoryBudget(20 * NBYTES), list[int]()
     stores = [MemoryStore(memory) for _ in range(3)]
-    shelf = Shelf[int, int](memory, "others", cap=5 * NBYTES)
+    cache = LRUCache[int, int](memory, "others", cap=5 * NBYTES)
 
     def work(number: int) -> None:
         namespace = Namespace({**MODEL.fields, "model": str(number)})
@@ -186,7 +186,7 @@ def test_many_threads_keep_the_budget() -> None:
             text = f"text {step % 17}"
             stores[number % 3].put(namespace.key(text), replace(make("x"), text=text))
             stores[number % 3].get(namespace.key(text))
-            shelf.put(step % 7, step, NBYTES)
+            cache.put(step % 7, step, NBYTES)
             over.append(memory.nbytes)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from ..errors import StoreError
 from ..model.backbone import Backbone
 from ..prompt import ChunkIndex
+from ..store import MemoryBudget
 from ..store.place import Place
 from .encode import Encoder, Harvested, HarvestedVariants
 from .library import KVDtype, Library
@@ -26,12 +27,12 @@ class Collection:
     preambles of prompts with these chunks.
     """
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, memory: MemoryBudget | None = None) -> None:
         self.library = library
         self.variants = FusedVariants(library)
         encoder = library.encoder
         self.harvested = HarvestedVariants(encoder) if isinstance(encoder, Harvested) else None
-        self.preambles = PreambleCache()
+        self.preambles = PreambleCache(memory=memory)
 
     def drop(self, text: str, name: str) -> None:
         """Delete a chunk's KV; ``name`` is its key in the index. Fused variants are left to `Library.forget`."""
@@ -74,7 +75,7 @@ class Collections:
         with self._lock:
             if encoder not in self._opened:
                 library = self.main if encoder == self._encoder else self.open_library(self.backbone, encoder)
-                self._opened[encoder] = Collection(library)
+                self._opened[encoder] = Collection(library, self._place.memory)
                 self._register(library)
             return self._opened[encoder]
 
@@ -89,6 +90,17 @@ class Collections:
         """The collections opened so far."""
         with self._lock:
             return iter(list(self._opened.values()))
+
+    def memory_by_kind(self) -> dict[str, int]:
+        """Bytes of KV in memory by kind. Chunks and preambles share one budget; prefix caches and harvested variants
+        have caps of their own.
+        """
+        kinds = self._place.memory.by_kind()
+        with self._lock:
+            caches = list(self._prefix_caches.values())
+        kinds["prefix caches"] = sum(cache.nbytes for cache in caches)
+        kinds["harvested variants"] = sum(each.harvested.nbytes for each in self if each.harvested is not None)
+        return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
 
     def libraries(self) -> list[Library]:
         """The libraries opened so far, the auxiliary model's last."""

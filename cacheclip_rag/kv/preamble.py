@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
+
+from ..store import LRUCache, MemoryBudget
 
 if TYPE_CHECKING:
     from ..model.canvas import Canvas
@@ -19,24 +20,25 @@ WORTH = 8
 
 class PreambleCache:
     """KV of the ``size`` most recently used preambles (the prompt's tokens before its first chunk), at most
-    ``capacity_bytes`` in total.
+    ``capacity_bytes`` in total, and within the ``memory`` budget shared with stored chunks, if one is given.
 
     This is prefix caching as in vLLM and SGLang, for the one prefix that RAG prompts share. A preamble that is itself
     the beginning of another one is not kept beside it. Thread-safe.
     """
 
-    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 30) -> None:
-        self._size, self._capacity = size, capacity_bytes
-        self._kept: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
+    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 30, memory: MemoryBudget | None = None) -> None:
+        self._size = size
+        self._kept: LRUCache[tuple[int, ...], tuple[Tensor, Tensor]] = LRUCache(
+            memory or MemoryBudget(capacity_bytes), "preambles", capacity_bytes
+        )
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self._kept.values())
+        return self._kept.nbytes
 
     def clear(self) -> None:
-        with self._lock:
-            self._kept.clear()
+        self._kept.clear()
 
     def longest(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """KV ``[L, Hk, p, D]`` of the longest common prefix of ``ids [T]`` and any cached preamble; None below `WORTH`
@@ -45,15 +47,12 @@ class PreambleCache:
         mine = tuple(ids.tolist())
         with self._lock:
             best, length = None, WORTH - 1
-            for preamble in self._kept:
+            for preamble, _ in self._kept.items():
                 common = _common(preamble, mine)
                 if common > length:
                     best, length = preamble, common
-            if best is None:
-                return None
-            self._kept.move_to_end(best)
-            keys, values = self._kept[best]
-        return keys[:, :, :length], values[:, :, :length]
+            kept = None if best is None else self._kept.get(best)  # it may have been evicted just now
+        return None if kept is None else (kept[0][:, :, :length], kept[1][:, :, :length])
 
     def keep(self, ids: Tensor, length: int, canvas: Canvas) -> None:
         """Cache the first ``length`` rows of a finished canvas: the preamble of the prompt with tokens ``ids [T]``."""
@@ -61,17 +60,18 @@ class PreambleCache:
         if length < WORTH:
             return
         with self._lock:
-            if any(known[:length] == mine for known in self._kept):
+            if any(known[:length] == mine for known, _ in self._kept.items()):
                 return
         keys, values = canvas.read(slice(0, length))
-        if keys.nbytes + values.nbytes > self._capacity:
-            return
         with self._lock:
-            for known in [known for known in self._kept if mine[: len(known)] == known]:
-                del self._kept[known]  # otherwise every turn of a conversation would leave one
-            self._kept[mine] = keys, values
-            while len(self._kept) > self._size or self.nbytes > self._capacity:
-                self._kept.popitem(last=False)
+            known = [preamble for preamble, _ in self._kept.items()]
+            if not self._kept.put(mine, (keys, values), keys.nbytes + values.nbytes):
+                return
+            for preamble in known:
+                if mine[: len(preamble)] == preamble:  # otherwise every turn of a conversation would leave one
+                    self._kept.pop(preamble)
+            for preamble, _ in self._kept.items()[: -self._size]:
+                self._kept.pop(preamble)
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

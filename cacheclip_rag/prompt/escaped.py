@@ -21,8 +21,8 @@ _LOOKED_AT = 1000
 """Stretches and objects that are looked at in one prompt."""
 
 REASON = (
-    'documents stand in this prompt as Python or JSON writes objects, "\\n" for a line break, which is other text than '
-    "was stored; put their texts in, in LangChain for example "
+    "escaped documents: they are in this prompt as Python or JSON writes objects, with \\n for a line break, which is "
+    "other text than was stored; put their texts in, in LangChain for example "
     '{"context": retriever | (lambda docs: "\\n\\n".join(doc.page_content for doc in docs)), ...}'
 )
 

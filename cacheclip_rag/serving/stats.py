@@ -48,13 +48,16 @@ class Stats:
     missing: int = 0
     """Those of them whose KV was gone or damaged, so that they were prefilled."""
     fallbacks: dict[str, int] = field(default_factory=dict)
-    """How often reuse was given up: for a ``chunk``, by a ``full prefill`` after a failure, or by a ``plain prefill``
-    because the model's KV cannot be moved."""
+    """How often reuse was given up: for a ``chunk``, by a ``full prefill`` after a failure or where reuse would take
+    longer, by a ``plain prefill`` because the model's KV cannot be moved, or for ``escaped documents``."""
     first_token: dict[str, FirstToken] = field(default_factory=dict)
     """By method; requests without a first token are not counted."""
     store: StoreStats = field(default_factory=StoreStats)
     """The sum over the chunk stores of all encodings in use; bytes include the auxiliary model's. Hits and misses count
     all look-ups, including those of ingestion."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of KV in memory by kind: ``chunks``, ``preambles``, ``prefix caches``, ``harvested variants``. The first
+    two share the engine's ``memory_bytes``; prefix caches and harvested variants have caps of their own."""
 
     @property
     def requests(self) -> int:
@@ -81,7 +84,7 @@ class Stats:
 
 
 def kind(fallback: str) -> str:
-    """The kind of a line of `Report.fallbacks`: ``chunk``, ``full prefill`` or ``plain prefill``."""
+    """The kind of a line of `Report.fallbacks`; see `Stats.fallbacks`."""
     what = fallback.partition(":")[0]
     return "chunk" if what.startswith("chunk ") else what
 
@@ -109,7 +112,7 @@ class Tally:
                 known = self._first_token.get(report.method, FirstToken())
                 self._first_token[report.method] = _with(known, report.ttft)
 
-    def snapshot(self, in_flight: int, waiting: int, store: StoreStats) -> Stats:
+    def snapshot(self, in_flight: int, waiting: int, store: StoreStats, memory: dict[str, int]) -> Stats:
         with self._lock:
             return Stats(
                 finished={method: dict(reasons) for method, reasons in self._finished.items()},
@@ -118,6 +121,7 @@ class Tally:
                 fallbacks=dict(self._fallbacks),
                 first_token=dict(self._first_token),
                 store=store,
+                memory=memory,
                 **self._numbers,
             )
 

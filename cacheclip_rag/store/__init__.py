@@ -4,7 +4,7 @@ from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
 from .documents import Documents
 from .int8 import Int8Store
-from .memory import Memory, MemoryStore, Shelf
+from .memory import LRUCache, MemoryBudget, MemoryStore
 from .place import Place
 from .remote import Remote, RemoteStore
 from .tiered import TieredStore
@@ -15,12 +15,12 @@ __all__ = [
     "Documents",
     "Entry",
     "Int8Store",
-    "Memory",
+    "LRUCache",
+    "MemoryBudget",
     "MemoryStore",
     "Place",
     "Remote",
     "RemoteStore",
-    "Shelf",
     "StoreStats",
     "TieredStore",
 ]

@@ -18,43 +18,43 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Memory:
-    """At most ``cap`` bytes for everything on its shelves: what was used longest ago goes first, whoever's it is.
+class MemoryBudget:
+    """At most ``cap`` bytes for the values of all its caches together; the least recently used value is evicted first.
 
-    It keeps no shelf alive, and what lies on one goes with it. Thread-safe, and so are its shelves.
+    It keeps no cache alive; a cache that is gone takes no room. Thread-safe, and so are its caches.
     """
 
     def __init__(self, cap: int) -> None:
         self.cap = cap
-        self.lock = threading.RLock()  # reentrant: a shelf that is collected meanwhile is counted out
+        self.lock = threading.RLock()  # reentrant: a cache that is collected meanwhile is no longer counted
         self.ticks = itertools.count()
-        self._shelves: weakref.WeakSet[Shelf[object, object]] = weakref.WeakSet()
+        self._caches: weakref.WeakSet[LRUCache[object, object]] = weakref.WeakSet()
 
     @property
     def nbytes(self) -> int:
         with self.lock:
-            return sum(shelf.nbytes for shelf in self._shelves)
+            return sum(cache.nbytes for cache in self._caches)
 
     def by_kind(self) -> dict[str, int]:
-        """The bytes of each kind of thing (`Shelf.kind`); what there is none of is left out."""
+        """The bytes of each kind of thing (`LRUCache.kind`); what there is none of is left out."""
         with self.lock:
             found = Counter[str]()
-            for shelf in self._shelves:
-                found[shelf.kind] += shelf.nbytes
+            for cache in self._caches:
+                found[cache.kind] += cache.nbytes
         return {kind: nbytes for kind, nbytes in sorted(found.items()) if nbytes}
 
-    def add(self, shelf: Shelf[object, object]) -> None:
+    def add(self, cache: LRUCache[object, object]) -> None:
         with self.lock:
-            self._shelves.add(shelf)
+            self._caches.add(cache)
 
     def fits(self, nbytes: int) -> bool:
         """Whether so much can be added, with everything evicted that may be."""
-        return nbytes + sum(shelf.held_bytes for shelf in self._shelves) <= self.cap
+        return nbytes + sum(cache.held_bytes for cache in self._caches) <= self.cap
 
     def shrink(self) -> None:
         """Evict until all of it fits."""
         while self.nbytes > self.cap:
-            oldest = min(self._shelves, key=lambda shelf: shelf.oldest, default=None)
+            oldest = min(self._caches, key=lambda cache: cache.oldest, default=None)
             if oldest is None or not oldest.evict():
                 return
 
@@ -69,16 +69,16 @@ class _Item(Generic[V]):
 _NEVER = 1 << 62
 
 
-class Shelf(Generic[K, V]):
-    """Values by key in a `Memory`; any of them may be gone at any time, evicted for something else.
+class LRUCache(Generic[K, V]):
+    """Values by key in a `MemoryBudget`; any of them may be gone at any time, evicted for something else.
 
-    Whoever keeps KV in memory keeps it here, so that one cap counts it and `Memory.by_kind` shows it. ``kind`` says
-    what lies here; ``cap`` bounds this shelf alone, beside the memory's. ``evicted`` is called with what is evicted,
-    under the memory's lock: it must not wait for anything.
+    KV that is cached in memory is kept here, so that one cap counts it and `MemoryBudget.by_kind` shows it. ``kind``
+    says what the values are; ``cap`` (bytes) bounds this cache alone, beside the budget's. ``evicted`` is called with
+    each evicted value, under the budget's lock: it must not wait for anything.
     """
 
     def __init__(
-        self, memory: Memory, kind: str, cap: int | None = None, evicted: Callable[[V], None] | None = None
+        self, memory: MemoryBudget, kind: str, cap: int | None = None, evicted: Callable[[V], None] | None = None
     ) -> None:
         self._memory, self.kind, self._cap, self._evicted = memory, kind, cap, evicted
         self._items: OrderedDict[K, _Item[V]] = OrderedDict()
@@ -156,7 +156,7 @@ class Shelf(Generic[K, V]):
     def room(self) -> int | None:
         """Bytes that may come while something is held; None where anything may be evicted for it."""
         with self._memory.lock:
-            held = sum(shelf.held_bytes for shelf in self._memory._shelves)
+            held = sum(cache.held_bytes for cache in self._memory._caches)
             return None if self._held is None else min(self._limit - self.held_bytes, self._memory.cap - held)
 
     # ---- for the memory ---------------------------------------------------------------------------------------------
@@ -186,17 +186,17 @@ class Shelf(Generic[K, V]):
 
 
 class MemoryStore:
-    """A `ChunkStore` of at most ``memory`` bytes, or in a `Memory` that it shares with others."""
+    """A `ChunkStore` of at most ``memory`` bytes, or in a `MemoryBudget` that it shares with others."""
 
-    def __init__(self, memory: int | Memory) -> None:
-        self._memory = Memory(memory) if isinstance(memory, int) else memory
+    def __init__(self, memory: int | MemoryBudget) -> None:
+        self._memory = MemoryBudget(memory) if isinstance(memory, int) else memory
         self._stats = stats = StoreStats()
 
         def evicted(chunk: ChunkKV) -> None:
             stats.evicted += 1
             stats.fused -= bool(chunk.context)
 
-        self._chunks: Shelf[str, ChunkKV] = Shelf(self._memory, "chunks", evicted=evicted)
+        self._chunks: LRUCache[str, ChunkKV] = LRUCache(self._memory, "chunks", evicted=evicted)
 
     @property
     def cap(self) -> int:

@@ -17,7 +17,7 @@ from .cap import Held
 from .disk import DiskStore
 from .documents import Documents
 from .forgettings import Forgettings
-from .memory import Memory, MemoryStore
+from .memory import MemoryBudget, MemoryStore
 from .remote import Remote, RemoteStore
 from .remote_admin import RemoteTexts
 from .tiered import TieredStore
@@ -45,8 +45,8 @@ class Place:
         memory_bytes, disk_bytes = _size("memory_bytes", memory_bytes), _size("disk_bytes", disk_bytes)
         self.tenant, self.secret = tenant, secret
         self._folder = None if folder is None else Path(folder).expanduser()
-        self.memory, self._disk_bytes, self._held = Memory(memory_bytes), disk_bytes, Held()
-        """What counts all KV in memory: others that keep some take a `Shelf` of it."""
+        self.memory, self._disk_bytes, self._held = MemoryBudget(memory_bytes), disk_bytes, Held()
+        """What counts all KV in memory: others that keep some take a `LRUCache` of it."""
         self.documents = Documents(self._folder, tenant, secret)
         self._remote, self._uploading = remote, list[RemoteStore]()
         self._stores: weakref.WeakSet[ChunkStore] = weakref.WeakSet()

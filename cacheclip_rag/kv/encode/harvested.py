@@ -73,6 +73,10 @@ class HarvestedVariants:
     def __contains__(self, name: object) -> bool:
         return name in self._kept
 
+    @property
+    def nbytes(self) -> int:
+        return sum(variant.kv.nbytes for variants in list(self._kept.values()) for variant in list(variants))
+
     def of(self, name: str) -> list[HarvestedVariant]:
         return list(self._kept.get(name, ()))
 
