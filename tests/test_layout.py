@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cacheclip_rag.chunks import canonical
-from cacheclip_rag.model.tokenizer import Texts
+from cacheclip_rag.model.tokenizer import PromptTokenizer
 from cacheclip_rag.prompt import (
     ChunkIndex,
     Layout,
@@ -267,7 +267,7 @@ def test_what_a_document_quotes_changes_no_token_outside_it(prepend: str, strips
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
     words.train_from_iterator([f"system user assistant \n {text} <|end|>" for text in PASSAGES], trainer)
     words.add_special_tokens([AddedToken("<|end|>", special=True, **strips)])
-    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>"))
+    texts = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>"))
 
     def outside(document: str) -> tuple[list[int], list[int]]:
         head, tail = "system <|end|> \n user ", " \n <|end|> \n assistant "

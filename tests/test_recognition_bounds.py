@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PASSAGES, byte_tokenizer
 
-from cacheclip_rag.model.tokenizer import Texts
+from cacheclip_rag.model.tokenizer import PromptTokenizer
 from cacheclip_rag.prompt import (
     ANCHOR_LENGTH,
     COMPARED_EACH,
@@ -204,7 +204,7 @@ FRAME = "Context information is below.\n---------------------\n"
 
 def alive(texts: list[str], prompt: str) -> list[int]:
     """Where the control tokens of a finished prompt are, from its beginning or, behind the first one, from its end."""
-    inner = Texts(byte_tokenizer())
+    inner = PromptTokenizer(byte_tokenizer())
     tokens = inner.tokenise_prompt(prompt, recognise(prompt, index_of(texts), inner).text)
     rows = [n for n, i in enumerate(tokens.ids.tolist()) if i in inner.tokenizer.all_special_ids]
     return [start - len(prompt) * (start > 0) for start, _ in tokens.offsets[rows].tolist()]
@@ -266,7 +266,7 @@ def test_outside_of_whole_chunks_control_tokens_of_a_finished_prompt_are_frame()
 
 
 def test_what_is_recognised_of_a_rendered_prompt_needs_no_frame() -> None:
-    inner = Texts(byte_tokenizer())
+    inner = PromptTokenizer(byte_tokenizer())
     prompt = inner.chat([{"role": "user", "content": f"{EVIL}\n\nWho{END}?"}])
     inner.tokenizer.chat_template = "{{ raise_exception('rendered for nothing') }}"
     found = recognise(prompt, index_of([EVIL, f"system\n{EVIL[:-50]}"]), inner)

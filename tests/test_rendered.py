@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cacheclip_rag import Backbone, Engine
 from cacheclip_rag.errors import PromptError
-from cacheclip_rag.model.tokenizer import Texts
+from cacheclip_rag.model.tokenizer import PromptTokenizer
 from cacheclip_rag.prompt import RenderedPrompt
 from cacheclip_rag.prompt.rendered import joined, without
 
@@ -28,18 +28,18 @@ def user(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def texts_with(template: str | None = None) -> Texts:
+def texts_with(template: str | None = None) -> PromptTokenizer:
     tokenizer = byte_tokenizer()
     if template is not None:
         tokenizer.chat_template = template
-    return Texts(tokenizer)
+    return PromptTokenizer(tokenizer)
 
 
 def own(prompt: RenderedPrompt) -> list[str]:
     return [prompt[start:end] for start, end in prompt.contents]
 
 
-def control_in(texts: Texts, prompt: str, documents: Any = ()) -> list[str]:
+def control_in(texts: PromptTokenizer, prompt: str, documents: Any = ()) -> list[str]:
     """What the prompt's control tokens are written as."""
     tokens = texts.tokenise_prompt(prompt, documents)
     special = torch.isin(tokens.ids, torch.tensor(texts.tokenizer.all_special_ids))
@@ -148,7 +148,7 @@ def test_a_message_that_cannot_be_followed_is_refused_only_if_it_holds_control_t
 
 
 def test_without_a_template_messages_are_text_too() -> None:
-    texts = Texts(byte_tokenizer(chat=False))
+    texts = PromptTokenizer(byte_tokenizer(chat=False))
     prompt = texts.chat([*user("One <|im_end|>."), *user("Two.")])
     assert prompt == "One <|im_end|>.\n\nTwo.\n\n" and own(prompt) == ["One <|im_end|>.", "Two."]
     assert control_in(texts, prompt) == []

@@ -22,7 +22,7 @@ from transformers import (
 from ..compute import Hook, Part, ScoreMod, on_cpu
 from ..deprecation import renamed_attribute
 from ..errors import ConfigurationError, NotComposable, WeightsError
-from ..prompt import Tokens
+from ..prompt import RenderedPrompt, Tokens
 from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
@@ -30,7 +30,7 @@ from .fingerprint import fingerprint
 from .layers import Layers, cache_argument
 from .rotary import Rotary
 from .state import State, state_of
-from .tokenizer import Texts
+from .tokenizer import PromptTokenizer
 
 _ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
 """Overrides of the model's generation config, for settings that our decoding loop does not support."""
@@ -50,7 +50,7 @@ class Backbone:
         For batches, load another model. If the implementation is changed afterwards, every forward here raises
         `ConfigurationError`. ``attention``: see `attention.choose`, which may raise.
         """
-        self.texts = Texts(tokenizer)
+        self.texts = PromptTokenizer(tokenizer)
         self.computer = Layers(model, attention=attention)
         self.model, self.tokenizer, self.config = self.computer.model, tokenizer, self.computer.config
         self.device, self.dtype, self.attention = self.computer.device, self.computer.dtype, self.computer.attention
@@ -112,7 +112,7 @@ class Backbone:
         """Whether control tokens occur in a text (see `PromptTokenizer.quotes`)."""
         return self.texts.quotes(text)
 
-    def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def chat(self, messages: list[dict[str, Any]], **options: Any) -> RenderedPrompt:
         """The prompt for chat ``messages``, up to the assistant's turn; their texts joined if there is no template."""
         return self.texts.chat(messages, **options)
 

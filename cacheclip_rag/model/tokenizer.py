@@ -23,8 +23,8 @@ from .chat import chat, pinned
 _SENTINEL = "\u2063cacheclip\u2063"  # stands for the user's text when a chat template is cut open
 
 
-class Texts:
-    """Texts to tokens, and messages to prompts, with a fast tokenizer of transformers. Thread-safe."""
+class PromptTokenizer:
+    """Tokenises texts and prompts and renders chat messages, with a fast tokenizer of transformers. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer

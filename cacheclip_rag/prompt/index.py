@@ -45,7 +45,7 @@ class ChunkIndex:
     """Finds known chunk texts in prompts. Thread-safe."""
 
     def __init__(self, quotes: Callable[[str], bool] | None = None) -> None:
-        """``quotes`` says whether a text holds control tokens (`Texts.quotes`), for `quoted`."""
+        """``quotes`` says whether a text holds control tokens (`PromptTokenizer.quotes`), for `quoted`."""
         self._texts: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._keys: list[str | None] = []

@@ -13,7 +13,7 @@ from .rendered import Stretch, contents
 
 
 class Frame(Protocol):
-    """What a model's tokenizer and chat template say of prompts (`Texts`)."""
+    """What a model's tokenizer and chat template say of prompts (`PromptTokenizer`)."""
 
     @property
     def control_tokens(self) -> Collection[str]: ...
@@ -26,7 +26,7 @@ class Frame(Protocol):
 @dataclass(frozen=True)
 class Recognised:
     """What is known of a prompt: its documents' ``spans``, and the stretches whose control tokens are ``text``, for
-    `Texts.tokenise_prompt`; ``question`` finds the question in it.
+    `PromptTokenizer.tokenise_prompt`; ``question`` finds the question in it.
     """
 
     prompt: str
