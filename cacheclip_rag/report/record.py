@@ -125,13 +125,19 @@ class Record:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     @property
+    def nothing_known(self) -> str:
+        """Why no chunk was found in the prompt; empty if one was, or if there is another reason."""
+        used = self.chunks or self.reused or self.prefix > self.fresh
+        if used or self.fallbacks or self.requested_ratio >= 1:
+            return ""
+        return "no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way"
+
+    @property
     def line(self) -> str:
         """The request in one line, for logs."""
         return " ".join(str(self).replace("\n  ", "; ").split())
 
     def __str__(self) -> str:
-        from .summary import nothing_known
-
         text = (
             f"{self.method}: {self.cached_tokens:,} of {self.prompt_tokens:,} prompt tokens from cache, "
             f"{self.recomputed:,} recomputed ({self.ratio:.0%} of {self.reused + self.recomputed:,}), "
@@ -141,6 +147,6 @@ class Record:
             text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
         for reason in self.fallbacks:
             text += f"\n  fell back: {reason}"
-        if reason := nothing_known(self):
+        if reason := self.nothing_known:
             text += f"\n  nothing reused: {reason}"
         return text

@@ -150,17 +150,9 @@ def reasons(report: Record) -> list[str]:
     parts = sum(not use.whole for use in report.chunks)
     if parts:
         found.append(f"{parts} chunks are in the prompt only in part; the parts are reused")
-    if reason := nothing_known(report):
+    if reason := report.nothing_known:
         found.append(reason)
     return found
-
-
-def nothing_known(report: Record) -> str:
-    """Why no chunk was reused where none was found; empty where there is another reason, or nothing to say."""
-    reused = report.chunks or report.reused or report.prefix > report.fresh
-    if reused or report.fallbacks or report.requested_ratio >= 1:
-        return ""
-    return "no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way"
 
 
 def plain(text: str) -> str:
