@@ -19,12 +19,12 @@ from ..kv.fit import context_fit
 from ..methods import Method
 from ..methods.auxiliary import Auxiliary, CharacterScores
 from ..methods.recompute.base import Recomputed
+from ..methods.recompute.once import Once
 from ..methods.request import Request
 from ..methods.select.query_guided import question_scores
 from ..model.canvas import Canvas
 from ..prompt import Layout, Span, Stretch, Tokens, escaped, outright, rearranged
 from ..report import ChunkUse, Report
-from .full import Full
 from .reading import Reading, read, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
@@ -102,9 +102,9 @@ class Composer:
     ``auxiliary`` is the auxiliary model, or None. Not thread-safe: callers hold the engine's lock.
     """
 
-    def __init__(self, collections: Collections, full: Full) -> None:
+    def __init__(self, collections: Collections) -> None:
         self.auxiliary: Auxiliary | None = None
-        self._backbone, self._index, self._full = collections.backbone, collections.index, full
+        self._backbone, self._index = collections.backbone, collections.index
         self._escaped = False
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
 
@@ -127,7 +127,7 @@ class Composer:
         loaded, layout = self._align(reading, load, report)
         if reason := _outright(asked, layout, collection):
             report.fallbacks.append(reason)
-            return self._full(asked, reading, report)
+            return self._in_full(asked, reading, collection, layout, report)
         placed = self._place(asked, reading, collection, loaded, layout, report)
         if asked.method.reorder and len(placed.request.layout.chunk[placed.held].unique()) > 1:
             with report.timed("reorder"):
@@ -150,6 +150,22 @@ class Composer:
         shift = int(placed.request.positions.max()) + 1 - len(layout)
         step = self._backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
         return Prefill(layout, canvas, done.logits, report, step)
+
+    def _in_full(
+        self, asked: PrefillRequest, reading: Reading, collection: Collection, layout: Layout, report: Report
+    ) -> Prefill:
+        """Full prefill, but for a preamble that an earlier prompt had. ``layout``: with the chunks' stored KV."""
+        spans, without = reading.spans, Loaded([None] * len(reading.spans))
+        placed = self._place(
+            asked, reading, collection, without, reading.layout([(one, None) for one in spans]), report
+        )
+        with report.timed("recompute"):
+            done = Once().run(placed.request, placed.request.rows, None)
+        collection.preambles.keep(layout.ids, _first(layout.reusable, 0), placed.canvas)
+        self._report(report, placed, done)
+        return Prefill(
+            placed.request.layout, placed.canvas, done.logits, report, self._backbone.on_canvas(placed.canvas)
+        )
 
     # ---- place ----------------------------------------------------------------------------------------------------
 

@@ -29,11 +29,10 @@ class Prefiller:
 
     def __init__(self, collections: Collections) -> None:
         self._backbone, self._collections = collections.backbone, collections
-        full = Full(collections.backbone)
-        self._composer = Composer(collections, full)
+        self._composer = Composer(collections)
         self._native = Native(collections.backbone)
         self.strategies: dict[str, Strategy] = {
-            "full": full,
+            "full": Full(collections.backbone),
             "prefix": Prefix(collections),
             "harvest": Harvest(collections, self._composer),
             "compose": Compose(collections, self._composer),
