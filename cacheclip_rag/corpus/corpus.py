@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -91,38 +91,48 @@ class Corpus:
         document: str | None = None,
     ) -> Ensured:
         """Compute and store the KV of these chunks, encoded as ``method`` wants it (see `Engine.ensure`)."""
-        result, texts = Ensured(), list(require_list(texts))
+        result, texts = Ensured(), require_list(texts)
         if document is not None:
+            texts = list(texts)
             try:
                 self.documents.add(document, texts)
             except StoreError as error:  # chunks stored now could not be forgotten with their document
                 result.skip(texts, str(error))
                 return result
         characters = batch_characters(self.collections.backbone.device)
-        with self._held_in_store(texts, method, result):
+        with self._held_in_store(method, result) as hold:
+            if isinstance(texts, Collection):  # an iterator may yield more than fits into memory
+                hold(texts)
             for batch in with_progress(batches(texts, characters), progress):
+                hold(batch)
                 with self.skipping(batch, result, "not encoded"):
                     self._ensure_batch(batch, method, result)
         return result
 
     @contextmanager
-    def _held_in_store(self, texts: Sequence[str], method: Method, result: Ensured) -> Iterator[None]:
-        """None of these chunks is evicted by this process for another one of them. Chunks that another process evicted
-        meanwhile are moved to the skipped ones of ``result``.
+    def _held_in_store(self, method: Method, result: Ensured) -> Iterator[Callable[[Iterable[str]], None]]:
+        """Yields a function that takes texts: in the block, this process evicts none of them for another one. Chunks
+        that another process evicted meanwhile are moved to the skipped ones of ``result``.
         """
         if self._obstacle is not None or not method.ahead:
-            yield
+            yield lambda texts: None
             return
         library, auxiliary = self.collections.of(method.encode).library, self.collections.auxiliary
+        libraries = (library,) if auxiliary is None else (library, auxiliary)
+        beginnings: dict[str, str] = {}
         with ExitStack() as held:
-            for each in (library,) if auxiliary is None else (library, auxiliary):
-                held.enter_context(each.store.holding([each.key(text) for text in texts]))
-            yield
+
+            def hold(texts: Iterable[str]) -> None:
+                new = {key: text for text in texts if (key := library.key(text)) not in beginnings}
+                beginnings.update((key, text[:40]) for key, text in new.items())
+                for each in libraries if new else ():
+                    held.enter_context(each.store.holding([each.key(text) for text in new.values()]))
+
+            yield hold
         library.store.refresh()
-        text_of = {library.key(text): text for text in texts}
         if lost := {key for key in result.keys if not library.keeps(key)}:
             result.keys = [key for key in result.keys if key not in lost]
-            result.skip([text_of[key] for key in lost], _EVICTED)
+            result.skip([beginnings[key] for key in lost], _EVICTED)
 
     @contextmanager
     def skipping(self, texts: Sequence[str], result: Ensured, what: str) -> Iterator[None]:

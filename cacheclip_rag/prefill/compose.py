@@ -52,6 +52,22 @@ class Loaded:
 
 
 @dataclass(frozen=True, eq=False)
+class Aligned:
+    """A prompt whose tokens are aligned with those of its stored chunks. ``scores`` gives the auxiliary model's."""
+
+    reading: Reading
+    loaded: Loaded
+    layout: Layout
+    scores: Callable[[str], list[CharacterScores]]
+
+    def without_chunks(self) -> Aligned:
+        """The same prompt, as if no chunk had stored KV."""
+        spans = self.reading.spans
+        layout = self.reading.layout([(span, None) for span in spans])
+        return dataclasses.replace(self, loaded=Loaded([None] * len(spans)), layout=layout)
+
+
+@dataclass(frozen=True, eq=False)
 class Placed:
     """A prompt whose stored KV is placed on a canvas: the method's `Request`, and facts for the report.
 
@@ -124,18 +140,17 @@ class Composer:
             if not self._escaped:  # an application that does so does it in every prompt
                 log.warning(reason)
             self._escaped = True
-        loaded, layout = self._align(reading, load, report)
-        if reason := _outright(asked, layout, collection):
+        aligned = self._align(asked, reading, load, report)
+        if reason := _outright(asked, aligned.layout, collection):
             report.fallbacks.append(reason)
-            return self._in_full(asked, reading, collection, layout, report)
-        placed = self._place(asked, reading, collection, loaded, layout, report)
+            return self._in_full(asked, aligned, collection, report)
+        placed = self._place(asked, aligned, collection, report)
         if asked.method.reorder and len(placed.request.layout.chunk[placed.held].unique()) > 1:
             with report.timed("reorder"):
                 prompt = _reordered(placed)
             asked = dataclasses.replace(asked, prompt=prompt, question=reading.question.text)
             reading = read(self._backbone, self._index, asked, report)
-            loaded, layout = self._align(reading, load, report)
-            placed = self._place(asked, reading, collection, loaded, layout, report)
+            placed = self._place(asked, self._align(asked, reading, load, report), collection, report)
         ratio = self._ratio(asked, placed, report)
         chosen = placed.request.rows[:0]
         if budget := int(ratio * len(placed.request.rows) + 1e-9):
@@ -151,44 +166,34 @@ class Composer:
         step = self._backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
         return Prefill(layout, canvas, done.logits, report, step)
 
-    def _in_full(
-        self, asked: PrefillRequest, reading: Reading, collection: Collection, layout: Layout, report: Report
-    ) -> Prefill:
-        """Full prefill, but for a preamble that an earlier prompt had. ``layout``: with the chunks' stored KV."""
-        spans, without = reading.spans, Loaded([None] * len(reading.spans))
-        placed = self._place(
-            asked, reading, collection, without, reading.layout([(one, None) for one in spans]), report
-        )
+    def _in_full(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Prefill:
+        """Full prefill, except for a preamble that an earlier prompt had."""
+        placed = self._place(asked, aligned.without_chunks(), collection, report)
+        layout, canvas = placed.request.layout, placed.canvas
         with report.timed("recompute"):
             done = Once().run(placed.request, placed.request.rows, None)
-        collection.preambles.keep(layout.ids, _first(layout.reusable, 0), placed.canvas)
+        collection.preambles.keep(layout.ids, _first(aligned.layout.reusable, 0), canvas)
         self._report(report, placed, done)
-        return Prefill(
-            placed.request.layout, placed.canvas, done.logits, report, self._backbone.on_canvas(placed.canvas)
-        )
+        return Prefill(layout, canvas, done.logits, report, self._backbone.on_canvas(canvas))
 
     # ---- place ----------------------------------------------------------------------------------------------------
 
-    def _align(self, reading: Reading, load: Callable[[Reading], Loaded], report: Report) -> tuple[Loaded, Layout]:
+    def _align(
+        self, asked: PrefillRequest, reading: Reading, load: Callable[[Reading], Loaded], report: Report
+    ) -> Aligned:
         """Load the chunks, and align the prompt's tokens with theirs."""
+        scores = self._auxiliary_scores(asked, reading)
         with report.timed("load"):
             loaded = load(reading)
         with report.timed("tokenise"):
             tokens = [None if chunk is None else Tokens(chunk.ids, chunk.offsets) for chunk in loaded.chunks]
-            return loaded, reading.layout(list(zip(reading.spans, tokens, strict=True)))
+            layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
+        return Aligned(reading, loaded, layout, scores)
 
-    def _place(
-        self,
-        asked: PrefillRequest,
-        reading: Reading,
-        collection: Collection,
-        loaded: Loaded,
-        layout: Layout,
-        report: Report,
-    ) -> Placed:
+    def _place(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Placed:
         """Place the KV of the chunks on a canvas."""
-        backbone, method = self._backbone, asked.method
-        scores = self._auxiliary_scores(asked, reading)
+        backbone, method, reading = self._backbone, asked.method, aligned.reading
+        loaded, layout = aligned.loaded, aligned.layout
         with report.timed("tokenise"):
             # A caller's question may contain lone surrogates, which no tokenizer takes; it must not fail the request.
             text = reading.question.text.encode("utf-8", "replace").decode()
@@ -212,7 +217,7 @@ class Composer:
             chunks=tuple(loaded.chunks),
             workspace=canvas,
             computer=backbone.computer,
-            auxiliary=scores,
+            auxiliary=aligned.scores,
             rows=rows,
             groups=layout.chunk[rows],
             fresh=fresh[fresh >= prefix],

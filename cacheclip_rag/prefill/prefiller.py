@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..errors import ConfigurationError, PromptError, raised_by_signal
 from ..kv.collections import Collections
@@ -54,8 +55,17 @@ class Prefiller:
                 raise ConfigurationError(changed)
 
     def read(self, request: PrefillRequest, report: Report) -> Reading:
-        """Recognise and tokenise a request's prompt (see `reading.read`)."""
-        return read(self._backbone, self._collections.index, request, report)
+        """Recognise and tokenise a request's prompt (see `reading.read`). If that fails, it is tried once more, for a
+        full prefill: which parts of a prompt are documents must be known for it, too.
+        """
+        try:
+            return read(self._backbone, self._collections.index, request, report)
+        except PromptError:
+            raise
+        except Exception as error:
+            _fall_back(report, error)
+            again = read(self._backbone, self._collections.index, replace(request, hints=None), report)
+            return replace(again, failed=True)
 
     def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         """Prefill a request whose prompt was read, and fill in its report.
@@ -68,7 +78,7 @@ class Prefiller:
         full, name = self.strategies["full"], request.method.strategy
         if name not in self.strategies:
             raise ConfigurationError(f'method "{request.method.name}" names a strategy "{name}", which is not there')
-        if name == "full" or (request.ratio >= 1.0 and name != "prefix"):
+        if name == "full" or reading.failed or (request.ratio >= 1.0 and name != "prefix"):
             return full(request, reading, report)
         try:
             self._check_models()
@@ -76,11 +86,16 @@ class Prefiller:
         except PromptError:
             raise
         except Exception as error:  # a failure in reuse costs time, never the answer
-            if raised_by_signal(error):
-                raise
-            log.exception("reuse failed; prefilling the whole prompt")
-            report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")
+            _fall_back(report, error)
             report.fit, report.requested_ratio = None, request.ratio
             report.prefix = report.reused = report.adjusted = report.recomputed = report.edges = 0
             traceback.clear_frames(error.__traceback__)  # frees the canvas: the error may be a lack of memory
             return full(request, reading, report)
+
+
+def _fall_back(report: Report, error: Exception) -> None:
+    """Log and report a failure in reuse. Raises ``error`` if a signal handler did."""
+    if raised_by_signal(error):
+        raise error
+    log.exception("reuse failed; prefilling the whole prompt")
+    report.fallbacks.append(f"full prefill: {type(error).__name__}: {error}")

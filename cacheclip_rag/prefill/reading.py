@@ -22,13 +22,14 @@ class Reading:
     """A prompt with its documents, question and tokens.
 
     ``spans``: the known chunks, and parts of them, in ``prompt``; ``tokens``: as transformers tokenises the prompt,
-    except that control tokens inside documents are plain text.
+    except that control tokens inside documents are plain text. ``failed``: reading it failed at the first attempt.
     """
 
     prompt: str
     spans: tuple[Span, ...]
     question: Question
     tokens: Tokens
+    failed: bool = False
 
     def layout(self, chunks: Sequence[tuple[Span, Tokens | None]] = ()) -> Layout:
         """The tokens, and which of them can take their KV from ``chunks`` (a chunk's tokens; None if it has no KV)."""
