@@ -1,4 +1,4 @@
-"""What methods need of a model: compute some rows of a prompt over its KV, hook a layer before it attends, write KV.
+"""What methods need from a model: compute some rows of a prompt over its KV, hook a layer before it attends, write KV.
 
 Selection, recompute and attention scores are written against these protocols and do not depend on transformers.
 `cacheclip_rag.model` implements them for models of transformers. An engine with paged KV can implement them as well: a

@@ -97,19 +97,19 @@ class Engine:
         ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"auto"``) and
         ``recompute_ratio`` (0..1) can be overridden per request. ``store``: the folder that keeps chunk KV; None keeps
         it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers, including the chunks of the auxiliary
-        model and of other encodings. ``prefix``: the text that chunks are encoded behind, whichever method a request
-        names; by default the method decides, and most take what precedes the user's text in the model's chat template.
-        ``tenant`` separates the chunk KV of different owners; set it from what you know of the caller, not from what
-        the caller says. ``secret`` keys the names of files and authenticates them, for a folder that others can write
-        to. ``remote``: an fsspec url (``"s3://bucket/folder"``) or a `Remote`; it is asked for chunks that are not
-        here, and new chunks are copied to it. ``kv_dtype``: "int8" stores chunk KV in half the bytes of bfloat16
-        (docs/store.md says what that costs in quality). ``on_uncomposable``: what to do with a model whose KV cannot be
-        moved: raise `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``: while no request is being
-        served, fuse frequent chunks with the chunks they are retrieved with, for a method that takes fused variants.
-        ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this machine with these
-        libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in memory; others wait. A
-        stream is in flight until it is read to its end or closed; while none of those in flight is being read, another
-        one is admitted beyond the limit, so that they do not wait for one another.
+        model and of other encodings, and in memory the preambles of prompts. ``prefix``: the text that chunks are
+        encoded behind, whichever method a request names; by default the method decides, and most take what precedes the
+        user's text in the model's chat template. ``tenant`` separates the chunk KV of different owners; set it from
+        what you know of the caller, not from what the caller says. ``secret`` keys the names of files and authenticates
+        them, for a folder that others can write to. ``remote``: an fsspec url (``"s3://bucket/folder"``) or a `Remote`;
+        it is asked for chunks that are not here, and new chunks are copied to it. ``kv_dtype``: "int8" stores chunk KV
+        in half the bytes of bfloat16 (docs/store.md says what that costs in quality). ``on_uncomposable``: what to do
+        with a model whose KV cannot be moved: raise `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``:
+        while no request is being served, fuse frequent chunks with the chunks they are retrieved with, for a method
+        that takes fused variants. ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this
+        machine with these libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in
+        memory; others wait. A stream is in flight until it is read to its end or closed; while none of those in flight
+        is being read, another one is admitted beyond the limit, so that they do not wait for one another.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """

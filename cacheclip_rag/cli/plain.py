@@ -1,4 +1,4 @@
-"""Text of others at a terminal: names of files, what headers say, messages that quote them."""
+"""Untrusted text, made safe to print at a terminal: file names, file headers, messages that quote them."""
 
 from __future__ import annotations
 

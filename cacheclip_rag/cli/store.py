@@ -1,4 +1,4 @@
-"""The commands ``cacheclip store ...``: looking after a folder of chunk KV. None of them loads a model."""
+"""The commands ``cacheclip store ...``, which inspect and clean up a folder of chunk KV. None loads a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every framework's integration needs, and no framework is needed for.
+"""What the LlamaIndex and LangChain integrations share; it imports neither framework.
 
 Engines that a process opens once, the options of a call, conversations, tool calls and structured output, and KV that
 follows a vector store. Nothing here loads torch or transformers before the first engine does. The fields of the

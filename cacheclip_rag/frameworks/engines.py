@@ -1,4 +1,4 @@
-"""The engines of this process, shared by all objects that ask for the same one, and handles that survive a pickle."""
+"""Engines, one per process for all objects with equal settings, and handles to them that can be pickled."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class EngineHandle:
-    """Stands for an engine: given by the user, or opened from settings when it is first needed.
+    """A reference to an engine that the user gave, or that is opened from settings at first use.
 
     It can be pickled. In another process a handle with settings opens an engine of its own there; one around a given
     engine cannot.

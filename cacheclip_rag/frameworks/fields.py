@@ -1,4 +1,4 @@
-"""Fields that the frameworks' models have in common: their types, what they accept, and what they mean.
+"""Pydantic fields that `CacheClipLLM` and `ChatCacheClip` have in common: types, validation, descriptions.
 
 Pydantic, in which both frameworks write their models, is needed to import this module, and comes with either of them.
 """

@@ -1,4 +1,4 @@
-"""Keeping the KV of chunks in step with a collection: encode what is added, forget what nobody has any more."""
+"""Keeps chunk KV in step with a vector store: encodes what is added, forgets what no entry has any more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV that nobody needs any more is dropped, but not before it is clear that nobody does."""
+"""Drops the KV of deleted chunks after a grace period, unless their text is added again meanwhile."""
 
 from __future__ import annotations
 

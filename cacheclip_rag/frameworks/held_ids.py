@@ -1,4 +1,4 @@
-"""Which of a vector store's ids have which text, so that a text's KV goes with the last of them."""
+"""Which ids of a vector store have which text, so that a text's KV is deleted with the last of them."""
 
 from __future__ import annotations
 

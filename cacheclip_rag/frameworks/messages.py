@@ -1,4 +1,4 @@
-"""Conversations as chat templates take them: roles, texts, tool calls, and what a template refuses."""
+"""Chat messages as chat templates take them: roles, texts, tool calls, and errors for what a template refuses."""
 
 from __future__ import annotations
 

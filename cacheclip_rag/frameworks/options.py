@@ -1,4 +1,4 @@
-"""Options of one call: which there are, under which names, and what values make sense."""
+"""The options of one call: valid names, aliases and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocking calls and generators, awaited from an event loop that stays free."""
+"""Runs blocking calls and generators in threads, so that they do not block the event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call of a chat model: what it asks for of tools and formats, and what becomes of the answer."""
+"""One call of a chat model: its tools and response format, and the parsing of its answer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ChatRequest:
 
 
 class AnswerStream:
-    """An answer in the making: iterate for pieces of its text; then ``rest`` is what else there is, its tool calls
+    """A streamed answer: iterate for pieces of its text; then ``rest`` is what else there is, its tool calls
     among it. ``report`` grows with it. `close` ends the request early, as does leaving a ``with`` block.
     """
 

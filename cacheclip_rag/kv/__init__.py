@@ -1,1 +1,1 @@
-"""Chunk KV: how it is encoded, which variants of it there are, and where it is kept."""
+"""Chunk KV: how it is encoded, which variants of it exist, and where it is kept."""

@@ -1,4 +1,4 @@
-"""Chat messages to prompts, by the model's own template, with what of the result is the messages' own text."""
+"""Renders chat messages with the model's chat template, and says which characters came from the messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model still is what its KV was computed with."""
+"""Detects changes to a model since its KV was computed: weights, mode, hooks, adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's tokenizer and chat template make of text."""
+"""Tokenises text and renders chat messages with a model's tokenizer and chat template."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Prometheus:
     | ``cacheclip_in_flight``, ``cacheclip_waiting`` (requests) | |
     | ``cacheclip_prompt_tokens_total`` | ``fate``: ``prefix`` or ``reused`` (cached), ``recomputed``, ``fresh`` |
     | ``cacheclip_completion_tokens_total`` | |
-    | ``cacheclip_fallbacks_total`` | ``kind``: ``chunk``, ``full prefill``, ``plain prefill`` |
+    | ``cacheclip_fallbacks_total`` | ``kind``: ``chunk``, ``full prefill``, ``plain prefill``, ``escaped documents`` |
     | ``cacheclip_time_to_first_token_seconds`` | ``method`` |
     | ``cacheclip_store_lookups_total`` | ``result``: ``hit``, ``miss`` |
     | ``cacheclip_store_chunks`` | ``kind``: ``alone``, ``fused`` |

@@ -1,4 +1,4 @@
-"""Which recognised stretches of a prompt are documents, and which belong to the chat template around them."""
+"""Which recognised spans of a prompt are documents, and which belong to the chat template around them."""
 
 from __future__ import annotations
 

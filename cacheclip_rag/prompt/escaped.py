@@ -1,4 +1,4 @@
-"""Documents that stand in a prompt as Python's repr or JSON writes them, which is other text than was stored."""
+"""Detects documents that a prompt holds as Python's repr or as JSON, which differs from the stored text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where any of many texts stands whole in a prompt: exact, and in time that depends on the prompt's length only."""
+"""Exact search for many whole texts in a prompt, in time that depends on the prompt's length only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prompt's documents and question, by everything in this room."""
+"""Recognises a prompt: its documents, its question, and which control tokens are plain text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .rendered import Stretch, contents
 
 
 class Frame(Protocol):
-    """What a model's tokenizer and chat template say of prompts (`PromptTokenizer`)."""
+    """What recognition needs from a model's tokenizer and chat template (`PromptTokenizer`)."""
 
     @property
     def control_tokens(self) -> Collection[str]: ...

@@ -1,4 +1,4 @@
-"""What retrievers announce before a prompt comes."""
+"""Hints: the chunks and the question that a retriever announces before the prompt arrives."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class _Hint:
 
 
 class Hints:
-    """The latest announcements: questions, and keys of chunks that are about to come with them. Thread-safe.
+    """The latest announcements: questions, and the keys of the chunks retrieved for them. Thread-safe.
 
-    An announcement is its caller's: whoever names none shares with all who name none.
+    Each belongs to its caller; callers that are not named share theirs.
     """
 
     def __init__(self) -> None:

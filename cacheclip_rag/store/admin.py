@@ -1,4 +1,4 @@
-"""Looking after a store's folder from outside, without its models: what is in it, whether it is whole, clearing up."""
+"""Administration of a store's folder, without loading models: statistics, verification, clean-up, forgetting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chunk store is."""
+"""The interface of a chunk store."""
 
 from __future__ import annotations
 

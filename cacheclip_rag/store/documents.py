@@ -1,4 +1,4 @@
-"""Which chunks a document has, so that deleting the document finds them, after a restart too.
+"""Which chunks belong to which document, so that deleting a document finds them, even after a restart.
 
 One empty file a pair, ``STORE/documents/<document digest>-<text digest>``: nothing in it can be damaged or half
 written, processes that write at the same time cannot undo each other's work, and neither the document's name nor its

@@ -1,4 +1,4 @@
-"""All file access of the store, in one place that a test can replace: every system call goes through this ``os``.
+"""All file access of the store, in one module whose ``os`` tests can replace to make system calls fail.
 
 Every function raises OSError for what the file system refuses, and nothing else.
 """

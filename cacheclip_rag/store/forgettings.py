@@ -1,4 +1,4 @@
-"""How processes that share a folder learn that something was forgotten there, also what no file says any more.
+"""Tells processes that share a folder that something was forgotten there, even chunks without a file.
 
 A process knows texts whose files are gone: evicted, set aside as damaged, never kept by a full disk. When another one
 forgets such a text it removes nothing that the first could miss, so it says that it forgets *something*: a note that

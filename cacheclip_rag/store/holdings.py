@@ -1,4 +1,4 @@
-"""What a store holds, looked at from outside and without its models, wherever the files lie."""
+"""The contents of a store, on disk or at a remote: listed, verified and forgotten without loading models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunk KV in 8 bits: half of bfloat16's bytes, at the price of a rounding.
+"""Chunk KV quantised to 8 bits: about half of bfloat16's bytes, with rounding errors.
 
 Keys are quantised per channel, since a few channels of every head are large for all tokens; values per token, since no
 channel of theirs is. The first tokens stay as they are: the attention sink is among them where a chunk is encoded bare,

@@ -1,4 +1,4 @@
-"""Where a safetensors file has its tensors: read without copying them, and checked as safetensors does.
+"""Reads the tensors of a safetensors file without copying them, with the same checks as safetensors.
 
 `safetensors.torch.load` copies every tensor out of the bytes, which costs as much as a checksum over them. Files are
 still written by safetensors.

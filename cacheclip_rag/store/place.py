@@ -1,4 +1,4 @@
-"""All the places of one tenant's chunk KV: memory over a folder, over a remote."""
+"""The storage tiers of one tenant's chunk KV: memory, then a folder, then a remote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunk KV elsewhere: object stores and network shares through fsspec, as a tier that may be slow, gone or wrong.
+"""The remote tier: object stores and network shares through fsspec, which may be slow, unreachable or corrupt.
 
 The layout is the disk's, ``URL/<namespace digest>/<key>.safetensors``, and so are the bytes: a folder that was copied
 there by other means serves as well. Nothing is taken that the disk would not serve.
@@ -44,7 +44,7 @@ class Unavailable(OSError):
 
 
 class Remote:
-    """A place for chunk KV, with bounded patience: no call takes longer than ``timeout`` seconds.
+    """A remote location for chunk KV, with a time limit: no call takes longer than ``timeout`` seconds.
 
     A call that takes so long, or three failures in a row, break the circuit: for ``pause`` seconds (twice as long each
     time, ten minutes at most) nobody asks, then one call tries. So a dead remote delays requests by at most

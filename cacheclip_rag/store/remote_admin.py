@@ -1,4 +1,4 @@
-"""Looking after a remote from outside: what lies there, whether it is whole, forgetting."""
+"""Administration of a remote, without loading models: listing, verification, forgetting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiers of stores as one: the nearest that has a chunk serves it, and the nearer ones take a copy."""
+"""Several stores as tiers of one: the nearest that has a chunk serves it, and those before it keep a copy."""
 
 from __future__ import annotations
 

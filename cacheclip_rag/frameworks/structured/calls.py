@@ -1,4 +1,4 @@
-"""The tool calls in an answer, told from its text: in the whole answer, or while it comes in."""
+"""Parses the tool calls in an answer, complete or streamed, and separates them from its text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JSON_MAY_BEGIN = re.compile(r"`{0,3}|```j?s?o?|```(?:json)?\s*")
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call that can be made."""
+    """A parsed tool call."""
 
     name: str
     arguments: dict[str, Any]
@@ -113,7 +113,7 @@ def _invalid(name: Any, text: str, error: str) -> InvalidCall:
 
 
 class CallReader:
-    """Tells text from tool calls while an answer comes in.
+    """Separates text from tool calls in a streamed answer.
 
     Text goes on at once; calls, and an answer that begins as JSON does, are kept back to the end.
     """

@@ -1,4 +1,4 @@
-"""How a model writes tool calls: found out by rendering one with its chat template, not by the model's name."""
+"""How a model writes tool calls, found by rendering one with its chat template, not by the model's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller asks of an answer's form, in the vocabulary of OpenAI's API, which both frameworks use."""
+"""The response format a caller asks for, as in OpenAI's API, which both frameworks follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding that can only write what a grammar allows: forced tool calls and structured output."""
+"""Decoding constrained by a grammar, for forced tool calls and structured output."""
 
 from __future__ import annotations
 
