@@ -27,8 +27,10 @@ from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
 from .fingerprint import fingerprint
+from .inference import inference, inferring
 from .layers import Layers, cache_argument
 from .rotary import Rotary
+from .threads import fit_threads
 from .tokenizer import Texts
 
 _ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
@@ -71,9 +73,11 @@ class Backbone:
     ) -> Backbone:
         """Load from a folder. ``dtype="auto"`` takes bfloat16 where the hardware multiplies it natively, else float32;
         ``attention="auto"`` takes the Triton kernel where there is a GPU on which it runs, else PyTorch's attention.
+        PyTorch's threads are no more, afterwards, than this process may use CPUs (see `threads`).
 
         Raises `WeightsError` when the folder holds no causal language model with a fast tokenizer.
         """
+        fit_threads()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
@@ -228,7 +232,7 @@ class Backbone:
         ) -> Iterator[int]:
             scores, row = logits, len(prompt_ids)
             while True:
-                with torch.inference_mode():
+                with inference():
                     scores = logits_processor(input_ids, scores)
                     if generation_config.do_sample:
                         token = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=random)
@@ -281,7 +285,7 @@ class Backbone:
 
         return step
 
-    @torch.inference_mode()
+    @inferring
     def native_prefill(self, ids: Tensor) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
         """Full prefill with transformers' own cache and attention, for models that cannot be composed.
 
@@ -291,7 +295,7 @@ class Backbone:
         name = cache_argument(self.model)
         cache = getattr(output, name)
 
-        @torch.inference_mode()
+        @inferring
         def step(tokens: Tensor, row: int) -> Tensor:
             ids = tokens.to(self.device)[None]
             positions = torch.arange(row, row + len(tokens), device=self.device)[None]
@@ -300,7 +304,7 @@ class Backbone:
 
         return output.logits[0].float(), step
 
-    @torch.inference_mode()
+    @inferring
     def own_logits(self, ids: Tensor, count: int) -> Tensor:
         """The last ``count`` tokens' logits ``[count, V]`` by transformers' eager attention, without any cache.
 

@@ -16,6 +16,7 @@ from ..compute import Part, Rotation, StopForward
 from ..errors import ConfigurationError, NotComposable
 from .attention import AUTO, IMPLEMENTATIONS, SparseRows, choose
 from .canvas import Canvas
+from .inference import inferring
 from .rotary import PerTokenRotation, Rotary
 
 
@@ -107,7 +108,7 @@ class Layers:
         """As `Computer.advance`; parts go through one after the other."""
         return [self.advance_one(part, first, last) for part in parts]
 
-    @torch.inference_mode()
+    @inferring
     def forward_one(
         self,
         part: Part,
@@ -133,7 +134,7 @@ class Layers:
             pass
         return None
 
-    @torch.inference_mode()
+    @inferring
     def advance_one(self, part: Part, first: int, last: int, floors: Tensor | None = None) -> Tensor:
         """The residual stream ``[S, d]`` of one request's rows that enters layer ``last``.
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 
-from ..model.backbone import Backbone
 from .lock import FairLock
 
 log = logging.getLogger("cacheclip_rag")
@@ -35,7 +34,7 @@ class Watched(Protocol):
     """An engine, as far as forks go."""
 
     lock: FairLock
-    backbone: Backbone
+    backbone: Any
 
 
 _watched: weakref.WeakSet[Watched] = weakref.WeakSet()
