@@ -11,6 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
+from .interrupts import Gate
+
 log = logging.getLogger("cacheclip_rag")
 
 
@@ -35,8 +37,8 @@ class Background(Generic[Task]):
         self._at_hand: list[Task] = []
         # Not a Condition, whose `__exit__` is Python: an interrupt at its beginning would leave it locked for ever.
         self._lock = threading.RLock()
-        self._gate = _Gate()
-        self._flushing: list[_Gate] = []
+        self._gate = Gate()
+        self._flushing: list[Gate] = []
         self._thread: threading.Thread | None = None
         self._busy = self._closed = self._over = False
 
@@ -73,7 +75,7 @@ class Background(Generic[Task]):
 
     def flush(self) -> None:
         """Wait until nothing is left to do."""
-        gate = _Gate()
+        gate = Gate()
         self._flushing.append(gate)
         try:
             while not self._closed and (self._waiting or self._busy):
@@ -98,7 +100,7 @@ class Background(Generic[Task]):
 
     def after_fork(self) -> None:
         """In a forked process, where the thread is not: what it was doing is still to be done."""
-        self._lock, self._gate, self._flushing = threading.RLock(), _Gate(), []
+        self._lock, self._gate, self._flushing = threading.RLock(), Gate(), []
         self._waiting = OrderedDict.fromkeys([*self._at_hand, *self._waiting])
         self._thread, self._at_hand, self._busy = None, [], False
 
@@ -154,22 +156,3 @@ class Background(Generic[Task]):
     def _stopped(self) -> bool:
         """Closed, also where a new thread has been started since."""
         return self._closed or self._thread is not threading.current_thread()
-
-
-class _Gate:
-    """Lets one waiting thread through each time it is opened. Unlike an Event it may be opened from a signal handler or
-    from the garbage collector while the same thread is opening it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def wait(self, seconds: float) -> None:
-        self._lock.acquire(timeout=seconds)
-
-    def open(self) -> None:
-        try:
-            self._lock.release()
-        except RuntimeError:  # it is open
-            pass

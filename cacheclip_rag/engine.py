@@ -21,7 +21,8 @@ from .corpus.corpus import Corpus, Ensured, Task, require_list
 from .corpus.fusing import FUSED_AT, Fusing
 from .corpus.usage import Usage
 from .deprecation import warn
-from .errors import ConfigurationError, NotComposable, PromptError, raised_by_signal
+from .errors import ConfigurationError, NotComposable, PromptError
+from .interrupts import raised_by_signal
 from .kv.collections import Collections
 from .kv.encode import HarvestedVariant, Isolated
 from .kv.library import KVDtype, Library

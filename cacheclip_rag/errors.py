@@ -14,12 +14,6 @@ None of them is a ValueError. Frameworks treat a ValueError out of a model call 
 continue without one (LlamaIndex's synthesizers return "Empty Response", its sub-question engine drops the question).
 """
 
-from __future__ import annotations
-
-import signal
-from types import CodeType
-from typing import Any
-
 
 class CacheClipError(Exception):
     """Base class of the errors that this package raises."""
@@ -43,29 +37,3 @@ class WeightsError(CacheClipError):
 
 class StoreError(CacheClipError):
     """The chunk store could not be opened."""
-
-
-def raised_by_signal(error: BaseException) -> bool:
-    """Whether a signal handler raised this, whatever its class: a time limit, say, that has nothing to do with the code
-    it interrupted. For those who answer the failures of that code.
-    """
-    handlers = {code for number in signal.valid_signals() if (code := _code(signal.getsignal(number))) is not None}
-    seen: BaseException | None = error
-    while seen is not None and handlers:
-        trace = seen.__traceback__
-        while trace is not None:
-            if trace.tb_frame.f_code in handlers:
-                return True
-            trace = trace.tb_next
-        seen = seen.__cause__  # not __context__: that may be what the caller was dealing with
-    return False
-
-
-def _code(handler: Any) -> CodeType | None:
-    """The Python code that runs when ``handler`` is called: a function, a method, a partial, an object."""
-    for _ in range(8 if callable(handler) else 0):
-        code = getattr(handler, "__code__", None)
-        if isinstance(code, CodeType):
-            return code
-        handler = getattr(handler, "func", None) or getattr(handler, "__func__", None) or type(handler).__call__
-    return None

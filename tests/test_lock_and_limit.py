@@ -173,7 +173,7 @@ def test_an_interrupt_at_any_instruction_loses_no_turn(event: str) -> None:
         join(start(other))
         assert got and turns.idle and not turns.waiting, f"lost at {event} {at}"
         at += 1
-    assert at > 20
+    assert at > 10
 
 
 @pytest.mark.parametrize("event", ["line", "opcode"])
@@ -200,7 +200,7 @@ def test_an_interrupt_at_any_instruction_loses_no_place(event: str) -> None:
         assert place.taken and limit.in_flight == 1 and not limit.waiting, f"lost at {event} {at}"
         place.release()
         at += 1
-    assert at > 20
+    assert at > 10
 
 
 # ---- limit -------------------------------------------------------------------------------------------------------

@@ -79,7 +79,12 @@ def test_chunks_that_cannot_be_kept_are_listed_with_the_reason(engine):
     result = engine.ensure([too_long, too_short, surrogate, *PASSAGES])
     assert len(result.keys) == len(PASSAGES) and result.encoded == 0
     reasons = [reason for _, reason in result.skipped]
-    assert "window" in reasons[0] and "short" not in reasons[0] and "64" in reasons[1] and "Unicode" in reasons[2]
+    assert (
+        "exceeds the model's limit" in reasons[0]
+        and "short" not in reasons[0]
+        and "64" in reasons[1]
+        and "Unicode" in reasons[2]
+    )
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan"), "0.2", True])

@@ -118,23 +118,30 @@ def verify(
 
     The verdict is kept for engines that require it: Engine(MODEL, require_verified=True).
     """
+    import torch
+
     from ..model.backbone import Backbone
+    from ..model.threads import allowance
     from ..verification import verify as tried
     from ..weights import verified
 
     found = tried(Backbone.load(resolve(model), dtype=dtype, device=device), store)
+    threads = f"{torch.get_num_threads()} threads; this process may use {allowance()}"
     if found.identity:
         try:
             verified.write(found.identity, found.record)
         except OSError as error:
             raise ConfigurationError(f"the verdict cannot be kept: {error}") from error
     if as_json:
-        typer.echo(json.dumps({"model": model, **found.record, "identity": found.identity}, indent=1))
+        typer.echo(
+            json.dumps({"model": model, **found.record, "identity": found.identity, "threads": threads}, indent=1)
+        )
     else:
         for check in found.checks:
             verdict = "ok" if check.passed else "FAILED"
             typer.echo(f"{verdict:6}  {check.name}: {check.found:.2g} (limit {check.limit:.2g})")
         typer.echo(f"{model} {found.line}")
+        typer.echo(f"It computes with {threads}.")
     if not found.trusted:
         raise typer.Exit(1)
 

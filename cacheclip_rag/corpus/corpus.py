@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeVar
 from ..background import Background
 from ..chunks import canonical
 from ..compute import on_cpu
-from ..errors import CacheClipError, ConfigurationError, StoreError, raised_by_signal
+from ..errors import CacheClipError, ConfigurationError, StoreError
+from ..interrupts import raised_by_signal
 from ..kv.collections import Collections
 from ..kv.library import Library
 from ..methods import Method

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..chunks import MIN_CHARS, ChunkKV, Namespace, canonical
-from ..errors import CacheClipError, ConfigurationError, PromptError, StoreError, raised_by_signal
+from ..errors import CacheClipError, ConfigurationError, PromptError, StoreError
+from ..interrupts import raised_by_signal
 from ..model.backbone import Backbone
 from ..store import ChunkStore, Int8Store, MemoryStore, TieredStore
 from ..store.format import FORMAT

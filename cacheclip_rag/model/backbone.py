@@ -27,9 +27,11 @@ from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
 from .fingerprint import fingerprint
+from .inference import inference, inferring
 from .layers import Layers, cache_argument
 from .rotary import Rotary
 from .state import State, state_of
+from .threads import fit_threads
 from .tokenizer import PromptTokenizer
 
 _ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
@@ -76,9 +78,11 @@ class Backbone:
         """Load a model from a folder.
 
         ``dtype="auto"`` takes bfloat16 if the hardware multiplies it natively, else float32; ``attention="auto"`` takes
-        the Triton kernel on a GPU that runs it, else PyTorch's attention. Raises `WeightsError` unless the folder holds
-        a causal language model with a fast tokenizer.
+        the Triton kernel on a GPU that runs it, else PyTorch's attention. PyTorch's threads are limited to the CPUs
+        that this process may use (see `threads`). Raises `WeightsError` unless the folder holds a causal language model
+        with a fast tokenizer.
         """
+        fit_threads()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
@@ -241,7 +245,7 @@ class Backbone:
         ) -> Iterator[int]:
             scores, row = logits, len(prompt_ids)
             while True:
-                with torch.inference_mode():
+                with inference():
                     scores = logits_processor(input_ids, scores)
                     if generation_config.do_sample:
                         token = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=random)
@@ -301,7 +305,7 @@ class Backbone:
 
         return step
 
-    @torch.inference_mode()
+    @inferring
     def native_prefill(self, ids: Tensor) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
         """Full prefill of ``ids [T]`` with transformers' own cache and attention, for models that cannot be composed.
 
@@ -311,7 +315,7 @@ class Backbone:
         name = cache_argument(self.model)
         cache = getattr(output, name)
 
-        @torch.inference_mode()
+        @inferring
         def step(tokens: Tensor, row: int) -> Tensor:
             ids = tokens.to(self.device)[None]
             positions = torch.arange(row, row + len(tokens), device=self.device)[None]
@@ -320,7 +324,7 @@ class Backbone:
 
         return output.logits[0].float(), step
 
-    @torch.inference_mode()
+    @inferring
     def own_logits(self, ids: Tensor, count: int) -> Tensor:
         """The logits ``[count, V]`` of the last ``count`` tokens by transformers' eager attention, without any cache.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..compute import LayerInput, Part
 from ..errors import CacheClipError
 from .attention import NOTING, windows_given
+from .inference import inferring
 from .layers import Layers, relative_error
 from .rotary import Rotary
 
@@ -35,7 +36,7 @@ def obstacle_of(model: Layers) -> str | None:
         return f"{name} could not be tried out on a canvas: {type(error).__name__}: {error}"
 
 
-@torch.inference_mode()
+@inferring
 def _tried(model: Layers) -> str | None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (12,), generator=generator)

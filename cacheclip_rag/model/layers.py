@@ -17,6 +17,7 @@ from ..compute import Part, Rotation, StopForward
 from ..errors import ConfigurationError, NotComposable
 from .attention import AUTO, IMPLEMENTATIONS, SparseRows, choose
 from .canvas import Canvas
+from .inference import inferring
 from .rotary import PerTokenRotation, Rotary
 
 
@@ -108,7 +109,7 @@ class Layers:
         """As `Computer.advance`; parts are run one after the other."""
         return [self.advance_one(part, first, last) for part in parts]
 
-    @torch.inference_mode()
+    @inferring
     def forward_one(
         self,
         part: Part,
@@ -133,7 +134,7 @@ class Layers:
             self._view(first, depth or self.layers)(**kwargs)
         return None
 
-    @torch.inference_mode()
+    @inferring
     def advance_one(self, part: Part, first: int, last: int, floors: Tensor | None = None) -> Tensor:
         """Run the layers ``[first, last)`` for one request; returns the residual stream ``[S, d]`` entering ``last``.
 

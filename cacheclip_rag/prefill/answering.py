@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..compute import on_cpu
-from ..errors import raised_by_signal
+from ..interrupts import raised_by_signal
 from ..model.backbone import Backbone
 from ..report import Report
 from ..serving.limit import Cancel, Place, RequestLimit

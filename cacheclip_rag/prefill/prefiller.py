@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..errors import ConfigurationError, PromptError, raised_by_signal
+from ..errors import ConfigurationError, PromptError
+from ..interrupts import raised_by_signal
 from ..kv.collections import Collections
 from ..methods.auxiliary import Auxiliary
 from ..report import Report

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from typing import Any, Protocol
 from weakref import ref
+
+from ..interrupts import Gate
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -38,8 +39,7 @@ class Place:
         self.taken = False
         self.resting_since: float | None = None
         """When the reader got the last token, unless the next is being computed."""
-        self.gate = threading.Lock()
-        self.gate.acquire()
+        self.gate = Gate()
 
     def take(self, cancel: Cancel | None = None) -> bool:
         """Wait for the place. False, and no place, if ``cancel`` is set before there is one."""
@@ -108,7 +108,7 @@ class RequestLimit:
             self._places[place] = None
             while not self._free_for(place):
                 first = self._next() is place
-                place.gate.acquire(timeout=_LOOK if first else 5 * _LOOK)
+                place.gate.wait(_LOOK if first else 5 * _LOOK)
                 if cancel is not None and cancel.is_set():
                     return False
                 if not told and time.monotonic() - start >= _PATIENCE:
@@ -147,7 +147,4 @@ class RequestLimit:
     def _wake(self) -> None:
         following = self._next()
         if following is not None:
-            try:
-                following.gate.release()
-            except RuntimeError:  # it has been told already
-                pass
+            following.gate.open()

@@ -8,6 +8,7 @@ import time
 from types import FrameType, TracebackType
 
 from ..errors import ConfigurationError
+from ..interrupts import Gate, raised_by_signal
 
 _LOOK = 0.1
 """Seconds between two looks of a waiting thread at whether it has been passed over or the holder is gone."""
@@ -20,8 +21,7 @@ class _Turn:
 
     def __init__(self, frame: FrameType) -> None:
         self.frame, self.thread = frame, threading.get_ident()
-        self.gate = threading.Lock()  # an Event has a lock inside that is not reentrant
-        self.gate.acquire()
+        self.gate = Gate()
 
     def __repr__(self) -> str:
         return f"<turn of thread {self.thread}>"
@@ -101,8 +101,8 @@ class FairLock:
     # ---- the line -------------------------------------------------------------------------------------------------
 
     def _wait(self, turn: _Turn, until: float | None) -> None:
-        while self._first() is not turn:
-            turn.gate.acquire(timeout=_LOOK)
+        while next(iter(list(self._line))) is not turn and self._first() is not turn:
+            turn.gate.wait(_LOOK)
             if until is not None and time.monotonic() > until:
                 raise TimeoutError
 
@@ -117,10 +117,7 @@ class FairLock:
     def _leave(self, turn: _Turn) -> None:
         self._line.pop(turn, None)
         for following in list(self._line)[:1]:
-            try:
-                following.gate.release()
-            except RuntimeError:  # it has been told already
-                pass
+            following.gate.open()
 
     def _drop(self, frame: FrameType) -> None:
         """Take out this frame's turn: the one it has, or one that an interrupt has left behind."""
@@ -133,6 +130,8 @@ def _executing(frame: FrameType) -> bool:
     """Whether a function is still being executed, by whichever thread."""
     try:
         frame.clear()  # refuses for such frames; what has ended does not need its variables
-    except RuntimeError:
+    except RuntimeError as error:
+        if raised_by_signal(error):
+            raise
         return True
     return False
