@@ -310,8 +310,8 @@ class Engine:
         """Announce the chunks and the question of an upcoming prompt, as a retriever knows them.
 
         It starts loading their KV into memory, resolves ambiguities in recognition, and helps to find the question
-        among the instructions: it counts only in a prompt with these chunks, and of the same ``caller`` (any value that
-        tells those apart whose hints must not mix; None is one, too). Raises `ConfigurationError` for a single text
+        among the instructions: it counts only in a prompt with these chunks, and of the same ``caller`` (any hashable
+        value, compared by equality; None is one, too). Raises `ConfigurationError` for a single text
         instead of a list.
         """
         texts = list(require_list(texts))
@@ -483,7 +483,7 @@ class Engine:
 
     def _after(self, report: Report, request: PrefillRequest) -> None:
         """Count which chunks were used together; queue missing chunks for encoding and frequent ones for fusing."""
-        if self.usage.note(names := [use.key for use in report.chunks]):
+        if self.usage.note(names := [use.key for use in report.chunks if use.key in self.index]):
             self._threads.submit(self.usage.save)
         method = request.method
         if self._fuse_when_idle and method.fit is not None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import PASSAGES, prompt_of, tiny_backbone
 
+from cacheclip_rag import Engine
 from cacheclip_rag.prompt import ChunkIndex, Layout, Span, escaped, outright
 from cacheclip_rag.prompt.layout import RUN_COST
 
@@ -87,16 +89,27 @@ def layout_of(*pieces: tuple[int, int]) -> Layout:
 
 def test_a_prompt_is_prefilled_outright_when_reuse_gains_nothing() -> None:
     assert outright(layout_of((20, 400), (3, 300), (30, 0))) is None
-    assert outright(layout_of((20, 400)), ratio=0.2) is None
     assert outright(layout_of((50, 0))) is None, "nothing to say where nothing is known"
     many = outright(layout_of(*[(20, RUN_COST)] * 30))
     assert many is not None and "240 of 840 tokens" in many and "30 pieces" in many
     assert outright(layout_of(*[(20, RUN_COST + 1)] * 30)) is None
-    assert outright(layout_of(*[(20, RUN_COST + 1)] * 30), ratio=0.2) is not None
 
 
 def test_a_selection_that_computes_the_rest_twice_must_save_more_than_that() -> None:
     assert outright(layout_of((900, 600)), passes=1.0) is not None
     assert outright(layout_of((900, 600)), passes=0.5) is None
-    assert outright(layout_of((300, 600)), ratio=0.2, passes=1.0) is None
-    assert outright(layout_of((300, 600)), ratio=0.6, passes=1.0) is not None
+    assert outright(layout_of((300, 600)), passes=1.0) is None
+    assert outright(layout_of((900, 600)), passes=1.0, prefix=200) is None, "200 of them are there"
+
+
+def test_missing_chunks_of_a_prompt_that_is_prefilled_in_full_are_encoded_again() -> None:
+    ready = Engine(tiny_backbone(), method="query_guided")
+    ready.ensure(PASSAGES)
+    ready.library.store.delete([ready.library.key(text) for text in PASSAGES[1:]])
+    first = ready.generate(prompt_of(ready, PASSAGES), max_new_tokens=1).report
+    assert (
+        any("full prefill" in reason for reason in first.fallbacks) and sum(bool(u.missing) for u in first.chunks) == 4
+    )
+    ready.flush()
+    second = ready.generate(prompt_of(ready, PASSAGES), max_new_tokens=1).report
+    assert second.fallbacks == [] and second.reused

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from stores import HUGE, MODEL, OTHER, SIZE, age, holds, make, open_disk, path_of, put, same, total
-from tiny import PASSAGES, tiny_backbone
+from tiny import PASSAGES, prompt_of, tiny_backbone
 
 from cacheclip_rag import Engine
 from cacheclip_rag.errors import ConfigurationError, StoreError
@@ -469,3 +470,57 @@ def test_no_text_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         engine.forget(texts)
     assert caplog.records and "not be kept" in caplog.text
     assert "Jane Roe" not in caplog.text and "patient" not in caplog.text
+
+
+# ---- forgotten between the reading of a prompt and its prefill -------------------------------------------------
+
+
+def forgetting_after_reading(monkeypatch: pytest.MonkeyPatch, ready: Engine, text: str) -> None:
+    read = ready.prefiller.read
+
+    def then_forget(*arguments: Any) -> Any:
+        done = read(*arguments)
+        ready.forget([text])
+        return done
+
+    monkeypatch.setattr(ready.prefiller, "read", then_forget)
+
+
+@pytest.mark.parametrize("method", ["auto", "prefix-cache", "cachecraft"])
+def test_what_is_forgotten_once_its_prompt_was_read_leaves_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = Engine(tiny_backbone(), method=method)
+    ready.ensure(PASSAGES[:3])
+    prompt = prompt_of(ready, PASSAGES[:2])
+    with monkeypatch.context() as patch:
+        forgetting_after_reading(patch, ready, PASSAGES[0])
+        ready.prefill(prompt)
+    assert ready.usage.uses(ready.library.key(PASSAGES[0])) == 0
+    if method == "auto":  # a token is a character here
+        stored = ready.library.get(ready.library.key(PASSAGES[1]))
+        assert stored is not None
+        kept = ready.stats().memory.get("preambles", 0) / (stored.keys[:, :, :1].nbytes * 2)
+        assert kept <= prompt.index(PASSAGES[0])
+    if method == "prefix-cache":
+        assert "prefix caches" not in ready.stats().memory
+    if method == "cachecraft":
+        assert not ready.variants_of(method, PASSAGES[0]) and not ready.variants_of(method, PASSAGES[1])
+
+
+def test_what_waits_to_be_known_is_dropped_when_it_is_forgotten() -> None:
+    """For a method that encodes nothing ahead, too."""
+    ready = Engine(tiny_backbone(), method="cachecraft")
+    stream = ready.stream(prompt_of(ready, PASSAGES[:1]), max_new_tokens=200, min_new_tokens=200)
+    next(stream)
+    reader = threading.Thread(target=lambda: [time.sleep(0.01) for _ in stream])
+    reader.start()
+    ready.ensure_later([PASSAGES[2]])
+    while not ready.corpus.background.busy:
+        time.sleep(0.001)
+    ready.forget([PASSAGES[2]])
+    stream.close()
+    reader.join()
+    ready.flush()
+    assert not ready.knows(PASSAGES[2])
+    ready.close()

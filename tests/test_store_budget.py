@@ -197,3 +197,17 @@ def test_many_threads_keep_the_budget() -> None:
     assert max(over) <= memory.cap and memory.nbytes == sum(memory.by_kind().values())
     assert memory.by_kind()["chunks"] == sum(store.stats().nbytes for store in stores)
     assert sum(store.stats().entries for store in stores) * NBYTES == memory.by_kind()["chunks"]
+
+
+def test_ingestions_that_overlap_hold_until_the_last_has_ended() -> None:
+    memory = MemoryBudget(100)
+    cache = LRUCache[int, int](memory, "one")
+    first, second = cache.holding([]), cache.holding([])
+    first.__enter__()
+    second.__enter__()
+    cache.put(1, 1, 60)
+    first.__exit__(None, None, None)
+    assert cache.put(2, 2, 60) is False and 1 in cache
+    second.__exit__(None, None, None)
+    assert cache.put(2, 2, 60) and 1 not in cache and cache.held_bytes == 0
+    assert cache.put(3, 3, 60) and 2 not in cache, "nothing is held for ever"

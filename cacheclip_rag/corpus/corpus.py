@@ -133,7 +133,8 @@ class Corpus:
         library.store.refresh()
         if lost := {key for key in result.keys if not library.keeps(key)}:
             result.keys = [key for key in result.keys if key not in lost]
-            result.skip([beginnings[key] for key in lost], _EVICTED)
+            for key in lost:
+                result.skip([beginnings[key]], _NOT_KEPT if key in library.store else _EVICTED)
 
     @contextmanager
     def skipping(self, texts: Sequence[str], result: Ensured, what: str) -> Iterator[None]:
@@ -156,9 +157,12 @@ class Corpus:
         elif method.ahead:
             self._encode(texts, self.collections.of(method.encode).library, result, wanted)
         else:  # nothing to compute ahead, but chunks must be recognised in prompts
-            for text in texts:
-                self.index.add(self.collections.name(text), text)
-                result.keys.append(self.collections.name(text))
+            with self._lock:  # as in `_encode`
+                if not wanted():
+                    return
+                for text in texts:
+                    self.index.add(self.collections.name(text), text)
+                    result.keys.append(self.collections.name(text))
 
     def _encode(self, texts: Sequence[str], library: Library, result: Ensured, wanted: Callable[[], bool]) -> None:
         """``wanted`` is called under the lock: chunks forgotten while waiting must not be encoded again."""
@@ -246,8 +250,10 @@ class Corpus:
         with self.skipping([task.text], result, "not encoded"):
             self._ensure_batch([task.text], task.method, result, wanted)
             if task.again and result.encoded and self._place.forgettings() != before:
-                for library in self._libraries():  # perhaps it was this chunk that another process forgot meanwhile
-                    library.store.delete([library.key(task.text)])
+                with self._lock:  # perhaps it was this chunk that another process forgot meanwhile
+                    self.index.remove(self.collections.name(task.text))
+                    for library in self._libraries():
+                        library.store.delete([library.key(task.text)])
 
     def flush(self) -> None:
         """Wait until all background work is done, and uploaded if there is a remote store."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from ..methods.recompute.once import Once
 from ..methods.request import Request
 from ..methods.select.query_guided import question_scores
 from ..model.canvas import Canvas
-from ..prompt import Layout, Span, Stretch, Tokens, escaped, outright, rearranged
+from ..prompt import Layout, RenderedPrompt, Span, Stretch, Tokens, escaped, outright, rearranged
 from ..report import ChunkUse, Report
 from .reading import Reading, read, workspace_size
 from .result import Prefill, PrefillRequest
@@ -32,6 +32,7 @@ from .sources import sources_of
 log = logging.getLogger("cacheclip_rag")
 
 _GONE = "its stored KV is gone or damaged"
+_FORGOTTEN = "it was forgotten meanwhile"
 _OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name}") does so ahead'
 """For a chunk that is known in the encoding of another method only."""
 
@@ -64,7 +65,8 @@ class Aligned:
         """The same prompt, as if no chunk had stored KV."""
         spans = self.reading.spans
         layout = self.reading.layout([(span, None) for span in spans])
-        return dataclasses.replace(self, loaded=Loaded([None] * len(spans)), layout=layout)
+        loaded = dataclasses.replace(self.loaded, chunks=[None] * len(spans))
+        return dataclasses.replace(self, loaded=loaded, layout=layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,11 @@ class Compose:
             for number, text in enumerate(texts)
         ]
         missing = {
-            span.key: _GONE if span.key == collection.library.key(text) else _OTHERWISE.format(name=method.name)
+            span.key: _FORGOTTEN
+            if not text
+            else _GONE
+            if span.key == collection.library.key(text)
+            else _OTHERWISE.format(name=method.name)
             for span, text, chunk in zip(reading.spans, texts, chunks, strict=True)
             if chunk is None
         }
@@ -122,6 +128,7 @@ class Composer:
         self.auxiliary: Auxiliary | None = None
         self._backbone, self._index = collections.backbone, collections.index
         self._escaped = False
+        self._scoring: list[Future[list[CharacterScores]]] = []
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
 
     def __call__(
@@ -135,6 +142,20 @@ class Composer:
         """Prefill ``asked`` with the chunks that ``load`` returns, or in full if reuse would take longer. On any
         exception but `PromptError`, the caller falls back to full prefill.
         """
+        try:
+            return self._prefill(asked, reading, collection, load, report)
+        finally:
+            wait(self._scoring)  # nothing computes, nor stores, once the caller has left the engine's lock
+            self._scoring.clear()
+
+    def _prefill(
+        self,
+        asked: PrefillRequest,
+        reading: Reading,
+        collection: Collection,
+        load: Callable[[Reading], Loaded],
+        report: Report,
+    ) -> Prefill:
         if reason := escaped(reading.prompt, reading.spans, self._index.text):
             report.fallbacks.append(reason)
             if not self._escaped:  # an application that does so does it in every prompt
@@ -147,7 +168,7 @@ class Composer:
         placed = self._place(asked, aligned, collection, report)
         if asked.method.reorder and len(placed.request.layout.chunk[placed.held].unique()) > 1:
             with report.timed("reorder"):
-                prompt = _reordered(placed)
+                prompt = _reordered(placed, reading.text)
             asked = dataclasses.replace(asked, prompt=prompt, question=reading.question.text)
             reading = read(self._backbone, self._index, asked, report)
             placed = self._place(asked, self._align(asked, reading, load, report), collection, report)
@@ -160,7 +181,7 @@ class Composer:
             score_mod = asked.method.attend.score_mod(placed.request, chosen)
             done = asked.method.recompute.run(placed.request, chosen, score_mod)
         layout, canvas = placed.request.layout, placed.canvas
-        collection.preambles.keep(layout.ids, _first(layout.reusable, 0), canvas)
+        collection.preambles.keep(layout.ids, self._preamble(layout), canvas)
         self._report(report, placed, done)
         shift = int(placed.request.positions.max()) + 1 - len(layout)
         step = self._backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
@@ -172,9 +193,20 @@ class Composer:
         layout, canvas = placed.request.layout, placed.canvas
         with report.timed("recompute"):
             done = Once().run(placed.request, placed.request.rows, None)
-        collection.preambles.keep(layout.ids, _first(aligned.layout.reusable, 0), canvas)
+        collection.preambles.keep(layout.ids, self._preamble(aligned.layout), canvas)
         self._report(report, placed, done)
         return Prefill(layout, canvas, done.logits, report, self._backbone.on_canvas(canvas))
+
+    def _preamble(self, layout: Layout) -> int:
+        """The rows before the first stored chunk, and before what was forgotten since the prompt was read."""
+        gone = [span.start for span in layout.spans if span.key not in self._index][:1]
+        rows = int((layout.offsets[:, 1] <= gone[0]).sum()) if gone else len(layout)
+        return min(_first(layout.reusable, 0), rows)
+
+    def after_fork(self) -> None:
+        """In a forked process, the parent's threads are gone."""
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
+        self._scoring = []
 
     # ---- place ----------------------------------------------------------------------------------------------------
 
@@ -243,6 +275,7 @@ class Composer:
         if not (apart and method.select.needs_auxiliary and asked.ratio and reading.spans):
             return score
         future = self._threads.submit(score, getattr(method.select, "layers", "last"))
+        self._scoring.append(future)
         return lambda layers: future.result()
 
     # ---- what to recompute, and what was ----------------------------------------------------------------------------
@@ -297,7 +330,7 @@ def _outright(asked: PrefillRequest, layout: Layout, collection: Collection) -> 
         return None
     kept = collection.preambles.longest(layout.ids)
     prefix = 0 if kept is None else min(kept[0].shape[2], _first(layout.reusable, len(layout)))
-    return outright(layout, asked.ratio, getattr(asked.method.select, "passes", 0.0) if asked.ratio else 0.0, prefix)
+    return outright(layout, getattr(asked.method.select, "passes", 0.0) if asked.ratio else 0.0, prefix)
 
 
 def shared_positions(layout: Layout) -> Tensor:
@@ -345,7 +378,7 @@ def _in_place(layout: Layout, loaded: Loaded, collection: Collection) -> Tensor:
     return in_place
 
 
-def _reordered(placed: Placed) -> str:
+def _reordered(placed: Placed, text: Sequence[Stretch]) -> str:
     """The prompt with its chunks sorted by the question's attention to them, the highest last.
 
     Chunk texts are permuted; the text between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
@@ -360,7 +393,8 @@ def _reordered(placed: Placed) -> str:
         other = layout.spans[number]
         pieces += [(last, span.start), (other.start, other.end)]
         last = span.end
-    return rearranged(layout.prompt, [*pieces, (last, len(layout.prompt))])
+    whole = layout.prompt if isinstance(layout.prompt, RenderedPrompt) else RenderedPrompt(layout.prompt, text)
+    return rearranged(whole, [*pieces, (last, len(whole))])
 
 
 def _mean(numbers: Sequence[float], weights: Tensor) -> float:

@@ -61,6 +61,8 @@ class Harvest:
         spans, tokens = reading.spans, reading.tokens
         lengths = torch.bincount(groups + 1, minlength=len(spans) + 1)[1:]
         for number, span in enumerate(spans):
+            if span.key not in self._collections.index:
+                break  # forgotten since the prompt was read, and what follows was computed behind it
             rows = (groups == number).nonzero()[:, 0]
             if not len(rows) or not self._collections.index.whole(span):
                 continue

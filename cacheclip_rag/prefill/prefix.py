@@ -35,7 +35,10 @@ class Prefix:
             logits = backbone.forward(layout.ids[known:], torch.arange(known, count), canvas)
         assert logits is not None
         with report.timed("keep"):
-            cache.keep(layout.ids, borders, canvas, report.seconds["recompute"] / (count - known))
+            if all(
+                span.key in self._collections.index for span in reading.spans
+            ):  # none was forgotten since it was read
+                cache.keep(layout.ids, borders, canvas, report.seconds["recompute"] / (count - known))
         report.prefix, report.fresh, report.canvas_bytes = known, count - known, canvas.nbytes
         report.token_sources = sources_of(layout, known)
         return Prefill(layout, canvas, logits, report, backbone.on_canvas(canvas))

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import PromptError
 from ..model.backbone import Backbone
-from ..prompt import ChunkIndex, Layout, Question, Span, Tokens, align, recognise
+from ..prompt import ChunkIndex, Layout, Question, Span, Stretch, Tokens, align, recognise
 from ..report import Report
 from .result import PrefillRequest
 
@@ -29,6 +29,7 @@ class Reading:
     spans: tuple[Span, ...]
     question: Question
     tokens: Tokens
+    text: tuple[Stretch, ...] = ()
     failed: bool = False
 
     def layout(self, chunks: Sequence[tuple[Span, Tokens | None]] = ()) -> Layout:
@@ -59,7 +60,7 @@ def read(backbone: Backbone, index: ChunkIndex, request: PrefillRequest, report:
         tokens = backbone.tokenise_prompt(prompt, found.text, raw)
     check_fits(tokens, backbone.context_length)
     report.prompt_tokens = len(tokens)
-    return Reading(prompt, tuple(found.spans), question, tokens)
+    return Reading(prompt, tuple(found.spans), question, tokens, tuple(found.text))
 
 
 def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:

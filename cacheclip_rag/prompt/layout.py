@@ -60,15 +60,15 @@ class Layout:
         ]
 
 
-def outright(layout: Layout, ratio: float = 0.0, passes: float = 0.0, prefix: int = 0) -> str | None:
-    """Why this prompt had better be prefilled as a whole, or None where reusing what is stored is worth it.
+def outright(layout: Layout, passes: float = 0.0, prefix: int = 0) -> str | None:
+    """Why full prefill of this prompt is faster than reuse, or None if it is not.
 
-    ``ratio`` of the reused tokens are recomputed, and what has no stored KV is computed ``passes`` more times than once
-    (1 for a selection that runs the question through the whole model first, less where it stops at a depth). The KV of
-    the first ``prefix`` tokens is there from an earlier prompt. Short prompts are never worth a thought.
+    Tokens without stored KV are computed ``passes`` more times than once: 1 for a selection that first runs them
+    through the whole model, less if it stops at a depth. The KV of the first ``prefix`` tokens is there from an earlier
+    prompt. The recompute ratio does not count, since whoever asks for a high one wants it. None for short prompts.
     """
     count, reusable, runs = len(layout), int(layout.reusable.sum()), len(layout.runs())
-    saved = prefix + reusable * (1.0 - ratio) - passes * (count - reusable - prefix)
+    saved = prefix + reusable - passes * (count - reusable - prefix)
     if not reusable or count < SHORT or saved > RUN_COST * runs:
         return None
     return (

@@ -83,6 +83,7 @@ class LRUCache(Generic[K, V]):
         self._memory, self.kind, self._cap, self._evicted = memory, kind, cap, evicted
         self._items: OrderedDict[K, _Item[V]] = OrderedDict()
         self._held: set[K] | None = None
+        self._holders = 0
         self.nbytes = self.held_bytes = 0
         memory.add(self)  # type: ignore[arg-type]
 
@@ -143,14 +144,16 @@ class LRUCache(Generic[K, V]):
     def holding(self, keys: Collection[K]) -> Iterator[None]:
         """Meanwhile neither these are evicted nor what is put."""
         with self._memory.lock:
-            outer, self._held = self._held, (self._held or set()) | {key for key in keys if key in self._items}
+            self._holders += 1
+            self._held = (self._held or set()) | {key for key in keys if key in self._items}
             self.held_bytes = sum(self._items[key].nbytes for key in self._held)
         try:
             yield
         finally:
             with self._memory.lock:
-                self._held = outer
-                self.held_bytes = sum(self._items[key].nbytes for key in outer or () if key in self._items)
+                self._holders -= 1
+                if not self._holders:  # holds of several threads overlap in any order
+                    self._held, self.held_bytes = None, 0
 
     @property
     def room(self) -> int | None:
