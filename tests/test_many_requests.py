@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,6 +252,32 @@ def test_an_engine_closes_with_a_stream_open(backbone: Backbone, monkeypatch: py
         engine.ensure_later(PASSAGES[:1])
         ends(engine.flush)
         assert engine.knows(PASSAGES[0])
+
+
+def test_the_interpreter_ends_with_a_stream_open() -> None:
+    script = """
+from tiny import PASSAGES, tiny_backbone
+from cacheclip_rag import Engine
+from cacheclip_rag.corpus import corpus
+from cacheclip_rag.serving import limit
+corpus._WAIT = limit.REST = float("inf")
+engine = Engine(tiny_backbone(), method="query_guided")
+stream = engine.stream("Open.", max_new_tokens=50, min_new_tokens=50)
+next(stream)
+engine.ensure_later(PASSAGES[:1])
+while not engine.corpus.background.busy:
+    pass
+print("ended")
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr
 
 
 # ---- seeds --------------------------------------------------------------------------------------------------------

@@ -141,6 +141,9 @@ def interrupts(count: int, seed: int = 0, neighbours: int = 1) -> Tally:
                 error = rng.choice(RAISED)
                 caught = _interrupted(work, prompt, armed, error, rng.uniform(0.0, 2 * usual), tally)
                 tally.interrupts += raised[0] - before[0]
+                if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+                    tally.failed.append("PyTorch is left in another mode")
+                    return tally
                 if issubclass(error, Interrupt) and raised[0] - before[0] > caught + unraisable[0] - before[1]:
                     tally.failed.append("an interrupt was swallowed")
                 if caught and rng.random() < 0.1:

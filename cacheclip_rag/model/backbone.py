@@ -258,12 +258,16 @@ class Backbone:
                     return
                 scores, row = step(token[0], row), row + 1
 
-        return self.model.generate(
-            prompt_ids.to(self.device)[None],
-            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self.device),
-            custom_generate=loop,
-            **(_ONE_ANSWER | options),
-        )
+        gradients = torch.is_grad_enabled()
+        try:
+            return self.model.generate(
+                prompt_ids.to(self.device)[None],
+                attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self.device),
+                custom_generate=loop,
+                **(_ONE_ANSWER | options),
+            )
+        finally:  # an interrupt may have kept transformers' `no_grad` from it
+            torch._C._set_grad_enabled(gradients)
 
     def check_options(self, options: Mapping[str, Any], effective: Container[str]) -> None:
         """Raises `ConfigurationError` for names that are not options of ``model.generate``, and for options outside

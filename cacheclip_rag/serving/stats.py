@@ -35,9 +35,10 @@ class Stats:
     finished: dict[str, dict[str, int]] = field(default_factory=dict)
     """Requests by method and by finish reason (stop, length, cancelled, error)."""
     in_flight: int = 0
-    """Requests being answered now."""
+    """Requests being answered now, each with its prompt's KV in memory: more than ``max_requests`` if streams are left
+    open."""
     waiting: int = 0
-    """Requests waiting for one of ``max_requests`` in flight to end."""
+    """Requests waiting for one of ``max_requests`` in flight to end, or for all of them to be left unread."""
     prefix: int = 0
     reused: int = 0
     recomputed: int = 0
@@ -97,7 +98,7 @@ class Tally:
         self._fallbacks: Counter[str] = Counter()
         self._finished: dict[str, Counter[str]] = {}
         self._first_token: dict[str, FirstToken] = {}
-        self._lock = threading.RLock()  # reentrant, for the same reason as that of `limit.RequestLimit`
+        self._lock = threading.RLock()  # reentrant: streams that the garbage collector ends are counted, too
 
     def add(self, report: Report) -> None:
         """Count a request that has ended."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from langchain_cacheclip import ChatCacheClip
+from langchain_core.runnables import RunnableParallel
 
 from cacheclip_rag import Engine
 from cacheclip_rag.serving import limit
@@ -197,3 +198,29 @@ async def test_a_call_that_waits_can_be_cancelled(tiny_backbone: Any, monkeypatc
         open_one.close()
         first, *others = await asyncio.gather(*waiting, return_exceptions=True)
         assert isinstance(first, asyncio.CancelledError) and [o.text for o in others] == [expected] * 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_more_branches_are_streamed_than_may_be_in_flight(tiny_backbone: Any, threads: int) -> None:
+    """The pool that steps the branches is smaller than they are many: who waits for a place holds up those with one."""
+    with Engine(tiny_backbone, method="query_guided", max_requests=2) as engine:
+        llm = ChatCacheClip.from_engine(engine, max_tokens=4)
+        chain = RunnableParallel({f"branch {i}": llm.bind(max_tokens=3 + i % 3) for i in range(8)})
+        seen: set[str] = set()
+
+        def read() -> None:
+            for piece in chain.stream("Hello.", config={"max_concurrency": threads}):
+                seen.update(piece)
+
+        reading = threading.Thread(target=read, daemon=True)
+        reading.start()
+        reading.join(120)
+        assert not reading.is_alive() and len(seen) == 8 and engine.limit.in_flight == 0
+        assert llm.invoke("Next.").text
+
+
+def test_a_seed_gives_the_same_answer(llm: ChatCacheClip) -> None:
+    sampled = llm.bind(temperature=2.0)
+    first, second, other = (sampled.invoke("Hello.", seed=seed).text for seed in (1, 1, 2))
+    assert first == second != other
+    assert "".join(piece.text for piece in sampled.stream("Hello.", seed=1)) == first

@@ -197,3 +197,22 @@ async def test_a_call_that_waits_can_be_cancelled(tiny_backbone: Any, monkeypatc
         open_one.close()
         first, *others = await asyncio.gather(*waiting, return_exceptions=True)
         assert isinstance(first, asyncio.CancelledError) and [str(other) for other in others] == [expected] * 2
+
+
+def test_more_streams_are_zipped_than_may_be_in_flight(tiny_backbone: Any) -> None:
+    with Engine(tiny_backbone, method="query_guided", max_requests=2) as engine:
+        llm = CacheClipLLM.from_engine(engine, max_new_tokens=4)
+        rows: list[Any] = []
+        reading = threading.Thread(
+            target=lambda: rows.extend(zip(*[llm.stream_complete(f"Hello {i}.") for i in range(6)], strict=False)),
+            daemon=True,
+        )
+        reading.start()
+        reading.join(120)
+        assert not reading.is_alive() and rows and len(rows[0]) == 6
+        assert llm.complete("Next.").text
+
+
+def test_a_seed_gives_the_same_answer(llm: CacheClipLLM) -> None:
+    first, second, other = (llm.complete("Hello.", temperature=2.0, seed=seed).text for seed in (1, 1, 2))
+    assert first == second != other
