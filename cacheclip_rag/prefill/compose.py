@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..chunks import ChunkKV, canonical
+from ..chunks import canonical
 from ..errors import ConfigurationError
 from ..kv.collections import Collection, Collections
 from ..kv.fit import context_fit
@@ -28,6 +27,7 @@ from ..report import ChunkUse, Report
 from .reading import Reading, read, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
+from .stages import Aligned, Loaded, Placed
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -38,51 +38,6 @@ _OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name
 
 _COPY = 64
 """Slots behind a prompt for a copy of its question, which selection may need behind the last chunk (tokens)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """The stored chunk of each span, or None, and by key the reason why it is ``missing``.
-
-    ``in_place``: whether a chunk right behind its encode prefix needs no repair.
-    """
-
-    chunks: Sequence[ChunkKV | None]
-    missing: Mapping[str, str] = field(default_factory=dict)
-    in_place: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Aligned:
-    """A prompt whose tokens are aligned with those of its stored chunks. ``scores`` gives the auxiliary model's."""
-
-    reading: Reading
-    loaded: Loaded
-    layout: Layout
-    scores: Callable[[str], list[CharacterScores]]
-
-    def without_chunks(self) -> Aligned:
-        """The same prompt, as if no chunk had stored KV."""
-        spans = self.reading.spans
-        layout = self.reading.layout([(span, None) for span in spans])
-        loaded = dataclasses.replace(self.loaded, chunks=[None] * len(spans))
-        return dataclasses.replace(self, loaded=loaded, layout=layout)
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """A prompt whose stored KV is placed on a canvas: the method's `Request`, and facts for the report.
-
-    The first ``prefix`` rows come from an earlier prompt. ``held [T]`` bool: rows with stored KV; ``in_place [T]``
-    bool: those of them that need no repair.
-    """
-
-    request: Request
-    canvas: Canvas
-    loaded: Loaded
-    prefix: int
-    held: Tensor
-    in_place: Tensor
 
 
 class Compose:

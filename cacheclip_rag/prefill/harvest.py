@@ -13,10 +13,11 @@ from ..kv.encode import HarvestedVariants
 from ..kv.encode.harvested import ChunkMass, harvest
 from ..model.canvas import Canvas
 from ..report import Report
-from .compose import Composer, Loaded
+from .compose import Composer
 from .reading import Reading, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
+from .stages import Loaded
 
 
 class Harvest:
