@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine
@@ -153,3 +155,26 @@ def test_an_interrupted_stream_has_ended(backbone: Backbone, monkeypatch: pytest
                 next(stream)
         assert engine.limit.in_flight == 0 and list(stream) == []
         assert stream.report.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_an_interrupt_leaves_pytorch_in_its_mode(backbone: Backbone, mode: Any) -> None:
+    """PyTorch leaves its modes by a function in Python, which may be interrupted before it has done anything."""
+
+    def trace(frame: Any, event: str, _: Any) -> None:
+        if frame.f_code is mode.__exit__.__code__:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    with Engine(backbone, method="query_guided") as engine:
+        engine.ensure(PASSAGES[:2])
+        expected = engine.generate(PROMPT, max_new_tokens=3).ids
+        sys.settrace(trace)
+        try:
+            engine.generate(PROMPT, max_new_tokens=3)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert engine.generate(PROMPT, max_new_tokens=3).ids == expected
