@@ -65,8 +65,8 @@ def _before() -> None:
 
 
 def _in_parent() -> None:
-    for engine, turn in _held:
-        engine.lock.let_go(turn)
+    for engine, entry in _held:
+        engine.lock.release(entry)
     del _held[:], _busy[:]
 
 
