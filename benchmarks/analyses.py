@@ -1,4 +1,4 @@
-"""Fills the tables of benchmarks/results/analyses.md from what `cacheclip analyse` and `cacheclip eval` measured.
+"""Fills the tables of benchmarks/results/analyses.md from rows of `cacheclip analyse` and `cacheclip eval`.
 
     python benchmarks/analyses.py
 
@@ -21,7 +21,7 @@ from cacheclip_eval.plots import parameter_of
 from pages import DOCS, RESULTS, copies, fill
 
 DEPTHS = ((0.0, 0.0), (0.01, 0.25), (0.25, 0.5), (0.5, 0.69), (0.69, 0.83), (0.83, 0.99), (1.0, 1.0))
-"""The first layer, stretches between, the last layer; `auto` looks at 0.69 to 0.83."""
+"""The first layer, bands between, the last layer; `auto` uses 0.69 to 0.83."""
 SELECTING = (0, 1, 4, 9, 14, 19, 23, 27)
 PLACES = ((0, 1), (1, 2), (2, 5), (5, 10), (10, 20))
 """Twentieths of a chunk."""
@@ -36,7 +36,7 @@ SHOWN = (
     "auto:context=prompts",
     "auto:context=use",
 )
-"""The systems that the figure by length has room for."""
+"""The systems in the figure by length."""
 
 Rows = Sequence[dict[str, Any]]
 
@@ -47,7 +47,7 @@ def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def agreement(rows: Rows) -> str:
-    """A model a line, stretches of its depth in columns: Jaccard, and the KL in nats."""
+    """One row per model, bands of its depth in columns: Jaccard, and the KL in nats."""
 
     def cell(model: str, low: float, high: float) -> str:
         found = [row for row in rows if row["model"] == model and low <= row["depth"] <= high]
@@ -61,7 +61,7 @@ def agreement(rows: Rows) -> str:
 
 
 def foretold(rows: Rows) -> str:
-    """The share of a layer's (line) most deviating tokens that another layer's (column) finds."""
+    """The share of a layer's (row) most deviating tokens that another layer (column) finds."""
     layers = [layer for layer in SELECTING if layer < len(rows[0]["overlap"])]
 
     def cell(selecting: int, wanted: int) -> str:
@@ -71,7 +71,7 @@ def foretold(rows: Rows) -> str:
 
 
 def where(rows: Rows) -> str:
-    """Mean key deviation by place in the chunk, a layer a line, as a multiple of the layer's mean."""
+    """Mean key deviation by place in the chunk, one row per layer, as a multiple of the layer's mean."""
 
     def cell(layer: int, first: int, last: int) -> str:
         mine = [row for row in rows if row["layer"] == layer]
@@ -86,7 +86,7 @@ def where(rows: Rows) -> str:
 
 
 def shared(rows: Rows) -> str:
-    """How much of the squared deviation is the same for all tokens of a chunk, layers in columns."""
+    """The share of the squared deviation that is common to all tokens of a chunk, layers in columns."""
     layers = [layer for layer in SELECTING if layer < len(rows[0]["overlap"]) and layer]
 
     def cell(name: str, layer: int) -> str:
@@ -97,20 +97,20 @@ def shared(rows: Rows) -> str:
 
 
 def hits(rows: Rows) -> str:
-    """What is reused a line: what it found of all prompt tokens, of which in every prompt, and where more."""
+    """One row per cache: the share of prompt tokens found, the part found in every prompt, and how often more was."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         found = [row["found"] for row in rows if row["method"] == method][1:]  # the first finds nothing
         tokens = sum(row["prompt_tokens"] for row in rows if row["method"] == method)
-        head = min(found)
-        share, of_head = sum(found) / tokens, head * len(found) / tokens
-        more = mean(number > head for number in found)
-        lines.append([method, f"{share:.1%}", f"{of_head:.1%}", f"{more:.0%}"])
+        preamble = min(found)
+        share, of_preamble = sum(found) / tokens, preamble * len(found) / tokens
+        more = mean(number > preamble for number in found)
+        lines.append([method, f"{share:.1%}", f"{of_preamble:.1%}", f"{more:.0%}"])
     return table(["cache", "found", "what every question finds", "questions that find more"], lines)
 
 
 def swept(path: Path, parameter: str) -> str:
-    """A method a line, the values of a swept parameter in columns: KL, and in brackets the agreement."""
+    """One row per method, the values of a swept parameter in columns: KL, and in brackets the agreement."""
     found: dict[str, dict[str, str]] = {}
     for record in summary(path):
         method, value = parameter_of(record["system"], parameter)
@@ -120,7 +120,7 @@ def swept(path: Path, parameter: str) -> str:
 
 
 def by_set(path: Path) -> str:
-    """A system a line, data sets in columns, named by what stands behind the last ``_``: KL and agreement."""
+    """One row per system, data sets in columns, named by what follows the last ``_``: KL and agreement."""
     found: dict[str, dict[str, str]] = {}
     for record in summary(path):
         if record["system"] != "full":
@@ -130,13 +130,13 @@ def by_set(path: Path) -> str:
 
 
 def needles(methods: Path) -> Rows:
-    """Rows of RULER, whose tasks are the same at 2k and 4k tokens."""
+    """The rows of RULER, whose tasks are the same at 2k and 4k tokens."""
     kept = rows.read(methods).values()
     return [row for row in kept if row["dataset"].startswith("ruler") and row["system"] in ("full", *SHOWN)]
 
 
 def by_length(found: Rows) -> str:
-    """A system a line, the two lengths in columns: KL, and in brackets the share of full prefill's score."""
+    """One row per system, the two lengths in columns: KL, and in brackets the share of full prefill's score."""
     sets = dict.fromkeys(row["dataset"] for row in found)
 
     def over(system: str, data: str, name: str) -> float:

@@ -1,7 +1,7 @@
-"""What papers claim of their methods, and what `auto` is meant to reach, held against rows: tables for `results.py`.
+"""Published claims, and the goals of `auto`, checked against rows: tables for `results.py`.
 
-Papers measured on larger models, other data and often a ratio of 0.2; so this says whether a claim carries over, not
-whether it was true there.
+Papers measured with larger models, other data and often a ratio of 0.2. So this shows whether a claim carries over, not
+whether it holds there.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ def by_system(path: Path) -> Scores:
 def pairs(
     scores: Scores, system: str, other: str, sets: str = "", name: str = "score"
 ) -> tuple[list[float], list[float]]:
-    """The scores (or another number) of both on the items that both have answered."""
+    """The scores (or another measure) of both systems on the items that both have answered."""
     mine, others = scores.get(system, {}), scores.get(other, {})
     items = [item for item in mine if item in others and item[0].startswith(sets)]
     return [mine[item][name] for item in items], [others[item][name] for item in items]
 
 
 def published(scores: Scores) -> str:
-    """A Markdown table. A claim holds, or not, where the interval of ``score - share * other's`` excludes 0; of two
-    methods the one that stays closer to full prefill is named as well.
+    """A Markdown table of claims. A claim holds, or does not, if the interval of ``score - share * other's`` excludes
+    0. For two methods, the KL column says which one is closer to full prefill.
     """
     lines = []
     for claim in CLAIMS:
@@ -109,7 +109,7 @@ def _closer(mine: list[float], others: list[float]) -> str:
 
 
 def aims(scores: Scores, auto: str) -> str:
-    """A Markdown table of what `auto` is meant to reach, over the sets it was asked about, all counting the same."""
+    """A Markdown table of the goals of `auto`, over the sets it has answered, with equal weights."""
     sets = list(dict.fromkeys(data for data, _ in scores[auto]))
 
     def over(system: str, name: str) -> float:

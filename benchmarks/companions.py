@@ -1,11 +1,11 @@
-"""How many of a passage's most similar others are in fact retrieved together with it.
+"""How many of a passage's most similar passages are retrieved together with it.
 
     python benchmarks/companions.py DATA/xquad_fusion DATA/2wikimultihopqa --neighbours 2 5 10 15
 
-For every passage of every question, among all passages of the file and of a `corpus.jsonl` beside it: which share of
-its nearest neighbours (MiniLM's embeddings) stands in the same prompt, and which share of that prompt's others is
-among them. Fusing by resemblance can only help as far as the first is high; what a chunk meets without having been
-fused with it is the rest of the second.
+For every passage of every question, among all passages of the file and of a `corpus.jsonl` beside it: the share of its
+nearest neighbours (MiniLM embeddings) that are in the same prompt, and the share of the prompt's other passages that
+are among its neighbours. Fusing with similar chunks can help only if the first share is high; the rest of the second
+are passages in the prompt that the chunk was not fused with.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from cacheclip_rag.corpus.neighbours import Neighbourhood
 
 
 def shares(prompts: list[list[str]], nearest: dict[str, list[str]], count: int) -> tuple[float, float]:
-    """Of ``count`` neighbours the share that stands in the same prompt; of its others the share among them."""
-    met, covered = [], []
+    """The share of ``count`` neighbours in the same prompt, and the share of the prompt's other passages among them."""
+    together, covered = [], []
     for texts in prompts:
         for text in texts:
             others, neighbours = set(texts) - {text}, set(nearest[text][:count])
             if others and neighbours:
-                met.append(len(others & neighbours) / len(neighbours))
+                together.append(len(others & neighbours) / len(neighbours))
                 covered.append(len(others & neighbours) / len(others))
-    return float(np.mean(met)), float(np.mean(covered))
+    return float(np.mean(together)), float(np.mean(covered))
 
 
 def main() -> None:
@@ -46,9 +46,10 @@ def main() -> None:
         neighbourhood.add(texts, embed(texts))
         nearest = neighbourhood.nearest({t for texts in prompts for t in texts})
         for count in arguments.neighbours:
-            met, covered = shares(prompts, nearest, count)
+            together, covered = shares(prompts, nearest, count)
             print(
-                f"| {source.name} | {len(prompts)} | {len(texts):,} | {count} | {met:.0%} | {covered:.0%} |", flush=True
+                f"| {source.name} | {len(prompts)} | {len(texts):,} | {count} | {together:.0%} | {covered:.0%} |",
+                flush=True,
             )
 
 

@@ -1,10 +1,10 @@
-"""One engine, several users: throughput and time to first token, as ratios to one user's.
+"""Throughput and time to first token of one engine with several users, relative to one user.
 
     python benchmarks/concurrency.py --model smollm2-135m-instruct --users 1 4 16
 
-Every user asks one question after another about four known chunks of the shipped PEPs, from a thread of its own, and
-reads a short answer as it is streamed. The same questions are asked whatever the number of users. Beside it: what it
-costs to recognise ten chunks in a prompt when 10,000 are known.
+Every user is a thread that asks one question after another about four stored chunks of the shipped PEPs, and reads a
+short streamed answer. The questions are the same for any number of users. Also measured: the cost of recognising ten
+chunks in a prompt among 10,000 known ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cacheclip_rag.prompt import ChunkIndex
 
 
 def ask_all(engine: Engine, prompts: list[str], users: int, tokens: int) -> tuple[float, list[float], list[str]]:
-    """Seconds for all, seconds to the first token of each (waiting included), and the answers."""
+    """Seconds for all prompts, seconds to the first token of each (including waiting), and the answers."""
     questions: SimpleQueue[int] = SimpleQueue()
     for number in range(len(prompts)):
         questions.put(number)
@@ -78,7 +78,7 @@ def users_table(engine: Engine, users: list[int], requests: int, tokens: int) ->
 
 
 def recognition(count: int = 10_000, size: int = 1600, trials: int = 20) -> None:
-    """How much CPU it takes to find ten chunks, or none, in a prompt of 17,000 characters when many are known."""
+    """CPU time to find ten chunks, or none, in a prompt of 17,000 characters, with ``count`` known chunks."""
     generator = random.Random(0)
     corpus = " ".join(path.read_text(encoding="utf-8") for path in sorted(CORPUS.glob("*.txt")))
     words = sorted({word for word in corpus.split() if word.isalpha()})
@@ -105,7 +105,7 @@ def recognition(count: int = 10_000, size: int = 1600, trials: int = 20) -> None
             f"recognition, {count} chunks known, prompt of {len(prompt)} characters, {name}: "
             f"{1000 * median(times):.1f} ms of CPU"
         )
-    print(f"making a chunk known: {1e6 * adding / count:.0f} µs of CPU")
+    print(f"adding a chunk to the index: {1e6 * adding / count:.0f} µs of CPU")
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Is ratio 1 full prefill? The engine's greedy answers against transformers' own, on real prompts.
+"""Checks that ratio 1 equals full prefill: the engine's greedy answers against transformers' own, on real prompts.
 
     python benchmarks/exact.py --model qwen2.5-coder-0.5b-instruct --prompts 20
 
-In float32 every token must be equal; in bfloat16 near ties may fall the other way and are counted and shown.
+In float32 every token must be equal; in bfloat16 near ties may be decided differently and are counted and shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cacheclip_rag import Engine
 
 @torch.inference_mode()
 def reference(engine: Engine, prompt: str, count: int) -> tuple[list[int], torch.Tensor]:
-    """transformers' greedy ids and its logits at each of them, with its own attention and cache."""
+    """transformers' greedy token ids and the logits of each, with its own attention and cache."""
     model = engine.backbone.model
     model.set_attn_implementation("sdpa")
     try:

@@ -1,11 +1,11 @@
-"""What fusing a chunk costs, next to encoding it.
+"""The cost of fusing a chunk, relative to encoding it.
 
     python benchmarks/fusing.py DATA/xquad_fusion --neighbours 2 5 10 15
 
-Passages of the questions, each fused behind its most similar others (MiniLM's embeddings among all passages of the file
-and of a `corpus.jsonl` beside it), and encoded by itself right before: medians of paired runs. A fused variant takes as
-many bytes as the chunk by itself, and stands beside it. At last the same for short chunks, cut from these passages, one
-by one and together.
+Each passage of the questions is encoded in isolation and then fused behind its most similar passages (MiniLM embeddings
+of all passages of the file and of a `corpus.jsonl` beside it): medians of paired runs. A fused variant takes as many
+bytes as the isolated chunk, and is stored besides it. Finally, short chunks cut from these passages are fused one by
+one and in one batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def costs(engine: Engine, nearest: Mapping[str, Sequence[str]], count: int) -> tuple[float, float]:
-    """Seconds a chunk takes to be fused with ``count`` neighbours, and by how much that is more than encoding it."""
+    """Seconds to fuse a chunk with ``count`` neighbours, and their ratio to the seconds of encoding it."""
     fusing, times = [], []
     for text, context in nearest.items():
         engine.ensure([text, *context[:count]])
@@ -42,8 +42,8 @@ def costs(engine: Engine, nearest: Mapping[str, Sequence[str]], count: int) -> t
     return median(fusing[1:]), median(times[1:])  # the first one warms up
 
 
-def batch_characters(engine: Engine, texts: Sequence[str], count: int, pairs: int = 5) -> float:
-    """How many times sooner short chunks are fused together than one by one: the median of paired runs."""
+def batch_speedup(engine: Engine, texts: Sequence[str], count: int, pairs: int = 5) -> float:
+    """How many times faster short chunks are fused in one batch than one by one: the median of paired runs."""
     engine.ensure(texts)
     ratios = []
     for pair in range(pairs + 1):
@@ -77,7 +77,10 @@ def main() -> None:
         fusing, times = costs(engine, chosen, count)
         print(f"| {count} | {fusing * 1000:.0f} | {times:.2f} |", flush=True)
     short = [text[at : at + SHORT] for text in texts for at in range(0, len(text) - SHORT, SHORT)]
-    print(f"\n{batch_characters(engine, short, 5):.2f} times faster together: ten chunks of {SHORT} characters, five")
+    print(
+        f"\n{batch_speedup(engine, short, 5):.2f} times faster in one batch: ten chunks of {SHORT} characters, "
+        "five neighbours each"
+    )
 
 
 if __name__ == "__main__":

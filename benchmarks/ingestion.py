@@ -1,11 +1,11 @@
-"""Ten thousand chunks through both frameworks' ingestion: interrupted, resumed, and changed afterwards.
+"""Ingestion of ten thousand chunks through a framework: interrupted, resumed, repeated, and with changes.
 
     python benchmarks/ingestion.py --model smollm2-135m-instruct --chunks 10000 --framework llama-index
 
-The chunks are passages of the shipped PEPs, cut at random places, each a document of its own; vectors are the
-frameworks' own stand-ins, since only the KV is looked at. `IngestionPipeline` with upserts or `index()` with
-incremental clean-up runs four times: interrupted at two fifths, to its end, with nothing changed, and with a hundredth
-of the documents changed. Encoding together is compared with encoding one by one in pairs, before.
+The chunks are passages of the shipped PEPs, cut at random, each a document of its own; embeddings are the frameworks'
+mock ones, since only KV is measured. `IngestionPipeline` with upserts, or `index()` with incremental clean-up, runs
+four times: interrupted at two fifths, to its end, without changes, and with one document in a hundred changed. Before
+that, encoding in batches is compared with encoding one by one, in paired runs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ FRAMEWORKS = {"llama-index": llama_index, "langchain": langchain}
 
 
 def speedup(engine: Engine, texts: list[str], pairs: int = 5) -> float:
-    """How many times sooner chunks are encoded that share a forward: the median of paired runs."""
+    """How many times faster chunks are encoded that share a forward: the median of paired runs."""
     ratios = []
     groups = batches(texts, batch_characters(engine.backbone.device))
     for _, group in zip(range(pairs + 1), groups, strict=False):
@@ -147,7 +147,7 @@ def main() -> None:
             "disk_bytes": 100 * 2**30,
         }
         with Engine(arguments.model, method="query_guided", **options) as engine:
-            print(f"together {speedup(engine, texts):.2f} times sooner than one by one\n")
+            print(f"in batches {speedup(engine, texts):.2f} times faster than one by one\n")
             run = FRAMEWORKS[arguments.framework](engine)
             print("| run | encoded | known after it | time | peak memory of the process |\n|---|---|---|---|---|")
             interrupt_at(engine, 2 * len(texts) // 5)

@@ -1,6 +1,6 @@
-"""Markdown pages with generated tables: the words are written by hand, the tables are filled in between two comments.
+"""Fills generated tables into Markdown pages whose text is written by hand.
 
-A table called NAME stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+The table NAME is inserted between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ DOCS = HERE.parent / "docs"
 
 _BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 _RENAMED = {"company": "context", "window": "group_size"}
-"""Parameters that rows made before they were renamed still have in their labels."""
+"""Renamed parameters, whose former names older rows have in their labels."""
 
 
 def fill(pages: Iterable[Path], tables: Mapping[str, str], *, check: bool = False) -> list[Path]:
-    """Put each table between its markers. Returns the pages that this changed, or, with ``check``, would change.
+    """Insert each table between its markers. Returns the pages that this changed, or, with ``check``, would change.
 
-    Raises ValueError for a marker without a table, and for a table that no page has a place for.
+    Raises ValueError for a marker without a table, and for a table without a marker.
     """
     changed, placed = [], set()
     for page in pages:
@@ -44,7 +44,7 @@ def fill(pages: Iterable[Path], tables: Mapping[str, str], *, check: bool = Fals
 
 
 def relabelled(label: str) -> str:
-    """A system's label with the parameters' names of today, in alphabetical order."""
+    """A system's label with the current names of parameters, sorted."""
     head, colon, rest = label.partition(":")
     if not colon:
         return label
@@ -53,7 +53,7 @@ def relabelled(label: str) -> str:
 
 
 def copies(names: Iterable[str], folder: Path) -> dict[str, Path]:
-    """Committed rows with today's labels, copied into ``folder``; those that were never made are left out."""
+    """Copies of committed rows in ``folder``, with current labels, by name; missing files are skipped."""
     found = {}
     for name in names:
         if not (path := RESULTS / f"{name}.jsonl").exists():

@@ -1,10 +1,10 @@
-"""FusionRAG's Alternative Path against an ordinary prefix cache, simulated: storage, chunks computed twice, hits.
+"""A simulation of FusionRAG's Alternative Path against a prefix cache: storage, repeated computation, hits.
 
     python benchmarks/paths.py
 
-The paper (arXiv 2601.12904, 5.3.3) says: 1,000 queries; 60 % of chunks from the knowledge base, 30 % new but shared
-among users, 10 % unique; storage -71 %, 82.3 % of recomputes of chunks seen before removed, 77.9 % hits. It says
-neither how many chunks a query has nor how popular they are; the rows below vary both.
+The paper (arXiv 2601.12904, 5.3.3) reports: 1,000 queries; 60 % of chunks from the knowledge base, 30 % new but shared
+among users, 10 % unique; storage -71 %, 82.3 % of the repeated computations of chunks removed, 77.9 % hits. It gives
+neither the number of chunks per query nor their popularity; the rows below vary both.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from itertools import accumulate
 from cacheclip_rag.errors import ConfigurationError
 
 Path = tuple[str, ...]
-"""The chunks that a copy stands behind, and itself."""
+"""The chunks that a copy was computed behind, and the chunk itself."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Questions as FusionRAG's simulation draws them; what the paper does not say (``chunks_each``, ``skew``) is ours.
+    """Queries as in FusionRAG's simulation; ``chunks_each`` and ``skew``, which the paper does not give, are ours.
 
-    Each of ``queries`` retrieves ``chunks_each`` chunks. A share of ``known`` comes from ``base`` chunks that are in
-    the knowledge base, one of ``shared`` from ``pool`` chunks that users bring and have in common, the rest are seen
-    once. Chunks of the first two kinds are drawn by Zipf's law with exponent ``skew``.
+    Each of ``queries`` retrieves ``chunks_each`` chunks: the share ``known`` from the ``base`` chunks of the knowledge
+    base, the share ``shared`` from ``pool`` chunks that several users upload, and the rest are unique. Chunks of the
+    first two kinds are drawn by Zipf's law with exponent ``skew``.
     """
 
     queries: int = 1000
@@ -45,7 +45,7 @@ class Workload:
             raise ConfigurationError("known and shared are shares: at least 0, and 1 at most together")
 
     def __iter__(self) -> Iterator[list[str]]:
-        """The chunks of each query, in order, none twice in one."""
+        """The chunks of each query, in order, without repetition."""
         draw = random.Random(self.seed)
         weights = {kind: _zipf(size, self.skew) for kind, size in (("base", self.base), ("pool", self.pool))}
         for query in range(self.queries):
@@ -64,7 +64,7 @@ class Workload:
 
 @dataclass
 class Outcome:
-    """What one cache made of a workload, in chunks. ``again``: computed although it had been computed before."""
+    """The counts of one cache over a workload, in chunks. ``again``: computed although computed before."""
 
     asked: int = 0
     hit: int = 0
@@ -73,9 +73,9 @@ class Outcome:
 
 
 def simulate(workload: Workload) -> tuple[Outcome, Outcome]:
-    """An ordinary prefix cache, and the Alternative Path, over the same questions; neither evicts anything.
+    """Run a prefix cache and the Alternative Path over the same queries; neither evicts anything.
 
-    Both start with the knowledge base computed chunk by chunk behind the shared prefix.
+    Both start with every chunk of the knowledge base computed behind the shared prefix.
     """
     prefix, ours = Outcome(), Outcome()
     base = {f"base {number}" for number in range(workload.base)}
@@ -91,7 +91,7 @@ def simulate(workload: Workload) -> tuple[Outcome, Outcome]:
             else:
                 paths.add(path)
                 prefix.again += chunk in seen
-            # A chunk that is not there is computed behind the shared prefix, where every later path ends.
+            # A missing chunk is computed behind the shared prefix, which every later path falls back to.
             if chunk in copies:
                 ours.hit += 1
             copies.add(chunk)

@@ -1,4 +1,4 @@
-"""Systems over the items of all sets together, each against another one: a table for `results.py`."""
+"""Systems over the pooled items of all sets, each compared with another one: a table for `results.py`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cacheclip_eval import paired
 
 
 def pooled(rows: Path, against: Callable[[str], str]) -> str:
-    """A Markdown table, a system a line, over the items that all have answered, each counting the same.
+    """A Markdown table with one row per system, over the items that all systems have answered, with equal weights.
 
-    The last column is the mean difference of the KL, with its interval, to that of the system ``against(label)`` on the
-    same items.
+    The last column is the mean difference in KL, with its interval, from the system ``against(label)`` on the same
+    items.
     """
     scores = claims.by_system(rows)
     items = set.intersection(*map(set, scores.values()))

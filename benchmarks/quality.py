@@ -1,8 +1,8 @@
-"""Quality of the methods against full prefill, on JSONL data in the format of `cacheclip_eval.data`.
+"""Quality of methods against full prefill, on JSONL data in the format of `cacheclip_eval.data`.
 
     python benchmarks/quality.py DATA_FOLDER --out benchmarks/results/quality-1.5b.jsonl
 
-Resumable: rows are appended item by item, and a second call goes on where the first one stopped.
+Resumable: rows are appended item by item, and a second call continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cacheclip_eval import Item, System, read, run, spread, summarise
 
 from cacheclip_rag import Engine
 
-# How many items of each set, fixed before any result was seen.
+# Items of each set, fixed before any result was seen.
 SETS = {"hotpotqa_distractor": 20, "xquad_fusion": 20, "ruler_2k": 14, "ruler_4k": 14}
 
 

@@ -1,10 +1,10 @@
 """Fills the tables of benchmarks/results/*.md and docs/results.md from the committed rows.
 
-    python benchmarks/results.py            # rewrites the tables and the pictures
-    python benchmarks/results.py --check    # fails if a table is not what the rows give
+    python benchmarks/results.py            # rewrites the tables and the figures
+    python benchmarks/results.py --check    # fails if a table differs from what the rows give
 
-The rows come from `make results DATA=folder`, which can be stopped and resumed: a set that not all systems have
-answered to its end is left out, and said to be. The words of the pages are written by hand.
+The rows come from `make results DATA=folder`, which can be stopped and resumed. A set that some system has not finished
+is left out and listed as such. The text of the pages is written by hand.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from pages import DOCS, RESULTS, copies, fill
 from pooled import pooled
 
 ITEMS = 20
-"""Of a set that is finished."""
+"""Items of a finished set."""
 ROWS = ("methods", "exact", "unseen", "fresh", "scales", "tuned", "recipe", "neighbours", "quality", "fusion")
 
 WARM = "auto:context=prompts"
 COLD = "auto@0.15:fused=False"
 WITHOUT = {COLD: "auto@0.15:carry=0,fused=False", WARM: "auto:carry=0,context=prompts"}
-"""What carries over what recomputing changed, and the same without."""
+"""`auto` over warm and cold chunks, and the same systems without `Carry`."""
 BESIDE = {"naive", "cacheblend@0.15", "cacheclip@0.15", "query_guided@0.15", "infoflow@0.15", "auto:context=use"}
-"""What they are shown beside."""
+"""Systems shown beside those of `WITHOUT`."""
 SELECTION = "query_guided@0.1:context=prompts,group_size=1,layers=(0.69,0.83),normalise=chunk"
 """The selection of `auto`, among the rows about its parts."""
 
@@ -70,12 +70,12 @@ DRAWN = {
     WARM: ("left", 3),
     "auto:context=use": ("right", 0),
 }
-"""What the picture of docs/results.md shows: published methods at 0.15, plain reuse, `auto`. Beside each: its label's
-alignment, and how many points up it is moved."""
+"""The systems in the figure of docs/results.md: published methods at 0.15, plain reuse, `auto`; for each, the alignment
+of its label and its vertical offset in points."""
 
 
 def finished(rows: Path, folder: Path) -> tuple[Path, dict[str, int]]:
-    """The rows of sets that every system asked about them has finished, and how far the other sets are."""
+    """The rows of sets that all their systems have finished, and the number of answered items of the other sets."""
     lines = [line for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
     done = Counter((row["dataset"], row["system"]) for row in map(json.loads, lines) if "error" not in row)
     least: dict[str, int] = {}
@@ -89,7 +89,7 @@ def finished(rows: Path, folder: Path) -> tuple[Path, dict[str, int]]:
 
 
 def common(rows: Path, folder: Path, items: int = 8) -> Path:
-    """The rows of items that every system has answered, of the systems that have answered ``items`` of a set at all."""
+    """The rows of items that every system has answered, for systems with at least ``items`` answers in a set."""
     lines = [line for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
     good = [(line, row) for line, row in ((line, json.loads(line)) for line in lines) if "error" not in row]
     answered: dict[tuple[str, str], set[str]] = {}
@@ -106,7 +106,7 @@ def common(rows: Path, folder: Path, items: int = 8) -> Path:
 
 
 def carried(sources: Iterable[Path], folder: Path) -> Path:
-    """The rows of a few systems, on the sets on which `auto` over cold chunks has been answered with carrying over."""
+    """The rows of the systems around `WITHOUT`, on the sets that `auto` over cold chunks has answered."""
     lines = [line for path in sources for line in path.read_text(encoding="utf-8").splitlines()]
     good = [(line, row) for line, row in ((line, json.loads(line)) for line in lines) if "error" not in row]
     sets = {row["dataset"] for _, row in good if row["system"] == COLD}
@@ -128,7 +128,7 @@ def forty(first: Path, last: Path, folder: Path) -> Path:
 
 
 def overall(rows: Path) -> str:
-    """A Markdown table of each system's means over the sets, every set counting the same."""
+    """A Markdown table of each system's means over the sets, with equal weights."""
     records = summary(rows)
     full = {r["dataset"]: r["score"] for r in records if r["system"] == "full"}
     lines = []
@@ -145,7 +145,7 @@ def overall(rows: Path) -> str:
 
 
 def chosen(rows: Path) -> str:
-    """The table of docs/results.md: the sets of ``rows`` but NQ together, each counting the same, and NQ by itself."""
+    """The table of docs/results.md: means over the sets but NQ, with equal weights, and NQ separately."""
     records = summary(rows)
 
     def over(system: str, name: str, nq: bool) -> float:
@@ -163,9 +163,9 @@ def chosen(rows: Path) -> str:
 
 
 def pareto(rows: Path) -> None:
-    """Draw KL against the recomputed share, averaged over all sets, and KL against time, a panel a set.
+    """Draw KL against the recomputed share, averaged over all sets, and KL against time, one panel per set.
 
-    The picture of the documentation shows shares because the rows' times come from a busy machine.
+    The figure in the documentation shows shares because the rows' times come from a busy machine.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -194,7 +194,7 @@ def pareto(rows: Path) -> None:
 
 
 def speed() -> dict[str, str]:
-    """Tables of what `benchmarks/speed.py` measured: speedups, where the time goes, ingestion and memory."""
+    """Tables of the rows of `benchmarks/speed.py`: speedups, time by stage, ingestion and memory."""
     found = [
         json.loads(line)
         for name in ("speed", "speed-auto")

@@ -1,11 +1,11 @@
-"""Time to first token against full prefill, with quality beside it: medians of paired runs in one process.
+"""Time to first token against full prefill, with quality: medians of paired runs in one process.
 
     python benchmarks/speed.py --model qwen2.5-coder-0.5b-instruct --tokens 2000 6000
 
 Every pair runs transformers' own full prefill (sdpa) and the engine on the same prompt, with the same weights in
-memory, one right after the other, in alternating order. Nothing of the engine is left out of its time: recognition,
-tokenisation, loading, placing, selection, recompute. Ten chunks of the shipped PEPs; the prompt is new each time, so
-that only chunk KV and the template's head can be reused.
+memory, one right after the other, in alternating order. The engine's time includes everything: recognition,
+tokenisation, loading, placing, selection, recompute. Prompts contain ten chunks of the shipped PEPs and are new each
+time, so that only chunk KV and the template's preamble can be reused.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def baseline(engine: Engine, prompt: str) -> tuple[float, torch.Tensor]:
 
 
 def drop_page_cache(folder: Path) -> None:
-    """Ask the operating system to forget these files, so that loading them reads the disk."""
+    """Drop these files from the operating system's page cache, so that loading them reads the disk."""
     for path in folder.rglob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -93,7 +93,7 @@ def first_token(engine: Engine, prompt: str, question: str, method: str, ratio: 
 
 
 def fuse(engine: Engine, chunks: list[str], method: str) -> None:
-    """For methods that take fused variants: the chunks as an earlier prompt held them, the second half first."""
+    """For methods with fused variants: fuse the chunks as in an earlier prompt with the second half first."""
     if resolve(method).fit is not None:
         half = len(chunks) // 2
         engine.fuse_in_order([[*chunks[half:], *chunks[:half]]], method=method)
@@ -102,7 +102,7 @@ def fuse(engine: Engine, chunks: list[str], method: str) -> None:
 def pair(
     engine: Engine, chunks: list[str], question: str, method: str, ratio: float | None, order: int, folder: Path
 ) -> dict:
-    """One prompt, four ways: full prefill, reuse with KV in memory, reuse with KV on disk, and what they agree on."""
+    """Measure one prompt: full prefill, reuse with KV in memory, reuse with KV on disk, and the agreement of logits."""
     engine.ensure(chunks)
     fuse(engine, chunks, method)
     prompt = prompt_of(engine, chunks, question)
@@ -136,8 +136,8 @@ def measure(engine: Engine, tokens: int, pairs: int, ratio: float, method: str, 
         "prompt tokens": median(r.prompt_tokens for r in memory),
         "ratio": round(median(r.ratio for r in memory), 3),
         "full prefill (s)": round(median(row["full"] for row in rows), 2),
-        "times sooner, KV in memory": round(median(row["full"] / row["memory"].ttft for row in rows), 2),
-        "times sooner, KV on disk": round(median(row["full"] / row["disk"].ttft for row in rows), 2),
+        "times faster, KV in memory": round(median(row["full"] / row["memory"].ttft for row in rows), 2),
+        "times faster, KV on disk": round(median(row["full"] / row["disk"].ttft for row in rows), 2),
         "bound": round(median(r.bound for r in memory), 2),
         "first tokens equal": f"{sum(row['equal'] for row in rows)}/{len(rows)}",
         "KL of the first token": round(median(row["kl"] for row in rows), 4),
@@ -165,7 +165,7 @@ def encoding_cost(engine: Engine, pairs: int = 7) -> float:
 
 
 def peak_memory(engine: Engine, tokens: int) -> dict:
-    """Resident bytes a request adds at its peak, beside its canvas."""
+    """The resident memory that a request adds at its peak, and its canvas."""
     chunks = chunks_of(engine, tokens, random.Random(2))
     engine.ensure(chunks)
     prompt = prompt_of(engine, chunks, "What is proposed?")

@@ -1,11 +1,10 @@
-"""What the store's promises cost: put and get against plain safetensors, and a folder of many entries.
+"""The overhead of the chunk store: put and get against plain safetensors, and a folder of many entries.
 
-Every get is paired with plain loads made right after it, and every put with a plain save, so that what else the
-machine does falls on both; the ratio is the median of the pairs' ratios. All loads end with the tensors in memory of
-their own, every byte read: ``load`` reads the file and hands it to ``safetensors.torch.load``; ``load_file`` maps the
-file and would read nothing before somebody looks at the tensors, so they are cloned. Files come from the page cache,
-so loading is processor time of the calling thread, and that is what gets are measured in: other processes still slow
-it down by what they do to the processor's caches. Puts are measured by the clock.
+Every get is paired with a plain load right after it, and every put with a plain save, so that other load on the machine
+affects both; the ratio is the median of the pairs' ratios. After every load, all bytes are in tensors of their own:
+``load`` reads the file and passes it to ``safetensors.torch.load``; ``load_file`` maps the file and reads lazily, so
+its tensors are cloned. Files are in the page cache, so loading takes processor time of the calling thread, which is
+what is measured for gets (other processes can still evict the processor's caches). Puts are measured in wall time.
 
     python benchmarks/store.py                     # 1, 8 and 64 MiB; 100,000 entries; one to two minutes
     python benchmarks/store.py --folder /mnt/disk  # on another file system than the temporary folder's
@@ -54,8 +53,8 @@ def worked(work: Callable[[], Any]) -> float:
     return (time.thread_time() - start) * 1e3
 
 
-def merge_rows(work: Callable[[], Any]) -> tuple[float, float]:
-    """Milliseconds by the clock, and of this process's processor time."""
+def timed_both(work: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of wall time, and of this process's processor time."""
     processor = time.process_time()
     clock = timed(work)
     return clock, (time.process_time() - processor) * 1e3
@@ -117,7 +116,7 @@ def many(folder: Path, count: int) -> list[str]:
     rows = []
 
     def row(what: str, work: Callable[[], Any], times: int = 1) -> None:
-        taken = [merge_rows(work) for _ in range(times)]
+        taken = [timed_both(work) for _ in range(times)]
         cells = [
             f"{one / 1e3:.2f} s" if one >= 1000 else f"{one:.3g} ms"
             for one in map(statistics.median, zip(*taken, strict=True))

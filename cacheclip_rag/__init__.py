@@ -1,6 +1,6 @@
-"""cacheclip_rag: a RAG application's LLM stops re-reading the same documents.
+"""RAG answers from cached KV: each chunk is read once, at ingestion, and reused wherever it stands in a prompt.
 
-Names are imported when they are first used, so that ``cacheclip --help`` need not wait for torch.
+Names are imported on first use, so that ``cacheclip --help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError, WeightsError
     from .methods import METHODS, Method
     from .model.backbone import Backbone
+    from .prompt import RenderedPrompt
     from .report import ChunkUse, Report
     from .serving.decoding import TextStream
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Method": "methods",
     "NotComposable": "errors",
     "PromptError": "errors",
+    "RenderedPrompt": "prompt",
     "Report": "report",
     "Stats": "serving.stats",
     "StoreError": "errors",
@@ -51,6 +53,7 @@ __all__ = [
     "Method",
     "NotComposable",
     "PromptError",
+    "RenderedPrompt",
     "Report",
     "Stats",
     "StoreError",

@@ -1,4 +1,4 @@
-"""Chunks, their KV, and the names under which both are known."""
+"""Chunks, their KV, and the keys both are stored under."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 from torch import Tensor
 
 MIN_CHARS = 64
-"""Chunks shorter than this (characters) are not worth recognising: prefilling them is as quick."""
+"""Chunks shorter than this (characters) are not stored: prefilling them is as quick."""
 
 
 def canonical(text: str) -> str:
-    """The text a chunk is known by: stripped, because prompt builders and chat templates strip what they insert."""
+    """The text that identifies a chunk: stripped, because prompt builders and chat templates strip what they insert."""
     return text.strip()
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """Everything, beside the text, that a chunk's KV depends on. Another value anywhere is another namespace.
+    """Everything, besides the text, that a chunk's KV depends on. Any other value is another namespace.
 
-    ``fields`` is JSON-like; `digest` is the sha256 of its canonical form, in hex. With a ``secret``, the names of
-    chunks are keyed digests and their files are authenticated by it: who does not know it cannot tell from a name which
-    text is stored, nor put a chunk in its place. Another secret is another namespace.
+    ``fields`` is JSON-like; `digest` is the sha256 of its canonical form, in hex. With a ``secret``, keys are keyed
+    digests and files are authenticated: without the secret nobody can tell from a key which text is stored, nor replace
+    a chunk. Another secret is another namespace.
     """
 
     fields: Mapping[str, Any]
@@ -46,9 +46,7 @@ class Namespace:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     def key(self, text: str, context: Sequence[str] = (), in_sequence: bool = False) -> str:
-        """The digest (hex) under which the KV of a chunk with this text is stored, computed in this context (see
-        `ChunkKV`).
-        """
+        """The digest (hex) that the KV of this text is stored under, computed in this context (see `ChunkKV`)."""
         text = canonical(text)
         if context:  # texts may hold any character, so each is preceded by its length
             parts = "".join(f"{len(part)}:{part}" for part in (text, *context))
@@ -62,16 +60,18 @@ class Namespace:
 
 @dataclass(frozen=True, eq=False)
 class ChunkKV:
-    """One chunk's KV cache as it is stored.
+    """One chunk's KV as it is stored.
 
     ``keys``, ``values [L, Hk, n, D]``; ``ids [n]`` int64 and ``offsets [n, 2]`` int64 (character span in ``text``) are
-    the tokenisation the KV belongs to; ``extra`` is what an encoder keeps beside it, tensors ``[n, ...]`` by name. Keys
-    are rotated: token j stands at RoPE position ``position + j``. Keeping the position they were computed at, instead
-    of rotating back to 0, spares a rounding, and a chunk that is placed where it was encoded is copied bit for bit.
-    ``packing`` is what a store keeps beside KV of fewer bits (`store.int8`); empty for KV that can be used.
-    ``context``: the texts of the chunks that stood before this one when its KV was computed, in their order. It holds
-    something of theirs, and goes when one of them goes. ``in_sequence``: these were computed as one text, as in a
-    prompt; otherwise each by itself.
+    the tokenisation the KV belongs to; ``extra`` holds further tensors of the encoder, ``[n, ...]`` by name.
+
+    Keys are rotated: token j is at RoPE position ``position + j``, the position it was computed at. Rotating it back to
+    0 would add a rounding error, and a chunk placed where it was encoded is copied bit for bit.
+
+    ``context``: the texts of the chunks that this one was computed behind, in order. The KV contains information from
+    all of them, so it is deleted together with any of them. ``in_sequence``: the context was computed as one text, as
+    in a prompt; otherwise each of its chunks by itself. ``packing``: scales of quantised KV (`store.int8`); empty for
+    KV in the model's dtype.
     """
 
     text: str

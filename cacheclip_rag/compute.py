@@ -1,17 +1,18 @@
-"""What methods need of a model: compute some rows of a prompt over its KV, look at a layer before it attends, write KV.
+"""What methods need from a model: compute some rows of a prompt over its KV, hook a layer before it attends, write KV.
 
-Selection, recompute and attention scores are written against these protocols and know nothing of transformers.
-`cacheclip_rag.model` implements them on a model of transformers. An engine with paged KV can, too: a run of rows
-``[a, b)`` is a sequence of query length ``b - a`` and context length ``b``, whose bottom-right causal mask is exactly
-``slot <= row``. What such an engine cannot do (read its cache back, modify scores) is asked for here only by `placed`,
-which may be kept beside the cache, and by `ScoreMod`.
+Selection, recompute and attention scores are written against these protocols and do not depend on transformers.
+`cacheclip_rag.model` implements them for models of transformers. An engine with paged KV can implement them as well: a
+run of rows ``[a, b)`` is a sequence of query length ``b - a`` and context length ``b``, whose bottom-right causal mask
+is exactly ``slot <= row``. Such an engine cannot read its cache back or modify scores. Only `Workspace.placed`, whose
+tensors can be kept beside the cache, and `ScoreMod` ask for that.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ from torch import Tensor
 from .chunks import ChunkKV
 
 Rotation = Callable[[Tensor, int], Tensor]
-"""``rotation(keys [n, Hk, D] float32, layer)``: one layer's rotated keys, each moved by a distance of its own."""
+"""``rotation(keys [n, Hk, D] float32, layer)``: moves the RoPE position of one layer's keys, each by its own offset."""
 
 
 class StopForward(Exception):
-    """Raised by a hook that has seen what it came for: the forward ends there, without logits."""
+    """Raised by a hook to end the forward early; there are no logits then."""
 
 
 class Workspace(Protocol):
-    """One request's KV: ``capacity`` slots in every layer, ``length`` of them in use. Row i of the prompt is slot i."""
+    """One request's KV cache: ``capacity`` slots per layer, ``length`` of them used. Row i of the prompt is slot i."""
 
     length: int
 
@@ -44,15 +45,15 @@ class Workspace(Protocol):
         """Copy KV ``[n, Hk, D]`` of one layer to the slots ``rows [n]``."""
 
     def placed(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[capacity, Hk, D]`` of one layer as they stand, to read."""
+        """The current keys and values ``[capacity, Hk, D]`` of one layer, read-only."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerInput:
-    """One layer of a forward before its rows attend; their own KV is not in the workspace yet.
+    """What one layer is about to attend with. The KV of these rows is not written to the workspace yet.
 
     ``rows [S]`` int64; ``query [S, H, D]``, ``key`` and ``value [S, Hk, D]``, queries and keys rotated; ``scaling``:
-    the factor on their products.
+    the factor on query-key products.
     """
 
     layer: int
@@ -65,7 +66,7 @@ class LayerInput:
 
 
 class Hook(Protocol):
-    """Called in each of ``layers`` (None: in all) before the rows attend.
+    """Called in each of ``layers`` (None: all layers) of a forward, before its rows attend.
 
     It may write other rows of that layer, and may raise `StopForward`.
     """
@@ -77,19 +78,21 @@ class Hook(Protocol):
 
 
 class ScoreMod(Protocol):
-    """A score modification (FlexAttention's word): how rows weigh the slots they see, from ``first_layer`` on."""
+    """A score modification (FlexAttention's term): turns attention logits into probabilities from ``first_layer`` on,
+    in place of a plain softmax.
+    """
 
     @property
     def first_layer(self) -> int: ...
 
     def prepare(self, blocks: Iterator[tuple[Tensor, Tensor]]) -> Any:
-        """Called once a layer and forward, before `probabilities`, with all ``(logits, rows)`` block by block.
+        """Called once per layer and forward, before `probabilities`, with all ``(logits, rows)``, block by block.
 
-        What it returns is handed to `probabilities`.
+        The return value is passed to `probabilities` as ``plan``.
         """
 
     def probabilities(self, logits: Tensor, rows: Tensor, plan: Any) -> Tensor:
-        """Attention ``[Hk, G, R, N]`` float32 from ``logits`` of that shape, -inf where a row may not look.
+        """Attention probabilities ``[Hk, G, R, N]`` float32 from ``logits`` of that shape, -inf where masked.
 
         ``rows [R]`` int64 are the slots of the queries.
         """
@@ -112,8 +115,9 @@ class Part:
 
 
 class Computer(Protocol):
-    """A causal language model that computes scattered rows. A row sees the slots up to its own, and its KV is written
-    before it attends.
+    """A causal language model that can compute any subset of a prompt's rows.
+
+    A row attends to the slots up to its own. Its KV is written before it attends.
     """
 
     layers: int
@@ -121,22 +125,22 @@ class Computer(Protocol):
 
     @property
     def windows(self) -> Sequence[int | None]:
-        """Each layer's sliding window in tokens, None for a layer that sees the whole context."""
+        """Each layer's sliding window in tokens; None for a layer with full attention."""
 
     @property
     def full_layers(self) -> list[int]:
-        """The layers that see the whole context; all of them where every layer has a sliding window."""
+        """The layers with full attention; all layers if every one has a sliding window."""
 
     def workspace(self, capacity: int, layers: int | None = None) -> Workspace:
-        """An empty one; of fewer ``layers`` for forwards that do not go deeper."""
+        """An empty workspace of ``capacity`` slots. ``layers``: only the first ones, for forwards that go no deeper."""
 
     def forward(
         self, parts: Sequence[Part], *, first: int = 0, depth: int | None = None, logits: int = 1
     ) -> list[Tensor | None]:
-        """Run the layers ``[first, depth)`` (None: to the last).
+        """Run the layers ``[first, depth)`` (None: to the last) over the rows of each part.
 
-        For each part the last ``logits`` rows' logits ``[logits, V]`` float32; None for ``logits=0``, for a forward
-        that does not reach the last layer, and where a hook stopped it.
+        Returns, for each part, the logits ``[logits, V]`` float32 of its last ``logits`` rows. None with ``logits=0``,
+        if the forward does not reach the last layer, and if a hook stopped it.
         """
 
     def advance(self, parts: Sequence[Part], first: int, last: int) -> list[Tensor]:
@@ -146,17 +150,20 @@ class Computer(Protocol):
         """
 
     def rotation(self, by: Tensor) -> Rotation:
-        """Moves one layer's keys, token j by ``by[j]`` positions (``by [n]`` int64, may be negative)."""
+        """The rotation that moves one layer's keys, token j by ``by[j]`` positions (``by [n]`` int64, may be
+        negative).
+        """
 
 
 def visible(rows: Tensor, keys: int, window: int | None = None, floors: Tensor | None = None) -> Tensor:
-    """The exact causal mask of scattered rows, ``[S, N]`` bool, true where a row may look.
+    """The causal mask of scattered rows, ``[S, N]`` bool, true where a row may attend.
 
     ``rows [S]`` int64 slots; ``keys`` = N; ``window`` = a sliding window's width in tokens, as transformers counts it
-    (a token sees itself and the ``window - 1`` tokens before it); ``floors [S]`` int64, the first slot each may see.
+    (a token sees itself and the ``window - 1`` tokens before it); ``floors [S]`` int64, the first slot each row may
+    see.
 
-    This is *not* a bottom-right aligned triangle: aligning scattered rows to the end of the keys lets early rows see
-    the future, which is a known fault of two public implementations of selective recompute.
+    This is *not* a bottom-right aligned triangle. Aligning scattered rows to the end of the keys lets early rows attend
+    to the future, a known bug in two public implementations of selective recompute.
     """
     slots = torch.arange(keys, device=rows.device)
     mask = slots <= rows[:, None]
@@ -165,3 +172,24 @@ def visible(rows: Tensor, keys: int, window: int | None = None, floors: Tensor |
     if floors is not None:
         mask &= slots >= floors[:, None]
     return mask
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_cpu(function: Function) -> Function:
+    """Tensors that ``function`` makes without saying where live on the CPU, whatever `torch.set_default_device` says.
+
+    Rows, positions and token ids do; what a model computes on says its device.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.get_default_device().type == "cpu"
+        ):  # as nearly always: the context below costs time at every operation
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return cast(Function, call)

@@ -1,4 +1,4 @@
-"""Former names, which keep working for one release and warn with the new name."""
+"""Deprecated names: they keep working for one release, with a warning that names the new name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: prompt in, tokens and a report out. The only place where the rooms below are put together."""
+"""The engine: a prompt in, tokens and a report out; it assembles the corpus, the prefiller and the lock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from . import methods
+from .compute import on_cpu
 from .corpus.corpus import Corpus, Ensured, Task, require_list
 from .corpus.fusing import FUSED_AT, Fusing
 from .corpus.usage import Usage
@@ -39,7 +40,7 @@ from .serving.decoding import Ending, TextStream
 from .serving.hints import Hints
 from .serving.limit import RequestLimit
 from .serving.lock import FairLock
-from .serving.sampling import check, decoding
+from .serving.sampling import EFFECTIVE, check, decoding
 from .serving.stats import Stats, Tally, total
 from .store import Documents, Place, Remote
 from .weights import verified
@@ -52,7 +53,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished request: the ``text``, its token ``ids``, and the `Report`."""
+    """A complete answer: its ``text``, its token ``ids``, and the `Report` of the request."""
 
     text: str
     ids: tuple[int, ...]
@@ -63,12 +64,13 @@ class Answer:
 
 
 class Engine:
-    """Answers prompts, reusing the KV of the chunks it knows.
+    """Answers prompts with a causal language model, reusing the stored KV of the chunks they contain.
 
     It has a ``corpus`` and its ``fusing`` (chunks), a ``prefiller`` and ``answering`` (prompts), a ``lock`` (the model
     computes one prefill or decoding step at a time) and a ``limit`` (on requests in flight). Thread-safe.
     """
 
+    @on_cpu
     def __init__(
         self,
         model: str | Path | Backbone,
@@ -94,21 +96,21 @@ class Engine:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
         ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"auto"``) and
-        ``recompute_ratio`` (0..1) can be overridden by each request. ``store``: the folder that keeps chunk KV; None
-        keeps it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers, the auxiliary model's chunks and
-        other encodings' included. ``prefix``: the text chunks are encoded behind, whichever method a request names; by
-        default what the method says, for most what precedes the user's text in the model's chat template. ``tenant``
-        separates chunk KV of different owners; set it from what you know of the caller, not from what the caller says.
-        ``secret`` keys the names of files and authenticates them, for a folder that others can write to. ``remote``: an
-        fsspec url (``"s3://bucket/folder"``) or a `Remote`, asked for what is not here and given a copy of what is new.
-        ``kv_dtype``: "int8" keeps chunk KV in half of bfloat16's bytes (docs/store.md says what that costs in quality).
-        ``on_uncomposable``: what to do with a model whose KV cannot be moved: raise `NotComposable`, or serve it by
-        plain prefill. ``fuse_when_idle``: while no request is being served, fuse chunks that come often with those they
-        come with, for a method that takes fused variants. ``require_verified``: refuse a model that ``cacheclip
-        verify`` has not found good on this machine with these libraries. ``max_requests``: how many may be in flight,
-        each with the KV of its prompt in memory; others wait. A stream is in flight until it is read to its end or
-        closed; while none of those in flight is being read, another is let in beyond the limit, lest they wait for one
-        another.
+        ``recompute_ratio`` (0..1) can be overridden per request. ``store``: the folder that keeps chunk KV; None keeps
+        it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers, including the chunks of the auxiliary
+        model and of other encodings, and in memory the preambles of prompts. ``prefix``: the text that chunks are
+        encoded behind, whichever method a request names; by default the method decides, and most take what precedes the
+        user's text in the model's chat template. ``tenant`` separates the chunk KV of different owners; set it from
+        what you know of the caller, not from what the caller says. ``secret`` keys the names of files and authenticates
+        them, for a folder that others can write to. ``remote``: an fsspec url (``"s3://bucket/folder"``) or a `Remote`;
+        it is asked for chunks that are not here, and new chunks are copied to it. ``kv_dtype``: "int8" stores chunk KV
+        in half the bytes of bfloat16 (docs/store.md says what that costs in quality). ``on_uncomposable``: what to do
+        with a model whose KV cannot be moved: raise `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``:
+        while no request is being served, fuse frequent chunks with the chunks they are retrieved with, for a method
+        that takes fused variants. ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this
+        machine with these libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in
+        memory; others wait. A stream is in flight until it is read to its end or closed; while none of those in flight
+        is being read, another one is admitted beyond the limit, so that they do not wait for one another.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -126,7 +128,7 @@ class Engine:
         self.composable = self.backbone.obstacle is None
         if not self.composable and on_uncomposable == "error":
             raise NotComposable(f'{self.backbone.obstacle}; on_uncomposable="prefill" serves it without reuse')
-        self.index = ChunkIndex()
+        self.index = ChunkIndex(self.backbone.quotes)
         secret = secret.encode() if isinstance(secret, str) else secret
         remote = Remote(remote) if isinstance(remote, str) else remote
         place = Place(store, memory_bytes, disk_bytes, tenant, secret, remote)
@@ -139,21 +141,21 @@ class Engine:
             self.collections.of(self.method.encode)
         self.lock, self.limit = FairLock(), RequestLimit(max_requests)
         self.usage = Usage(place.usage_file(self.library.namespace) if self.composable else None)
-        # Counts are saved now and then; a process that ends without `close` saves the last ones as it goes.
+        # Counts are saved every few prompts; this saves the last ones if the process ends without `close`.
         weakref.finalize(self, self.usage.save)
         self.corpus = Corpus(self.collections, place, self.usage, self.lock, self.limit)
         self.fusing = Fusing(self.corpus, self.usage, self.lock)
         self.prefiller = Prefiller(self.collections)
         if self.composable and auxiliary is not None:
             self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
-        # Its parts must not keep the engine alive: in a circle, its KV would stay until the collector runs.
+        # A proxy, because a reference cycle would keep the engine's KV in memory until the garbage collector runs.
         engine = weakref.proxy(self)
         self.answering = Answering(
             self.backbone,
             self.prefiller,
             self.lock,
             self.limit,
-            before=lambda request: engine._before(request),
+            before=lambda: engine._before(),
             after=lambda report, request: engine._after(report, request),
         )
         self._hints, self._tally = Hints(), Tally()
@@ -161,7 +163,7 @@ class Engine:
         self.last_report: Report | None = None
         forks.watch(self)
         self.observers: list[Callable[[Report], None]] = []
-        """Called with the report of each request that has ended, on the thread that ended it: metrics, traces."""
+        """Called with the report of each finished request, on the thread that finished it: for metrics and traces."""
 
     def open_auxiliary(
         self,
@@ -170,15 +172,16 @@ class Engine:
         device: str | torch.device = "auto",
         prefix: str | None = None,
     ) -> Auxiliary:
-        """Load a model to select tokens with; assign it to `auxiliary` to use it.
+        """Load an auxiliary model, which selects tokens; assign it to `auxiliary` to use it.
 
-        It only looks, so its chunks stand behind the shared prefix whatever becomes of the primary's.
+        Its chunks are encoded behind the shared prefix, whatever encoding the primary model's chunks have: only its
+        attention scores are used. Raises `NotComposable`, `WeightsError`.
         """
         return Auxiliary(self.collections.open_library(_backbone(model, dtype, device), Isolated(prefix)))
 
     @property
     def auxiliary(self) -> Auxiliary | None:
-        """The model that selects tokens for methods that ask one; its chunks are kept and forgotten with the rest."""
+        """The auxiliary model, or None; its chunks are stored and forgotten together with the primary model's."""
         return self.prefiller.auxiliary
 
     @auxiliary.setter
@@ -188,7 +191,7 @@ class Engine:
 
     @property
     def documents(self) -> Documents:
-        """Which chunks are of which document."""
+        """Which chunks belong to which document."""
         return self.corpus.documents
 
     # ---- chunks -----------------------------------------------------------------------------------------------------
@@ -201,14 +204,14 @@ class Engine:
         method: str | Method | None = None,
         document: str | None = None,
     ) -> Ensured:
-        """Keep the KV of these chunks: encode what is missing, leave what is there.
+        """Compute and store the KV of these chunks, except those that are stored already.
 
-        Encoded as the engine's method wants it, or as ``method`` does; short chunks together, as many as keep the
-        processor busy. Never raises for a chunk: one that cannot be encoded or kept is listed with the reason, and
-        prompts that contain it are prefilled as usual. Interrupting it loses nothing that was finished.
-        ``progress(done)`` is called for each chunk. ``document``: what they are chunks of, for `forget_document`.
+        They are encoded as ``method`` wants it, by default the engine's; short chunks share a forward. Never raises for
+        a chunk: one that cannot be encoded or stored is listed in the result with the reason, and prompts that contain
+        it are prefilled as usual. After an interruption, what was finished is kept. ``progress(done)`` is called once
+        per chunk. ``document``: the id of the document they are chunks of, for `forget_document`.
 
-        Raises `ConfigurationError` for one text instead of several, and for an unknown method.
+        Raises `ConfigurationError` for a single text instead of a list, and for an unknown method.
         """
         return self.corpus.ensure(texts, self.recipe(method), progress, document)
 
@@ -217,30 +220,33 @@ class Engine:
         self.corpus.ensure_later(texts, self.method)
 
     def flush(self) -> None:
-        """Wait until everything asked of `ensure_later` is done, and is at the remote store if there is one."""
+        """Wait until all work of `ensure_later` is done, and uploaded if there is a remote store."""
         self.corpus.flush()
 
     def knows(self, text: str) -> bool:
-        """Whether the KV of this chunk is kept."""
+        """Whether this chunk is known: its KV is stored, or its text is recognised by a method that stores no KV
+        ahead.
+        """
         if not self.composable:
             return False
         return text in self.library if self.method.ahead else self.library.key(text) in self.index
 
     def forget(self, texts: Iterable[str]) -> None:
-        """Drop the KV of these chunks, whatever was computed behind them, the auxiliary model's included, and all that
-        prefix caching keeps of prompts; whichever documents have them, for all models in the store's folder.
+        """Delete the KV of these chunks and all KV that was computed with them in its context.
 
-        It reads the beginning of every file of other models and encodings in the folder. Interrupted, it can be
-        repeated. Raises `StoreError` when something cannot be removed: repeat it then.
+        That includes the auxiliary model's KV, fused and harvested variants, and everything that prefix caching keeps
+        of prompts; for all models in the store's folder, whichever documents the chunks belong to. It reads the header
+        of every file of other models and encodings in the folder. It can be repeated after an interruption. Raises
+        `StoreError` if something could not be removed; repeat it then.
         """
         self.corpus.forget(texts)
 
     def forget_document(self, *documents: str) -> None:
-        """Drop what `ensure` kept of these documents, for all models in the store's folder and at the remote; chunks
-        that another document has as well stay.
+        """Delete the chunks that `ensure` stored for these documents, unless another document has them as well.
 
-        It reads the beginning of every file in the folder, and once of those at the remote. Interrupted, it can be
-        repeated. Raises `StoreError` when something cannot be removed, a remote that is away included: repeat it then.
+        For all models in the store's folder and at the remote. It reads the header of every file in the folder, and
+        once of those at the remote. It can be repeated after an interruption. Raises `StoreError` if something could
+        not be removed, for example because the remote is unreachable; repeat it then.
         """
         self.corpus.forget_document(*documents)
 
@@ -252,13 +258,15 @@ class Engine:
         method: str | Method | None = None,
         variants: int = 3,
     ) -> Ensured:
-        """Keep another KV of these chunks: each computed behind its neighbours, chunks it is likely to follow.
+        """Store a fused variant of these chunks: KV computed behind each chunk's neighbours, which it is likely to
+        follow in a prompt.
 
-        ``neighbours``: texts by text, the nearest first, as `corpus.neighbours.similar` finds them. Chunks and
-        neighbours that `ensure` was not asked for are left out, so that fusing brings back nothing that was forgotten.
-        What is there is not computed again: stop it whenever you like and call it again, after adding documents, too.
-        Of more than so many ``variants`` of a chunk the oldest are dropped. ``method`` says how chunks are encoded.
-        Never raises for a chunk. Raises `ConfigurationError` for what is no mapping from texts to several texts.
+        ``neighbours``: by chunk text, the texts of its neighbours, the nearest first, as `corpus.neighbours.similar`
+        returns them. Chunks and neighbours that `ensure` did not store are left out, so that fusing never brings back
+        forgotten text. Variants that exist are not computed again, so it can be stopped and repeated, also after adding
+        documents. ``variants``: how many are kept per chunk; the oldest are dropped. ``method`` says how chunks are
+        encoded. Never raises for a chunk. Raises `ConfigurationError` unless ``neighbours`` maps texts to lists of
+        texts. Source: FusionRAG (arXiv 2601.12904).
         """
         return self.fusing.fuse(neighbours, self.recipe(method), progress, variants)
 
@@ -270,61 +278,67 @@ class Engine:
         method: str | Method | None = None,
         variants: int = 3,
     ) -> Ensured:
-        """Keep the KV that prompts of these chunks, in this order, would leave: each chunk behind all those before it.
+        """Store the KV that these chunks have in a prompt of this order: each one computed behind all those before it.
 
-        A prompt that holds such a sequence again is answered as full prefill answers it, up to the text between chunks;
-        one that holds most of it, nearly so. Each sequence costs what prefilling it costs. The rest is as in `fuse`.
+        A later prompt with the same sequence is answered as full prefill would, up to the text between chunks; one
+        with most of the sequence, nearly so. Each sequence costs one prefill. The rest is as in `fuse`.
         """
         return self.fusing.fuse_in_order(sequences, self.recipe(method), progress, variants)
 
     def fuse_used(
         self, least: int = 2, count: int = 10, progress: Callable[[int], None] | None = None, **options: Any
     ) -> Ensured:
-        """Fuse the chunks that came in ``least`` prompts or more, each with the ``count`` others that will stand in
-        front of it most often (`contexts`). ``options`` are those of `fuse`, and so is the rest.
+        """Fuse the chunks that occurred in at least ``least`` prompts, each with the ``count`` chunks most likely to
+        precede it (`contexts`). ``options`` and the result are those of `fuse`.
         """
         return self.fuse(self.contexts(least, count), progress, **options)
 
     def contexts(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
-        """What `fuse_used` fuses: chunks of ``least`` prompts or more, each with those it is expected behind."""
+        """The chunks that occurred in at least ``least`` prompts, each with the ``count`` chunks most likely to
+        precede it, the likeliest first: what `fuse_used` fuses.
+        """
         return self.fusing.contexts(least, count)
 
     def fused(self, text: str, method: str | Method | None = None) -> list[tuple[str, ...]]:
-        """Behind which chunks the kept KV of this chunk was computed, besides that of the chunk by itself: the texts
-        that stood in front of it, a tuple for each variant. ``method`` says how chunks are encoded.
+        """The contexts of this chunk's fused variants: for each, the texts it was computed behind, in order.
+
+        ``method`` says how chunks are encoded.
         """
         return self.collections.of(self.recipe(method).encode).variants.held(text) if self.composable else []
 
-    def hint(self, texts: Sequence[str], question: str | None = None) -> None:
-        """Advice from a retriever: these chunks and this question are about to come in a prompt.
+    def hint(self, texts: Sequence[str], question: str | None = None, caller: Hashable = None) -> None:
+        """Announce the chunks and the question of an upcoming prompt, as a retriever knows them.
 
-        Starts loading their KV into memory, settles ties in recognition, and tells the question from the instructions
-        around it. Wrong or missing advice costs nothing but time. Raises `ConfigurationError` for one text instead of
-        several.
+        It starts loading their KV into memory, resolves ambiguities in recognition, and helps to find the question
+        among the instructions: it counts only in a prompt with these chunks, and of the same ``caller`` (any hashable
+        value, compared by equality; None is one, too). Raises `ConfigurationError` for a single text
+        instead of a list.
         """
         texts = list(require_list(texts))
         if self.composable:
             keys = frozenset(self.library.key(text) for text in texts)
-            self._hints.note(question, keys)
+            self._hints.note(question, keys, caller)
             self._threads.submit(lambda: [self.library.get(key) for key in keys])
 
     def library_of(self, method: str | Method) -> Library:
-        """Where the chunks are kept that are encoded as ``method`` wants them."""
+        """The library of the chunks that are encoded as ``method`` wants them."""
         return self.collections.of(self.recipe(method).encode).library
 
     def variants_of(self, method: str | Method, text: str) -> list[HarvestedVariant]:
-        """What finished prompts left of a chunk, for a method that harvests them; for another nothing."""
+        """The variants of a chunk that were taken from finished prompts; none unless ``method`` harvests prompts."""
         harvested = self.collections.of(self.recipe(method).encode).harvested
         return [] if harvested is None else harvested.of(self.library.key(text))
 
     def prefix_cache_of(self, method: str | Method) -> PrefixCache | None:
-        """What a method that does prefix caching has kept of prompts; None for another method."""
+        """The prefix cache of a method that does prefix caching; None for other methods."""
         caching = self.recipe(method).prefix_cache
         return None if caching is None else self.collections.prefix_cache(caching)
 
     def recipe(self, method: str | Method | None = None) -> Method:
-        """What a request that names this method is served by; None is the engine's own. Chunks stand behind the
-        engine's ``prefix``, if it was given one, unless the method names another. Raises `ConfigurationError`.
+        """The `Method` that serves a request which names ``method``; None stands for the engine's own.
+
+        Its chunks are encoded behind the engine's ``prefix``, if it was given one, unless the method names another.
+        Raises `ConfigurationError`.
         """
         return self.method if method is None else methods.with_prefix(method, self._prefix)
 
@@ -347,16 +361,18 @@ class Engine:
         stop: Sequence[str] | None = None,
         seed: int | None = None,
         cancel: threading.Event | None = None,
+        caller: Hashable = None,
         **options: Any,
     ) -> TextStream:
-        """Answer a prompt piece by piece: an iterator of text deltas with ``ids`` and ``report`` on it.
+        """Stream the answer to a prompt: an iterator of text deltas that carries ``ids`` and ``report``.
 
-        The prefill runs at the first ``next``. Closing the iterator, from whichever thread, or setting ``cancel``, ends
-        the request and frees its memory; so does an exception while a token is computed. ``question``: the question's
-        text, where the caller knows it. ``stop``: strings that end the answer and are not part of it. ``seed``: sample
-        with a random generator of this request's own, whatever others are sampled meanwhile. ``options`` go to
-        ``model.generate`` (``temperature``, ``top_p``, ...); decoding is greedy unless a temperature above 0 or
-        ``do_sample=True`` is given.
+        The prefill runs at the first ``next``. Closing the iterator, from any thread, or setting ``cancel``, ends the
+        request and frees its memory; so does an exception while a token is computed. ``question``: the question's text,
+        if the caller knows it; ``caller``: whose hints count (see `hint`). ``max_new_tokens`` counts tokens of the
+        answer. ``stop``: strings that end the answer and are not part of it. ``seed``: sample with a random generator
+        of this request's own, whatever else is sampled meanwhile. ``options`` go to ``model.generate``
+        (``temperature``, ``top_p``, ...); decoding is greedy unless a temperature above 0 or ``do_sample=True`` is
+        given.
 
         Raises `ConfigurationError`, and `PromptError` for an empty prompt, at once; for one beyond the context length
         at the first ``next``.
@@ -371,8 +387,8 @@ class Engine:
         options = self._decoding(options, stop or ()) | {"seed": seed}
         ending = Ending(cancel)
         report = Report(chosen.name, ratio)
-        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question)
-        tokens = self._told(self.answering.tokens(request, options, report, ending), report)
+        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question, self._hints, caller)
+        tokens = self._then_notify(self.answering.tokens(request, options, report, ending), report)
         return TextStream(tokens, self.backbone.tokenizer, report, stop or (), ending)
 
     def prefill(
@@ -383,26 +399,32 @@ class Engine:
         method: str | Method | None = None,
         recompute_ratio: float | None = None,
         room: int = 256,
+        caller: Hashable = None,
     ) -> Prefill:
-        """The prompt's KV on a canvas with ``room`` free slots, and the logits of its last token, without decoding."""
+        """Prefill without decoding: the prompt's KV on a canvas with ``room`` free slots (tokens), and the logits of
+        its last token. Raises as `stream` does.
+        """
         chosen, ratio = self._method_and_ratio(method, recompute_ratio)
         report = Report(chosen.name, ratio)
         start = time.perf_counter()
         _check_prompt(prompt)
-        result = self.answering.prefill(PrefillRequest(prompt, chosen, ratio, room, question), report)
+        request = PrefillRequest(prompt, chosen, ratio, room, question, self._hints, caller)
+        result = self.answering.prefill(request, report)
         report.ttft = report.total = time.perf_counter() - start
         return result
 
     def stats(self) -> Stats:
-        """What was done since the engine was opened, and what it holds now. Cheap: no file is looked at."""
+        """Counts since the engine was opened, and what its stores hold now. Cheap: reads no file."""
         stores = [each.library.store.stats() for each in self.collections]
         auxiliary = self.collections.auxiliary
         aside = [] if auxiliary is None else [auxiliary.store.stats()]
-        return self._tally.snapshot(self.limit.in_flight, self.limit.waiting, total(stores, aside))
+        memory = self.collections.memory_by_kind()
+        return self._tally.snapshot(self.limit.in_flight, self.limit.waiting, total(stores, aside), memory)
 
     def close(self) -> None:
-        """Stop background work, but for uploads, which are waited for. The engine goes on answering, and begins to work
-        in the background again when there is something to do.
+        """Stop background work, after waiting for uploads.
+
+        The engine can still answer prompts, and resumes background work when there is some.
         """
         self.corpus.close()
 
@@ -440,41 +462,38 @@ class Engine:
         return dataclasses.replace(chosen, fitted_ratio=None), methods.check_ratio(ratio)
 
     def _decoding(self, options: Mapping[str, Any], stop: Sequence[str]) -> dict[str, Any]:
-        """Options for `Backbone.generate`. A control token among the stop strings is not part of the text: it becomes a
-        token that ends the answer.
+        """Options for `Backbone.generate`. A stop string that is a control token never occurs in the decoded text, so
+        it becomes a token that ends the answer.
         """
         settled = decoding(options)
-        self.backbone.check_options(settled)
-        if commands := set(stop).intersection(self.backbone.control_tokens):
+        self.backbone.check_options(settled, EFFECTIVE)
+        if commands := {token for token in self.backbone.control_tokens if any(s.startswith(token) for s in stop)}:
             ids = self.backbone.tokenizer.convert_tokens_to_ids(sorted(commands))
             settled["eos_token_id"] = sorted(self.backbone.ends(settled.get("eos_token_id")).union(ids))
         return settled
 
-    def _before(self, request: PrefillRequest) -> PrefillRequest:
-        """Take note of what other processes did, and of what retrievers announced."""
+    def _before(self) -> None:
+        """Catch up with other processes' changes to the store."""
         try:
             self.corpus.follow()
-        except Exception as error:  # what this process knows already will do
+        except Exception as error:  # the request can still be answered from what this process knows
             if raised_by_signal(error):
                 raise
             log.exception("what other processes stored is not known")
-        hints, announced = self._hints.of(request.prompt)
-        return dataclasses.replace(request, question=request.question or announced, hints=hints)
 
     def _after(self, report: Report, request: PrefillRequest) -> None:
-        """Count what was used together; have made again what was missing, and fused what has become hot."""
-        if self.usage.note(names := [use.key for use in report.chunks]):
+        """Count which chunks were used together; queue missing chunks for encoding and frequent ones for fusing."""
+        if self.usage.note(names := [use.key for use in report.chunks if use.key in self.index]):
             self._threads.submit(self.usage.save)
         method = request.method
         if self._fuse_when_idle and method.fit is not None:
             due = [self.index.text(name) for name in names if self.usage.uses(name) in FUSED_AT]
             self.corpus.background.add(Task(text, method, fuse=True) for text in due if text is not None)
-        gone = [text for use in report.chunks if use.missing and (text := self.index.text(use.key)) is not None]
-        if gone:
-            self.corpus.background.add(Task(text, method) for text in gone)
+        if missing := [use.key for use in report.chunks if use.missing]:
+            self.corpus.encode_again(missing, method)
 
-    def _told(self, tokens: Iterator[int], report: Report) -> Iterator[int]:
-        """These tokens; once they have ended, however they did, whoever counts and watches requests is told."""
+    def _then_notify(self, tokens: Iterator[int], report: Report) -> Iterator[int]:
+        """Yield ``tokens``; when they end, by whatever cause, count the request and notify the observers."""
         try:
             yield from tokens
         finally:
@@ -487,7 +506,7 @@ class Engine:
         for observer in self.observers:
             try:
                 observer(report)
-            except Exception as error:  # who watches must not break an answer
+            except Exception as error:  # an observer must not break an answer
                 if raised_by_signal(error):
                     raise
                 log.exception("an observer of requests failed")
@@ -502,7 +521,7 @@ def _check_auxiliary(method: Method, present: bool) -> None:
 
 
 def _check_prompt(prompt: Any) -> None:
-    """Raises `PromptError` for what is no text, and for an empty one."""
+    """Raises `PromptError` for a prompt that is not a string, and for an empty one."""
     if not isinstance(prompt, str):
         raise PromptError(
             f"a prompt is text, not {type(prompt).__name__}: engine.backbone.chat(messages) makes one of messages"

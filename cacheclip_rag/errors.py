@@ -1,34 +1,34 @@
-"""What can go wrong, as one tree, so that a caller catches at the level it wants.
+"""The errors this package raises, as one hierarchy, so that a caller can catch them at any level.
 
 CacheClipError
 ├── ConfigurationError                   an unknown name, a ratio out of range; the message names what is valid
 │   └── NotComposable                    a model whose KV cannot be moved or joined
-├── PromptError                          an empty prompt, or one that exceeds the model's context window
+├── PromptError                          an empty prompt, or one beyond the model's context length
 ├── WeightsError                         weights that cannot be found, fetched, verified or converted
 └── StoreError                           a chunk store that cannot be opened
 
-A failure *inside* reuse (a damaged file, a mismatch, a failed selection) is none of these: it costs time, never the
+A failure inside reuse (a damaged file, a mismatch, a failed selection) raises none of these. It costs time, never the
 answer, and the request's report says what happened.
 
-None is a ValueError: frameworks take one that comes out of a model's call for an answer that does not parse, and go on
-without an answer (LlamaIndex's synthesizers say "Empty Response", its sub-question engine drops the question).
+None of them is a ValueError. Frameworks treat a ValueError out of a model call as an answer that does not parse, and
+continue without one (LlamaIndex's synthesizers return "Empty Response", its sub-question engine drops the question).
 """
 
 
 class CacheClipError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
 
 class ConfigurationError(CacheClipError):
-    """An option is unknown, out of range, or does not go with another one."""
+    """An option is unknown, out of range, or contradicts another one."""
 
 
 class NotComposable(ConfigurationError):
-    """The model's KV depends on more than tokens and relative positions, so chunks cannot be moved and joined."""
+    """The model's KV depends on more than tokens and relative positions, so that chunks cannot be moved and joined."""
 
 
 class PromptError(CacheClipError):
-    """The prompt is empty or does not fit the model's context window."""
+    """The prompt is empty or exceeds the model's context length."""
 
 
 class WeightsError(CacheClipError):

@@ -1,4 +1,4 @@
-"""How methods are written in one line: ``name[:parameter=value,...]``, as in ``"cacheclip:layers=upper,window=16"``."""
+"""How a method is written in one line: ``name[:parameter=value,...]``, as in ``"cacheclip:group_size=16"``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PREFIXES: dict[str, str | None] = {
     "generic": "The following is a passage of a document.\n\n",
     "system": None,
 }
-"""Texts that chunks are encoded behind, by name. ``token``: one blank; ``system``: what precedes the user's text in the
-model's chat template. A model that wants a begin-of-sequence token has it in front of each."""
+"""Encode prefixes (texts that chunks are encoded behind) by name. ``token``: one blank; ``system``: what precedes the
+user's text in the model's chat template. A model with a begin-of-sequence token has it in front of each."""
 
 _PARTS = re.compile(r"""(?:[^,'"()\[\]]|'[^']*'|"[^"]*"|\([^()]*\)|\[[^\[\]]*\])+""")
 
 
 def parse(text: str) -> tuple[str, dict[str, str]]:
-    """The name and the parameters, still as text. Raises `ConfigurationError` that shows how it is written."""
+    """The name and the parameters, still as text. Raises `ConfigurationError` for anything written differently."""
     name, _, rest = text.strip().partition(":")
     parameters: dict[str, str] = {}
     for part in split(rest):
@@ -36,14 +36,14 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
 
 
 def split(text: str) -> list[str]:
-    """Split at commas that do not stand in quotes or brackets. Raises `ConfigurationError` for those left open."""
+    """Split at the commas outside quotes and brackets. Raises `ConfigurationError` if one of these is left open."""
     if set(_PARTS.sub("", text)) - {","}:
         raise ConfigurationError(f'quotes or brackets are left open in "{text}"')
     return [part.strip() for part in _PARTS.findall(text) if part.strip()]
 
 
 def value(name: str, text: str) -> Any:
-    """What a parameter's text means: one of `PREFIXES`, Python's literals, or a plain word."""
+    """The value that a parameter's text stands for: one of `PREFIXES`, a Python literal, or a plain word."""
     if name == "prefix" and text in PREFIXES:
         return PREFIXES[text]
     try:
@@ -64,14 +64,16 @@ def check(method: str, name: str, given: Any, part: Any) -> None:
 
 
 def at_least(least: float, **given: float | None) -> None:
-    """Raises `ConfigurationError` for a parameter below ``least``. None is a parameter that is not given."""
+    """Raises `ConfigurationError` for a parameter below ``least``. None means that a parameter is not given."""
     for name, value in given.items():
         if value is not None and not value >= least:
             raise ConfigurationError(f"{name} must be at least {least}, not {value}")
 
 
 def describe(part: Any) -> str:
-    """A dataclass and what of it differs from its defaults; a field that is added later changes no description."""
+    """A dataclass with the fields that differ from their defaults, so that a field added later changes no description
+    of an older value.
+    """
     changed = []
     for field in filter(lambda field: field.repr, dataclasses.fields(part)):
         value = getattr(part, field.name)
@@ -88,7 +90,7 @@ def parameters(parts: list[Any]) -> list[str]:
 
 
 def _fits(given: Any, hint: Any) -> bool:
-    """Whether a value is of a type; True for types that this does not know."""
+    """Whether a value is of a type; True for types that are not handled here."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return given in arguments

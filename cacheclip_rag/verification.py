@@ -1,4 +1,4 @@
-"""Whether a model may be trusted with reuse on this machine: its own full prefill against every way of reusing KV."""
+"""Checks that KV reuse is correct for a model on this machine, against the model's own full prefill."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .store import DiskStore
 from .weights import verified
 
 RATIO = 0.15
-"""The recompute ratio between 0 and 1 that is tried."""
+"""The recompute ratio between 0 and 1 that is checked."""
 _ANSWER = 16  # tokens of full prefill's own answer that are compared
 _ROUNDING = {torch.float32: 0.01, torch.float64: 0.01}
-"""Relative errors that rounding explains; in 16 bits a tenth. What is wrong in kind is of the order of 1."""
+"""Relative errors that rounding explains; 0.1 for 16-bit dtypes. A wrong computation gives an error of order 1."""
 
 PASSAGES = (
     "The observatory on Tamsin Fell was finished in 1931. Its first director, Ines Halvorsen, had the dome turned by "
@@ -51,12 +51,14 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.found <= self.limit  # not a number passes nothing
+        return self.found <= self.limit  # False for NaN
 
 
 @dataclass(frozen=True)
 class Verification:
-    """``identity`` says what the verdict holds for; ``obstacle``: why the model cannot be composed at all, or None."""
+    """The result of `verify`. ``identity``: the model, machine and libraries it holds for; ``obstacle``: why chunks
+    cannot be composed with this model at all, or None.
+    """
 
     identity: dict[str, str]
     checks: tuple[Check, ...]
@@ -86,10 +88,11 @@ class Verification:
 
 
 def verify(backbone: Backbone, store: str | Path | None = None) -> Verification:
-    """Try a model out. ``store``: the folder that the canary is written to and stays in; None takes a temporary one.
+    """Check reuse with a model. ``store``: the folder that the canary chunk is written to and stays in; None takes a
+    temporary one.
 
-    All is measured against transformers' own eager attention, on the tokens of full prefill's answer. Not for a
-    backbone that answers requests meanwhile. Raises `StoreError`, and `PromptError` for a window of a few hundred
+    Everything is compared with transformers' own eager attention, on the tokens of full prefill's answer. The backbone
+    must not answer requests meanwhile. Raises `StoreError`, and `PromptError` for a context length of a few hundred
     tokens.
     """
     if backbone.obstacle is not None:
@@ -101,7 +104,7 @@ def verify(backbone: Backbone, store: str | Path | None = None) -> Verification:
 
 
 def _golden(engine: Engine) -> list[Check]:
-    """Full prefill, and reuse at 1, 0 and between, against the model's own logits."""
+    """Checks full prefill, and reuse at the ratios 1, 0 and `RATIO`, against the model's own logits."""
     backbone, limit = engine.backbone, _limit(engine.backbone)
     prompt = _chat(backbone, PASSAGES)
     full = engine.prefill(prompt, method="full", room=_ANSWER + 1)
@@ -114,7 +117,7 @@ def _golden(engine: Engine) -> list[Check]:
     # An engine answers ratio 1 by full prefill; here all goes the way of reuse, and everything placed is recomputed.
     report = Report("query_guided", 1.0)
     request = PrefillRequest(prompt, methods.resolve("query_guided"), 1.0, _ANSWER + 1)
-    redone = engine.prefiller.strategies["compose"](request, report)
+    redone = engine.prefiller.strategies["compose"](request, engine.prefiller.read(request, report), report)
     error = _error(redone.forced(answer.tolist()), own) if report.recomputed and not report.reused else float("inf")
     checks.append(Check("reuse at ratio 1 is full prefill", error, limit))
 
@@ -122,7 +125,7 @@ def _golden(engine: Engine) -> list[Check]:
     alone = engine.prefill(first, method="naive", room=2)
     golden = _own(backbone, alone, torch.tensor([0]))
     error = _error(alone.logits, golden) if alone.report.reused else float("inf")
-    checks.append(Check("reuse at ratio 0 is exact behind the chunk's own prefix", error, limit))
+    checks.append(Check("reuse at ratio 0 of a chunk in place is full prefill", error, limit))
 
     blind = engine.prefill(_chat(backbone, ()), method="full", room=_ANSWER + 1)
     unread = kl(own, blind.forced(answer.tolist()))
@@ -136,7 +139,7 @@ def _golden(engine: Engine) -> list[Check]:
 
 
 def _moved(engine: Engine) -> Check:
-    """A chunk's keys, moved far, against those that the model computes there."""
+    """Checks a chunk's keys, moved to a distant position, against the keys that the model computes there."""
     backbone, library = engine.backbone, engine.library
     chunk = library.ensure(PASSAGES[0])
     distance = min(2000, backbone.context_length // 2)
@@ -152,7 +155,7 @@ def _moved(engine: Engine) -> Check:
 
 
 def _canary(backbone: Backbone, folder: str | Path) -> list[Check]:
-    """A chunk through the files: the one an earlier verification left, and a new one, bit for bit."""
+    """Checks a chunk's way through the files: one that an earlier verification left, and a new one, bit for bit."""
     checks, prompt = [], _chat(backbone, PASSAGES[:1])
     with Engine(backbone, method="naive", store=folder) as engine:
         library = engine.library
@@ -169,7 +172,7 @@ def _canary(backbone: Backbone, folder: str | Path) -> list[Check]:
         before = engine.prefill(prompt, method="naive").logits
         back = DiskStore(folder, library.namespace, 1 << 40).get(key)
         checks.append(Check("a stored chunk comes back bit for bit", _different(fresh, back), 0))
-    with Engine(backbone, method="naive", store=folder) as engine:  # that has nothing in memory
+    with Engine(backbone, method="naive", store=folder) as engine:  # a new engine, with nothing in memory
         after = engine.prefill(prompt, method="naive")
         error = _error(after.logits, before) if after.report.reused else float("inf")
         checks.append(Check("reuse of what was stored is reuse of what was computed", error, _limit(backbone)))
@@ -179,7 +182,7 @@ def _canary(backbone: Backbone, folder: str | Path) -> list[Check]:
 def kl(reference: Tensor, other: Tensor) -> float:
     """Mean over positions of KL(reference || other) in nats, from logits ``[n, V]``.
 
-    Teacher-forced on full prefill's own answer, it tells methods apart on a handful of items where F1 cannot.
+    Teacher-forced on full prefill's own answer, it separates methods on a handful of items, where F1 cannot.
     """
     p, q = reference.float().log_softmax(dim=-1), other.float().log_softmax(dim=-1)
     return float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean"))
@@ -199,7 +202,7 @@ def _limit(backbone: Backbone) -> float:
 
 
 def _error(one: Tensor, other: Tensor) -> float:
-    """Relative; not a number where either is not finite."""
+    """``|one - other| / |other|``; NaN if either is not finite."""
     one, other = one.float().cpu(), other.float().cpu()
     return float((one - other).norm() / other.norm().clamp_min(1e-12))
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +14,38 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from stores import open_disk
+from tiny import PASSAGES, tiny_backbone
+
+from cacheclip_rag import Engine
 from cacheclip_rag.model.backbone import Backbone
+from cacheclip_rag.store import DiskStore, disk
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """It knows `PASSAGES`."""
+    engine = Engine(tiny_backbone(), method="query_guided", recompute_ratio=0.2)
+    engine.ensure(PASSAGES)
+    return engine
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DiskStore:
+    """An empty store on disk, without a cap."""
+    return open_disk(tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves the disk store's clock on, by so many seconds."""
+    now = [time.time()]
+    monkeypatch.setattr(disk, "time", SimpleNamespace(time=lambda: now[0], time_ns=lambda: int(now[0] * 1e9)))
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
 
 
 @pytest.fixture(scope="session")

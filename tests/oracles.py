@@ -23,7 +23,7 @@ from cacheclip_rag.prefill.result import Prefill
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Relative error of ``a``."""
-    return float((a.float() - b.float()).norm() / b.float().norm())
+    return float(((a.float() - b.float()).norm() / b.float().norm()).detach())
 
 
 # ---- oracles -------------------------------------------------------------------------------------------------------

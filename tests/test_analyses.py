@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cacheclip_eval import Item, Passage, plots
-from cacheclip_eval.analyses import _shared, agreement, deviation
+from cacheclip_eval.analyses import agreement, deviation, shared_part
 from cacheclip_eval.hits import ANYWHERE, hits
 from tiny import PASSAGES, tiny_backbone
 
@@ -50,9 +50,9 @@ def test_reused_keys_are_right_in_layer_0_and_behind_their_own_prefix_and_wrong_
 def test_what_a_chunk_shares_of_its_deviation_is_its_mean_s_share() -> None:
     groups = torch.tensor([0, 0, 3])
     same = torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]], [[5.0, 0.0]]])
-    assert _shared(same, groups) == pytest.approx(1.0)
+    assert shared_part(same, groups) == pytest.approx(1.0)
     opposed = torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]]])
-    assert _shared(opposed, groups) == pytest.approx(1 / 3)  # only the chunk of one token has a mean
+    assert shared_part(opposed, groups) == pytest.approx(1 / 3)  # only the chunk of one token has a mean
 
 
 def test_exact_reuse_hits_what_stood_in_the_same_place_before(engine: Engine) -> None:
@@ -71,7 +71,7 @@ def test_exact_reuse_hits_what_stood_in_the_same_place_before(engine: Engine) ->
     half = replace(ITEM, id="3", passages=ITEM.passages[:2])
     anywhere = [row["found"] for row in hits(engine.backbone, [half, turned, ITEM]) if row["method"] == ANYWHERE]
     assert anywhere == [0, sum(len(text) for text in PASSAGES[:2]), context]  # a token a character
-    with pytest.raises(ConfigurationError, match="not exact"):
+    with pytest.raises(ConfigurationError, match="no prefix caching"):
         list(hits(engine.backbone, [ITEM], ["naive"]))
 
 
@@ -95,14 +95,14 @@ def test_figures_are_drawn(engine: Engine, tmp_path: Path) -> None:
     plots.agreement(agreement(engine, [ITEM], {"helper": engine.auxiliary}), tmp_path / "agreement.svg")
     plots.deviation(deviation(engine, [ITEM]), tmp_path / "deviation.svg")
     records = [
-        {"dataset": "d", "system": f"cacheclip@{r}:window=8", "ttft": r, "kl": 1 - r, "prompt_tokens": int(99 * r)}
+        {"dataset": "d", "system": f"cacheclip@{r}:group_size=8", "ttft": r, "kl": 1 - r, "prompt_tokens": int(99 * r)}
         for r in (0.1, 0.2, 0.3)
     ]
     plots.pareto(records, tmp_path / "pareto.svg")
     plots.pareto(records, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "pareto.svg").read_bytes()  # no churn in what is kept
     plots.sweep(records, tmp_path / "ratio.svg", "ratio")
-    plots.sweep(records, tmp_path / "window.svg", "window")
+    plots.sweep(records, tmp_path / "window.svg", "group_size")
     plots.length(records, tmp_path / "length.svg")
     for file in tmp_path.iterdir():
         assert "</svg>" in file.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from cacheclip_app.folder import Library, text_of
 
 from cacheclip_rag import Engine
 from cacheclip_rag.cli import main as cli
+from cacheclip_rag.kv.library import Library as KVLibrary
 from cacheclip_rag.store.admin import Administration
 
 TOWNS = ["Arden", "Bellow", "Corwen", "Dunmore", "Elsted", "Farlow", "Glanton", "Hexley", "Ingram", "Jarvis"]
@@ -146,8 +148,15 @@ def test_questions_find_and_reuse_chunks(folder: Path, home: Path, model: str) -
 
     shown = run("ask", question, "--home", home, "--tokens", 3, "--top-k", 4, "--compare")
     assert shown.exit_code == 0, shown.output
-    assert "from Glanton/theatre" in shown.stdout and "full prefill" in shown.stdout
+    assert "from Glanton/theatre" in shown.stdout and "full prefill answers: " in shown.stdout
     assert "estimated" not in shown.stdout  # it was measured
+
+    compared = json.loads(
+        run(
+            "ask", question, "--home", home, "--tokens", 3, "--top-k", 4, "--method", "full", "--compare", "--json"
+        ).stdout
+    )
+    assert compared["full_prefill"] == compared["answer"]  # the same prompt, prefilled in full both times
 
     session = run(
         "ask", "--home", home, "--tokens", 2, "--no-report", input=f"{question}\nAnd the brewery?\n\nno more\n"
@@ -296,6 +305,147 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, model: str) -> None
     result = run("ingest", documents, "--home", tmp_path / "home", "--model", model, "--auxiliary", "none", "--json")
     assert result.exit_code == 1 and "broken.pdf" in result.stderr
     assert json.loads(result.stdout)["unread"] == ["broken.pdf"]
+
+
+# ---- a store that is too small -----------------------------------------------------------------------------------
+
+
+def several(folder: Path, count: int = 12) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        write(folder, 4 * number, 1800 + number)  # of one kind
+    return folder
+
+
+def words(folder: Path, home: Path, model: str, *more: object) -> list[object]:
+    return ["ingest", folder, "--home", home, "--model", model, "--auxiliary", "none", *more]
+
+
+def test_a_store_that_is_too_small_keeps_what_it_has_room_for_and_says_so(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = several(tmp_path / "documents")
+    size = ingest(documents, tmp_path / "large", model)["disk_bytes"]
+    encoded: list[str] = []
+    encode = KVLibrary.ensure_each
+
+    def counted(self: KVLibrary, texts: list[str]) -> Any:
+        encoded.extend(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(KVLibrary, "ensure_each", counted)
+    home, cap = tmp_path / "small", size // 2
+    for time in range(2):
+        encoded.clear()
+        result = run(*words(documents, home, model, "--cap", cap, "--json"))
+        assert result.exit_code == 1, result.output
+        told = json.loads(result.stdout)
+        assert told["chunks"] == 12 and 4 <= told["kept"] <= 6 and told["no_room"] == 12 - told["kept"]
+        assert told["encoded"] == len(encoded) == (0 if time else told["kept"]), "nothing is encoded to be evicted"
+        kept = {stored.text for stored in Administration(home).entries()}
+        assert len(kept) == told["kept"] and sum(p.stat().st_size for p in home.rglob("*.safetensors")) <= cap
+        assert f"room for {told['kept']} of 12" in result.stderr, "while it happens"
+        assert f"{told['no_room']} of 12 chunks have no KV" in result.stderr, "and at the end"
+    assert Library.read(home).disk_bytes == cap, "who asks keeps the same cap"
+    assert Library.read(home).llm().engine.library.store.tiers[-1].cap == cap
+    enough = run(*words(documents, home, model, "--cap", 2 * size))
+    assert enough.exit_code == 0 and "12 kept" in enough.stdout and enough.stderr == ""
+
+
+def test_other_models_chunks_make_room_for_an_ingestion(tmp_path: Path, model: str) -> None:
+    documents, home = several(tmp_path / "documents", 6), tmp_path / "home"
+    size = ingest(documents, home, model)["disk_bytes"]
+    with Engine(model, method="promptcache", store=home) as other:
+        other.ensure(chunks(home).values())
+    for path in home.rglob("*.safetensors"):
+        if path.parent.name == other.library.namespace.digest[:32]:
+            os.utime(path)
+    result = run(*words(documents, home, model, "--cap", size + size // 4, "--json"))
+    assert result.exit_code == 0 and json.loads(result.stdout)["kept"] == 6, result.output
+
+
+def test_a_dry_run_says_what_it_is_and_keeps_nothing(tmp_path: Path, model: str) -> None:
+    documents, home = several(tmp_path / "documents"), tmp_path / "home"
+    dry = run(*words(documents, home, model, "--dry-run", "--json"))
+    assert dry.exit_code == 0 and not home.exists(), dry.output
+    plan = json.loads(dry.stdout)
+    done = ingest(documents, home, model)
+    assert (plan["files"], plan["chunks"], plan["new"], plan["fitting"]) == (12, 12, 12, 12)
+    assert plan["nbytes"] == pytest.approx(done["disk_bytes"], rel=0.01) and plan["minutes"] > 0
+    entries = list(Administration(home).entries())
+    assert plan["tokens"] == sum(stored.tokens for stored in entries)
+    before = sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*"))
+    again = json.loads(run(*words(documents, home, model, "--dry-run", "--json")).stdout)
+    assert (again["new"], again["minutes"]) == (0, 0) and again["nbytes"] == plan["nbytes"]
+    small = run(*words(documents, home, model, "--dry-run", "--cap", done["disk_bytes"] // 2))
+    assert small.exit_code == 1 and "of 12 chunks" in small.stderr and "12 chunks of" in small.stdout
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*"))
+
+
+# ---- what a folder may hold --------------------------------------------------------------------------------------
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path, model: str) -> None:
+    documents, home, outside = several(tmp_path / "documents", 2), tmp_path / "home", tmp_path / "outside"
+    outside.mkdir()
+    secret = outside / "secret.txt"
+    secret.write_text("Nobody is to read this, which is long enough to be a chunk, and stands in another folder.")
+    (documents / ".hidden").mkdir()
+    (documents / ".hidden" / "notes.txt").write_text(secret.read_text())
+    (documents / "inside.txt").symlink_to(documents / "Arden" / "lighthouse.txt")
+    (documents / "a.txt").symlink_to(secret)
+    (documents / "b.txt").symlink_to(Path("..") / "outside" / "secret.txt")
+    (documents / "c.txt").symlink_to(documents / "a.txt")
+    (documents / "d.txt").symlink_to(documents / ".hidden" / "notes.txt")
+    (documents / "folder").symlink_to(outside)
+    (documents / "gone.txt").symlink_to(outside / "nothing.txt")
+    result = run(*words(documents, home, model, "--json"))
+    told = json.loads(result.stdout)
+    assert told["passed_over"] == ["a.txt", "b.txt", "c.txt", "d.txt", "folder"]
+    assert told["files"] == 3 and "Nobody" not in kept(home) and "a.txt: a link" in result.stderr
+    (tmp_path / "link").symlink_to(documents)  # the folder itself may be one
+    assert json.loads(run(*words(tmp_path / "link", home, model, "--json")).stdout)["files"] == 3
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.txt").symlink_to(secret)
+    assert "links that lead out" in run(*words(tmp_path / "only", home, model)).stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["notes[/x].md", "[red]r[/red].md", "[link=http:x]a.md", "a\x1b[2Jb.md", "a\nb\u202e.md"]
+)
+def test_a_file_s_name_is_neither_markup_nor_a_command(tmp_path: Path, model: str, name: str) -> None:
+    documents, home = tmp_path / "documents", tmp_path / "home"
+    (documents / name).parent.mkdir(parents=True)
+    (documents / name).write_text(paragraph("Arden", "ferry", 1800))
+    (documents / f"empty {name}").parent.mkdir(exist_ok=True)
+    (documents / f"empty {name}").write_text("")
+    result = run(*words(documents, home, model))
+    assert result.exit_code == 1 and not {"\x1b", "\u202e"} & set(result.output), result.output
+    assert "empty" in result.stderr and len(result.stderr.splitlines()) == 1
+    asked = run("ask", "When was the ferry founded?", "--home", home, "--tokens", 1)
+    assert asked.exit_code == 0 and not {"\x1b", "\u202e"} & set(asked.output), asked.output
+    shown = "".join(c if c.isprintable() or c.isspace() else "?" for c in name).replace("\n", " ")
+    assert f"from {shown}\n" in asked.stdout
+
+
+def test_a_name_that_is_no_text_is_passed_over(tmp_path: Path, model: str) -> None:
+    documents = several(tmp_path / "documents", 1)
+    odd = Path(os.fsdecode(os.fsencode(documents) + b"/odd \xff.txt"))
+    odd.write_text(paragraph("Arden", "ferry", 1800))
+    result = run(*words(documents, tmp_path / "home", model))
+    assert result.exit_code == 0 and "passed over odd ?.txt" in result.stderr
+
+
+def test_folders_above_a_new_home_are_their_owner_s(tmp_path: Path, model: str) -> None:
+    documents, home = several(tmp_path / "documents", 1), tmp_path / "far above" / "above" / "home"
+    before = os.umask(0)
+    try:
+        ingest(documents, home, model)
+    finally:
+        os.umask(before)
+    assert {
+        path.stat().st_mode & 0o777 for path in (home, *home.parents) if path.is_relative_to(tmp_path / "far above")
+    } == {0o700}
 
 
 def test_without_llama_index_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The budget: exactly as many tokens as it allows, whole windows before single ones."""
+"""The budget: exactly as many tokens as it allows, whole groups before single ones."""
 
 from __future__ import annotations
 

@@ -80,9 +80,7 @@ def test_the_rest_of_a_chunk_moves_by_the_mean_change_of_its_recomputed_tokens(
 
 
 def test_what_is_computed_or_exact_is_not_moved() -> None:
-    """The question and the prompt's head are computed; the first chunk stands right behind the prefix it was encoded
-    behind.
-    """
+    """The question and the preamble are computed; the first chunk is in place, right behind its encode prefix."""
     engine = known()
     text = engine.backbone.chat([{"role": "user", "content": f"{A}\n\n{B}\n\nWho built it?"}])
     result, request, seen = watch(engine, recipe(), text, recompute_ratio=0.3)
@@ -158,7 +156,7 @@ def test_a_failure_while_carrying_costs_time_and_not_the_answer(monkeypatch: pyt
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("cacheclip_rag.methods.recompute.carry.CarryOver.__call__", broken)
+    monkeypatch.setattr("cacheclip_rag.model.rotary.PerTokenRotation.__call__", broken)
     result = engine.prefill(TEXT, method="auto")
     assert "broken" in result.report.fallbacks[0]
     assert torch.equal(result.logits, engine.prefill(TEXT, method="full").logits)

@@ -6,14 +6,14 @@ import errno
 import hashlib
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from threads import join, start, until
 from tiny import PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
@@ -27,14 +27,6 @@ BACKBONE, OTHER = tiny_backbone(), tiny_backbone("qwen2")
 
 def open_engine(folder: Path | None, **options: Any) -> Engine:
     return Engine(options.pop("backbone", BACKBONE), method=options.pop("method", "naive"), store=folder, **options)
-
-
-def until(done: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if done():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never happened")
 
 
 @pytest.fixture
@@ -173,11 +165,11 @@ def test_a_look_up_under_way_does_not_bring_it_back(tmp_path: Path, monkeypatch:
     """A hint reads a file on a thread of its own while the text is forgotten."""
     with open_engine(tmp_path / "kv") as writer:
         writer.ensure(PASSAGES[:2])
-    reading, forgotten, read = threading.Event(), threading.Event(), DiskStore.get
+    reading, forgotten, read = list[str](), threading.Event(), DiskStore.get
 
     def slow(self: DiskStore, key: str) -> Any:
         chunk = read(self, key)
-        reading.set()
+        reading.append(key)
         assert forgotten.wait(30)
         return chunk
 
@@ -185,10 +177,11 @@ def test_a_look_up_under_way_does_not_bring_it_back(tmp_path: Path, monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(DiskStore, "get", slow)
             engine.hint(PASSAGES[:1])
-            assert reading.wait(30)
+            until(lambda: len(reading) == 1)
             engine.forget(PASSAGES[:1])
             forgotten.set()
-            engine._threads.submit(lambda: None).result()
+            engine.hint(PASSAGES[1:2])
+            until(lambda: len(reading) == 2)  # hints are read one after another, so the first is done
         assert known(engine) == [1]
         assert [entry.text for entry in engine.library.store.entries()] == [PASSAGES[1]]
 
@@ -231,9 +224,11 @@ def test_background_work_does_not_bring_back_what_another_process_forgot(tmp_pat
     first.ensure(PASSAGES[:3])
     with first.lock:  # nothing can be encoded meanwhile
         first.ensure_later([PASSAGES[3], PASSAGES[0]])  # the second waits behind the first
-        until(lambda: first.corpus.background.busy)
+        until(lambda: first.lock.waiting == 1)
         second.forget(PASSAGES[:1])
-        first.corpus.follow()
+        prompt = start(lambda: first.generate("Hello there.", max_new_tokens=1))
+        until(lambda: first.lock.waiting == 2)  # it comes between the two, and takes note of the forgetting
+    join(prompt)
     first.flush()
     assert known(first) == [1, 2, 3] and not traces(tmp_path, PASSAGES[0])
 
@@ -336,8 +331,8 @@ def test_a_forgetting_that_was_interrupted_can_be_repeated(
             raise OSError(errno.EIO, "input/output error")
         remove(path)
 
-    for until in range(1, 25, 3):
-        stop, count = until, 0
+    for last in range(1, 25, 3):
+        stop, count = last, 0
         with monkeypatch.context() as patch:
             patch.setattr(files, "remove", dying)
             try:

@@ -160,16 +160,16 @@ def test_what_methods_keep_of_earlier_prompts_is_counted(backbone: Backbone, tmp
 
 def test_scores(tmp_path: Path) -> None:
     item = Item("1", "Who?", ("Otto", "Bo Otto"), ())
-    plain = answers._scores(item, "Otto", "Otto Bo", 0.5)
+    plain = answers.scores(item, "Otto", "Otto Bo", 0.5)
     assert (plain["score"], plain["em"], plain["kl"]) == (1.0, 1.0, 0.5) and plain["agree"] == pytest.approx(2 / 3)
-    every = answers._scores(Item("1", "", ("Otto", "Bo"), (), all_answers=True), "Otto", "Otto", 0.0)
+    every = answers.scores(Item("1", "", ("Otto", "Bo"), (), all_answers=True), "Otto", "Otto", 0.0)
     assert every["score"] == 0.5 and every["agree"] == 1.0
     contained = Item("1", "", ("12",), (), meta={"all_answers_required": False})
     assert answers.score(contained, "It is 12, then.") == 1.0
     for answer in ("", "A", "The", "?"):  # "A" is what multiple choice is answered with
-        assert answers._scores(item, answer, answer, 0.0)["agree"] == 1.0
+        assert answers.scores(item, answer, answer, 0.0)["agree"] == 1.0
     for a, b in (("", "Otto"), ("Otto", ""), ("A", "B")):
-        assert answers._scores(item, a, b, 0.0)["agree"] == 0.0
+        assert answers.scores(item, a, b, 0.0)["agree"] == 0.0
 
 
 def spy(prefill: Prefill) -> tuple[Prefill, list[int]]:
@@ -193,7 +193,7 @@ def test_decoding_after_forcing_is_plain_decoding(engine: Counting) -> None:
         logits = spied.forced(forced)
         assert logits.shape == (len(forced), SIZE)
         count = len(taken)
-        assert answers._decode(engine, spied, forced, logits, 12) == want
+        assert answers.decode(engine, spied, forced, logits, 12) == want
         common = next((i for i, (a, b) in enumerate(zip(want, forced, strict=False)) if a != b), len(forced))
         assert len(taken) - count == max(0, len(want) - 1 - min(common, len(forced) - 1))
 
@@ -230,7 +230,7 @@ def test_a_run_killed_anywhere_loses_the_answer_in_work(
     engine: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    real, calls = answers._measure, []
+    real, calls = answers.measure, []
 
     def killed(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -238,13 +238,13 @@ def test_a_run_killed_anywhere_loses_the_answer_in_work(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(answers, "_measure", killed)
+    monkeypatch.setattr(answers, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         go(engine, path, [NAIVE, HALF])
     assert len(lines(path)) == stop + 1 + stop // 2  # with full prefill's rows
     with path.open("a") as file:
         file.write(json.dumps(lines(path)[0])[:40])  # and the next line was being written
-    monkeypatch.setattr(answers, "_measure", real)
+    monkeypatch.setattr(answers, "measure", real)
     go(engine, path, [NAIVE, HALF])
     assert sorted((r["id"], r["system"]) for r in lines(path)) == [
         (item, system) for item in "12" for system in ("full", "half", "naive")

@@ -35,18 +35,20 @@ def prompts(count: int) -> list[str]:
     ]
 
 
-def test_fifty_at_once_get_the_answers_of_one_after_another(backbone: Backbone) -> None:
+def test_fifty_at_once_get_the_answers_of_one_after_another(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Engine(backbone, method="query_guided", max_requests=8) as engine:
         engine.ensure(PASSAGES)
         asked = prompts(50)
         expected = [engine.generate(prompt, max_new_tokens=6).ids for prompt in asked]
-        most, taken = [0], engine.answering.prefill
+        most, forward = [0], backbone.computer.forward_one
 
-        def watched(*arguments: Any) -> Any:
+        def watched(*arguments: Any, **options: Any) -> Any:
             most[0] = max(most[0], engine.limit.in_flight)
-            return taken(*arguments)
+            return forward(*arguments, **options)
 
-        engine.answering.prefill = watched  # type: ignore[method-assign]
+        monkeypatch.setattr(backbone.computer, "forward_one", watched)
         with ThreadPoolExecutor(50) as pool:
             answers = list(pool.map(lambda prompt: engine.generate(prompt, max_new_tokens=6), asked))
         assert [answer.ids for answer in answers] == expected

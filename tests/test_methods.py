@@ -7,6 +7,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from exempt import NOT_AT_ALL_TOKENS, OTHER_BUDGET, but
 from tiny import CONFIGS, PASSAGES, tiny_backbone
 
 from cacheclip_rag import METHODS, Engine
@@ -42,11 +43,7 @@ def test_ratio_one_is_full_prefill(engine, name):
     assert distance(whole.logits, engine.prefill(prompt(engine), method="full").logits) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["random", "epic", "cacheblend", "cacheclip", "query_guided", "fusionrag_selection", "prophetkv", "infoflow",
-     "psr", "fusionrag", "auto"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", but(NOT_AT_ALL_TOKENS))
 def test_recomputing_everything_token_by_token_is_full_prefill(engine, name):
     """A ratio of exactly 1 is answered by full prefill; this one goes the method's own way and leaves nothing out."""
     engine.ensure(PASSAGES, method=name)
@@ -75,10 +72,8 @@ def test_the_answer_goes_on_from_the_prompt_as_the_method_left_it(engine, name):
     assert distance(torch.cat(steps), together) < 1e-4
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.ahead and 0 < m.recompute_ratio < 1])
+@pytest.mark.parametrize("name", but(OTHER_BUDGET))
 def test_the_budget_is_met_exactly(engine, name):
-    if name in ("legolink", "droidspeak"):
-        pytest.skip("takes a fixed number of tokens, or two selections")
     engine.ensure(PASSAGES, method=name)
     report = engine.prefill(prompt(engine), method=name, recompute_ratio=0.1).report
     assert report.recomputed == int(0.1 * (report.recomputed + report.reused))
@@ -148,9 +143,9 @@ def test_forgetting_covers_every_encoding():
     engine.forget(PASSAGES[:1])
     for name in methods:
         assert len(engine.prefill(prompt(engine), method=name).report.chunks) in (0, len(PASSAGES) - 1)
-    rooms = {room.library.encoder: room for room in engine.collections}
-    for room in rooms.values():
-        assert all(entry.text != PASSAGES[0] for entry in room.library.store.entries())
+    for name in ("naive", "link0"):
+        assert all(entry.text != PASSAGES[0] for entry in engine.library_of(name).store.entries())
+    assert not engine.variants_of("cachecraft", PASSAGES[0])
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------

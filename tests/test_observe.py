@@ -90,7 +90,7 @@ def test_a_failed_request_is_an_error(engine: Engine, monkeypatch: pytest.Monkey
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(type(engine.prefiller), "__call__", broken)
+    monkeypatch.setattr(engine.backbone.computer, "forward_one", broken)
     with pytest.raises(RuntimeError):
         ask(engine)
     [span] = traced.spans.get_finished_spans()

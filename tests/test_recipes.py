@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exempt import NOT_AT_ALL_TOKENS
 from oracles import assert_prefill_and_a_decoded_token, by_hand, distance, embed, finish, own, rows_of, together, watch
 from tiny import PASSAGES, SHAPE, byte_tokenizer, tiny_backbone
 from torch import Tensor
@@ -80,13 +81,12 @@ def test_awkward_prompts_are_reused_and_recomputing_everything_is_full_prefill(k
     for name, method in METHODS.items():
         engine.ensure(PASSAGES[:3], method=name)
         alike = awkward == "no chunk" or name == "cachecraft" or not method.ahead
-        chooses = type(method.select).__name__ in ("KeyDeviation", "QueryGuided", "Random") and name != "psr"
         for ratio in (None, 0.0, ALL):  # the later ones find what the first left
             result = engine.prefill(text, method=name, recompute_ratio=ratio)
             report = result.report
             assert report.fallbacks == [], (name, ratio)
             assert report.prompt_tokens == report.prefix + report.reused + report.recomputed + report.fresh
-            if alike or (chooses and ratio == ALL):
+            if alike or (name not in NOT_AT_ALL_TOKENS and ratio == ALL):
                 assert distance(result.logits, full) < tolerance, (name, ratio)
         assert result.step(torch.tensor([65]), len(result.layout)).isfinite().all()
 
@@ -128,7 +128,7 @@ def test_legolink_takes_the_first_k_of_each_chunk_and_epic_the_same_share():
         mine = [row - start for row in seen["chosen"].tolist() if start <= row < start + len(passage)]
         assert mine == list(range(len(mine))) and abs(len(mine) - 0.1 * len(passage)) < 1
     _, request, seen = watch(engine, resolve("legolink", tokens=7), "\n\n".join(PASSAGES[:2]) + " Who?")
-    assert seen["chosen"].tolist() == [len(PASSAGES[0]) + 2 + i for i in range(7)], "the first chunk is exact here"
+    assert seen["chosen"].tolist() == [len(PASSAGES[0]) + 2 + i for i in range(7)], "the first chunk is in place here"
 
 
 def test_random_is_drawn_anew_for_another_prompt_or_seed_only():
@@ -214,7 +214,7 @@ def test_one_softmax_is_the_published_merge_of_two(temperature, mass):
 
 
 def test_shared_positions_on_a_layout_made_by_hand():
-    # head, chunk 0 of three tokens, a separator, chunk 1 of five with a token of its own inside, the question
+    # preamble, chunk 0 of three tokens, a separator, chunk 1 of five with a token of its own inside, the question
     chunk = torch.tensor([-1, -1, 0, 0, 0, -1, 1, 1, -1, 1, 1, -1, -1])
     token = torch.tensor([-1, -1, 0, 1, 2, -1, 0, 1, -1, 3, 4, -1, -1])
     layout = Layout("", torch.arange(13), torch.zeros(13, 2), (), chunk, token, torch.zeros(13, dtype=torch.bool))
@@ -327,13 +327,13 @@ def test_the_variant_with_the_lowest_overhead_is_taken_and_caps_hold():
     assert variants.best("x", "c")[0] is third, "it paid attention to no other chunk"
     assert variants.best("x", "ac")[0] is second, "just as low, and it was computed behind this chunk"
     variants.add("x", variant("d", d=1.0))  # a fourth: the least used goes
-    assert len(variants._kept["x"]) == 3 and first not in variants._kept["x"]
+    assert len(variants.of("x")) == 3 and first not in variants.of("x")
     variants.add("y", variant(""))
     variants.best("x", "a")
     variants.add("z", variant("x", x=1.0))
-    assert list(variants._kept) == ["x", "z"], "the least recently used chunk went"
+    assert [name in variants for name in "xyz"] == [True, False, True], "the least recently used chunk went"
     variants.forget("x")
-    assert list(variants._kept) == [], "what stood behind a forgotten chunk carries it"
+    assert not any(name in variants for name in "xyz"), "what stood behind a forgotten chunk carries it"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -347,7 +347,7 @@ def test_harvested_masses_are_transformers_attentions(kind):
     parts = [slice(s, s + len(p)) for s, p in zip(starts, PASSAGES, strict=False)]
     names = [engine.library.key(p) for p in PASSAGES[:3]]
     for i in range(3):
-        [v] = engine.variants_of("cachecraft", PASSAGES[i])
+        (v,) = engine.variants_of("cachecraft", PASSAGES[i])
         paid = [attention[parts[i], parts[j]] for j in range(i)]
         size = [len(p) for p in PASSAGES]
         assert v.before == tuple(names[:i]) and v.inter == pytest.approx(
@@ -365,9 +365,9 @@ def test_cachecraft_recomputes_the_tokens_that_leaned_most():
     engine = known("cachecraft")
     engine.prefill(prompt(PASSAGES), method="cachecraft")
     _, request, seen = watch(engine, "cachecraft", prompt([PASSAGES[i] for i in (2, 0, 1)]))
-    variants, expected = engine.collections.of(METHODS["cachecraft"].encode).harvested, []
+    expected = []
     for number, i in enumerate((2, 0, 1)):
-        (v,) = variants._kept[engine.library.key(PASSAGES[i])]
+        (v,) = engine.variants_of("cachecraft", PASSAGES[i])
         before = [engine.library.key(PASSAGES[j]) for j in (2, 0, 1)[:number]]
         count = math.ceil(fix_overhead(v.cci, v.inter, v.before, before) * len(PASSAGES[i]))
         rows = (request.layout.chunk == number).nonzero()[:, 0]
@@ -493,27 +493,53 @@ def test_a_block_is_known_behind_its_own_beginning_only():
     assert len(cache.longest(mixed, [])) == 1 and cache.longest(torch.arange(1, 34), []) == []
 
 
-def test_the_tree_evicts_the_leaf_with_the_lowest_priority():
-    backbone = tiny_backbone()
-    token = 2 * 4 * 2 * 16 * 4  # bytes
-    documents = {name: torch.full((10,), i) for i, name in enumerate("abcde")}
+class Tree:
+    """A `DocumentTree` of so many documents of ten tokens each, asked for paths of letters."""
 
-    def ask(path: str, seconds: float) -> int:
-        ids = torch.cat([*(documents[name] for name in path), torch.tensor([9])])
-        borders = list(range(0, 10 * len(path) + 1, 10))
-        found = len(cache.longest(ids, borders))
-        cache.keep(ids, borders, filled(backbone, len(ids)), seconds)
-        assert cache.nbytes == sum(node.nbytes for node in cache._nodes()) <= cache._capacity
+    BYTES = 10 * 2 * 4 * 2 * 16 * 4  # keys and values of 4 layers, 2 heads, 16 dimensions, 4 bytes
+
+    def __init__(self, documents: int) -> None:
+        self.backbone, self.most = tiny_backbone(), documents * self.BYTES
+        self.cache = DocumentTree(capacity_bytes=self.most).open()
+
+    def found(self, path: str) -> int:
+        return len(self.cache.longest(*self._prompt(path)))
+
+    def ask(self, path: str, seconds: float) -> int:
+        """How many of the documents were there; then all are kept, each at so many seconds a token."""
+        found = self.found(path)
+        ids, borders = self._prompt(path)
+        self.cache.keep(ids, borders, filled(self.backbone, len(ids)), seconds)
+        assert self.cache.nbytes <= self.most
         return found
 
-    cache = DocumentTree(capacity_bytes=50 * token).open()
-    assert ask("ab", 1.0) == 0 and ask("c", 5.0) == 0 and ask("d", 2.0) == 0
-    assert ask("ab", 1.0) == 2 and ask("ab", 1.0) == 2  # a and b: three times a second
-    assert ask("ba", 4.0) == 0, "order matters; six nodes, so d, used once for two seconds, goes"
-    assert [ask(path, 4.0) for path in ("ab", "c")] == [2, 1] and cache._clock == 2.0
-    ask("e", 0.5)  # priority 2 + 0.5, below all others': it goes itself, and the clock moves on
-    assert set(cache._root.children) == {documents[n].numpy().tobytes() for n in "abc"} and cache._clock == 2.5
+    def _prompt(self, path: str) -> tuple[torch.Tensor, list[int]]:
+        ids = torch.cat([*(torch.full((10,), ord(name)) for name in path), torch.tensor([9])])
+        return ids, list(range(0, 10 * len(path) + 1, 10))
 
-    cache = DocumentTree(capacity_bytes=25 * token).open()
-    ask("a", 0.1), ask("ab", 9.0), ask("c", 1.0)  # a costs least, but b stands behind it
-    assert ask("ab", 9.0) == 2 and len(cache._root.children) == 1
+
+def test_the_tree_evicts_the_leaf_with_the_lowest_priority():
+    tree = Tree(5)
+    assert tree.ask("ab", 1.0) == 0 and tree.ask("c", 5.0) == 0 and tree.ask("d", 2.0) == 0
+    assert tree.cache.nbytes == 4 * tree.BYTES
+    assert tree.ask("ab", 1.0) == 2 and tree.ask("ab", 1.0) == 2  # a and b: three times a second
+    assert tree.ask("ba", 4.0) == 0, "order matters; six nodes, so d, used once for two seconds, goes"
+    assert tree.cache.nbytes == tree.most and tree.found("d") == 0
+    assert [tree.ask(path, 4.0) for path in ("ab", "c")] == [2, 1]
+    tree.ask("e", 0.5)  # below all others': it goes itself
+    assert [tree.found(path) for path in ("e", "ab", "ba", "c")] == [0, 2, 2, 1]
+
+    tree = Tree(2)
+    tree.ask("a", 0.1), tree.ask("ab", 9.0), tree.ask("c", 1.0)  # a costs least, but b stands behind it
+    assert tree.found("ab") == 2 and tree.found("c") == 0
+
+
+@pytest.mark.parametrize(("newcomers", "kept"), [("bcd", True), ("bcdefghijk", False)])
+def test_old_fame_fades_from_the_tree(newcomers, kept):
+    """The clock moves on to the priority of what is evicted, and what is new begins there."""
+    tree = Tree(2)
+    for _ in range(3):
+        tree.ask("a", 1.0)
+    for name in newcomers:
+        tree.ask(name, 1.0)
+    assert tree.found("a") == kept

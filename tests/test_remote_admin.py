@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stores import MODEL
 from test_remote_store import remote as remote  # the fixtures: memory, a shared folder, S3
 from test_remote_store import s3 as s3
 from test_remote_store import uploaded
-from test_store_promises import ONE
 from tiny import PASSAGES, tiny_backbone
 from typer.testing import CliRunner
 
@@ -24,7 +24,7 @@ from cacheclip_rag.cli import main as cli
 from cacheclip_rag.store import Documents, Remote, RemoteStore, format
 from cacheclip_rag.store.remote_admin import RemoteAdministration, RemoteTexts
 
-TENANT = Namespace({**ONE.fields, "tenant": "b"})
+TENANT = Namespace({**MODEL.fields, "tenant": "b"})
 BACKBONE = tiny_backbone()
 
 
@@ -33,7 +33,7 @@ def there(remote: Remote) -> list[tuple[str, str]]:
     return sorted((one.tenant, one.text) for one in RemoteAdministration(remote).entries())
 
 
-def name_of(key: str, namespace: Namespace = ONE) -> str:
+def name_of(key: str, namespace: Namespace = MODEL) -> str:
     return f"{namespace.digest[:32]}/{key}{format.SUFFIX}"
 
 
@@ -51,21 +51,21 @@ def test_what_lies_there_is_listed(remote: Remote) -> None:
     uploaded(remote, "text 0", TENANT)
     remote.write("notes/readme.txt", b"nobody's business", again=False)
     assert there(remote) == [("", "text 0"), ("", "text 1"), ("", "text 2"), ("b", "text 0")]
-    listed = {one.key: one for one in RemoteAdministration(remote).entries(ONE.digest[:8])}
+    listed = {one.key: one for one in RemoteAdministration(remote).entries(MODEL.digest[:8])}
     assert set(listed) == set(keys) and all(one.nbytes == len(remote.read(name_of(key))) for key, one in listed.items())
     usage = {one.name: one for one in RemoteAdministration(remote).usage()}
-    assert usage[ONE.digest[:32]].entries == 3 and usage[TENANT.digest[:32]].about["tenant"] == "b"
+    assert usage[MODEL.digest[:32]].entries == 3 and usage[TENANT.digest[:32]].about["tenant"] == "b"
     assert all(one.used > 1e9 for one in usage.values())
 
 
 def test_what_lies_there_is_verified(remote: Remote) -> None:
     good, bad, short = (uploaded(remote, f"text {number}") for number in range(3))
-    whole = remote.read(name_of(bad))
+    whole = bytes(remote.read(name_of(bad)))
     remote.write(name_of(bad), whole[:-1] + bytes([whole[-1] ^ 1]), again=True)
     remote.write(name_of(short), whole[:30], again=True)
     result = RemoteAdministration(remote).verify()
     assert result.good == 1 and dict(result.bad) == {name_of(bad): "checksum", name_of(short): "truncated"}
-    assert RemoteStore(remote, ONE).get(good) is not None
+    assert RemoteStore(remote, MODEL).get(good) is not None
     assert RemoteAdministration(remote).clear() == 3 and there(remote) == []
 
 
@@ -146,6 +146,7 @@ def test_a_text_is_forgotten_when_the_remote_is_back(
     memory: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_alone_at(memory, tmp_path)
+    memory = Remote(memory.url, pause=0.0)  # asked again at once
     with open_engine(tmp_path, memory) as engine:
         with monkeypatch.context() as patch:
             for call in ("find", "rm_file"):
@@ -153,7 +154,6 @@ def test_a_text_is_forgotten_when_the_remote_is_back(
             engine.forget(PASSAGES[:1])
             engine.flush()
         assert len(there(Remote(memory.url))) == 4
-        memory._until = 0.0  # the circuit breaker's pause is over
     assert len(there(memory)) == 2
 
 
@@ -180,7 +180,7 @@ def test_each_beginning_is_read_once_and_other_tenants_not(memory: Remote, monke
     texts = RemoteTexts(memory, "", digest)
     texts.forget([digest("text 0")])
     assert len(heads) == 4 + 1
-    texts.forget_in([ONE.digest[:32]], [digest("text 1")])
+    texts.forget_in([MODEL.digest[:32]], [digest("text 1")])
     texts.forget_in(["0" * 32], [digest("text 2")])
     assert len(heads) == 4 + 1
     uploaded(memory, "text 0")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.server
+import os
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_store_promises import HUGE, KEYED, ONE, make, same
+from stores import HOLES, HUGE, KEYED, MODEL, make, same, sparse, whole_reads
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine
@@ -18,6 +22,7 @@ from cacheclip_rag.chunks import Namespace
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.store import DiskStore, MemoryStore, Remote, RemoteStore, TieredStore, format
 from cacheclip_rag.store import remote as module
+from cacheclip_rag.store.remote import CALLS_AT_ONCE
 
 pytest.importorskip("fsspec")
 
@@ -49,7 +54,7 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
     return remote
 
 
-def uploaded(remote: Remote, text: str = "text 0", namespace: Namespace = ONE) -> str:
+def uploaded(remote: Remote, text: str = "text 0", namespace: Namespace = MODEL) -> str:
     store = RemoteStore(remote, namespace)
     key = namespace.key(text)
     assert store.put(key, make(text)) is False and store.get(namespace.key("absent")) is None
@@ -60,34 +65,34 @@ def uploaded(remote: Remote, text: str = "text 0", namespace: Namespace = ONE) -
 
 def test_another_machine_gets_what_one_put(remote: Remote, tmp_path: Path) -> None:
     key = uploaded(remote)
-    local = DiskStore(tmp_path / "elsewhere", ONE, HUGE, sync=False)
-    tiers = TieredStore(MemoryStore(HUGE), local, remote=RemoteStore(remote, ONE))
+    local = DiskStore(tmp_path / "elsewhere", MODEL, HUGE, sync=False)
+    tiers = TieredStore(MemoryStore(HUGE), local, remote=RemoteStore(remote, MODEL))
     assert same(tiers.get(key), make("text 0"))
     assert key in local, "and keeps a copy"
-    assert tiers.get(ONE.key("absent")) is None
+    assert tiers.get(MODEL.key("absent")) is None
     assert tiers.stats().entries == 1
 
 
 def test_the_bytes_are_the_disk_s(remote: Remote, tmp_path: Path) -> None:
     key = uploaded(remote)
-    data = remote.read(f"{ONE.digest[:32]}/{key}.safetensors")
-    assert same(format.load(data, key, ONE), make("text 0"))
+    data = remote.read(f"{MODEL.digest[:32]}/{key}.safetensors")
+    assert same(format.load(data, key, MODEL), make("text 0"))
 
 
 def test_what_is_deleted_is_gone_there_too(remote: Remote) -> None:
     key = uploaded(remote)
-    store = RemoteStore(remote, ONE)
+    store = RemoteStore(remote, MODEL)
     store.delete([key, "../../etc"])
-    assert store.get(key) is None and RemoteStore(remote, ONE).get(key) is None
+    assert store.get(key) is None and RemoteStore(remote, MODEL).get(key) is None
     store.put(key, make("text 0"))
     store.flush()
-    assert same(RemoteStore(remote, ONE).get(key), make("text 0"))
+    assert same(RemoteStore(remote, MODEL).get(key), make("text 0"))
 
 
 def test_tenants_and_secrets_are_apart_there_too(remote: Remote) -> None:
     key = uploaded(remote)
-    assert same(RemoteStore(remote, ONE).get(key), make("text 0"))
-    for namespace in (Namespace({**ONE.fields, "tenant": "b"}), KEYED):
+    assert same(RemoteStore(remote, MODEL).get(key), make("text 0"))
+    for namespace in (Namespace({**MODEL.fields, "tenant": "b"}), KEYED):
         store = RemoteStore(remote, namespace)
         assert store.get(key) is None and store.get(namespace.key("text 0")) is None
 
@@ -95,24 +100,24 @@ def test_tenants_and_secrets_are_apart_there_too(remote: Remote) -> None:
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another's"])
 def test_what_is_damaged_there_is_a_miss_and_written_again(remote: Remote, damage: str) -> None:
     key = uploaded(remote)
-    path = f"{remote.root}/{ONE.digest[:32]}/{key}.safetensors"
+    path = f"{remote.root}/{MODEL.digest[:32]}/{key}.safetensors"
     good = remote.fs.cat_file(path)
     bad = {
         "cut": good[:-1],
         "flipped": good[:-1] + bytes([good[-1] ^ 1]),
         "empty": b"",
-        "another's": format.dump(ONE.key("text 1"), make("text 1"), ONE),
+        "another's": format.dump(MODEL.key("text 1"), make("text 1"), MODEL),
     }[damage]
     remote.fs.pipe_file(path, bad)
-    store = RemoteStore(remote, ONE)
+    store = RemoteStore(remote, MODEL)
     assert store.get(key) is None and sum(store.stats().rejected.values()) == 1
     store.put(key, make("text 0"))
     store.flush()
-    assert same(RemoteStore(remote, ONE).get(key), make("text 0"))
+    assert same(RemoteStore(remote, MODEL).get(key), make("text 0"))
 
 
 class Broken:
-    """A file system that does what it is told: fail, or hang until it is let go."""
+    """A file system that does what it is told: fail, at once or after 0.2 s, hang until it is let go, or answer."""
 
     protocol = "broken"
 
@@ -126,6 +131,8 @@ class Broken:
                 self.free.wait(60)
             if self.how == "well":
                 raise FileNotFoundError
+            if self.how == "slow" and name != "info":
+                time.sleep(0.2)
             raise ConnectionError("no route to host")
 
         return call
@@ -133,79 +140,88 @@ class Broken:
 
 @pytest.fixture
 def broken() -> Iterator[Remote]:
-    remote = Remote("memory://broken", timeout=0.3, pause=3600)
+    remote = Remote("memory://broken", timeout=0.3, pause=30)
     remote.fs = Broken()
     yield remote
     remote.fs.free.set()
 
 
 def test_a_remote_that_fails_is_not_asked_for_a_while(broken: Remote, tmp_path: Path) -> None:
-    local = DiskStore(tmp_path, ONE, HUGE, sync=False)
-    tiers = TieredStore(MemoryStore(HUGE), local, remote=RemoteStore(broken, ONE))
+    local = DiskStore(tmp_path, MODEL, HUGE, sync=False)
+    tiers = TieredStore(MemoryStore(HUGE), local, remote=RemoteStore(broken, MODEL))
     for number in range(50):
-        assert tiers.get(ONE.key(f"text {number}")) is None
+        assert tiers.get(MODEL.key(f"text {number}")) is None
     assert broken.broken and broken.fs.calls == 3
-    assert tiers.put(ONE.key("text 0"), make("text 0")) is True, "the local tiers go on"
-    assert same(tiers.get(ONE.key("text 0")), make("text 0"))
+    assert tiers.put(MODEL.key("text 0"), make("text 0")) is True, "the local tiers go on"
+    assert same(tiers.get(MODEL.key("text 0")), make("text 0"))
     assert tiers.remote is not None
     tiers.remote.flush()  # type: ignore[attr-defined]
-    tiers.delete([ONE.key("text 0")])
-    assert tiers.get(ONE.key("text 0")) is None and broken.fs.calls == 3
+    tiers.delete([MODEL.key("text 0")])
+    assert tiers.get(MODEL.key("text 0")) is None and broken.fs.calls == 3
 
 
 def test_a_remote_that_hangs_costs_a_bounded_delay(broken: Remote) -> None:
     broken.fs.how = "hang"
-    store = RemoteStore(broken, ONE)
+    store = RemoteStore(broken, MODEL)
     start = time.monotonic()
     for number in range(100):
-        assert store.get(ONE.key(f"text {number}")) is None
+        assert store.get(MODEL.key(f"text {number}")) is None
     assert time.monotonic() - start < 5 and broken.fs.calls == 1
-    store.put(ONE.key("x"), make("x"))
+    store.put(MODEL.key("x"), make("x"))
     store.flush()
     assert store.stats().failed_puts == 1 and time.monotonic() - start < 10
 
 
 def test_many_threads_wait_no_longer_than_one(broken: Remote) -> None:
     broken.fs.how = "hang"
-    store = RemoteStore(broken, ONE)
+    store = RemoteStore(broken, MODEL)
     start = time.monotonic()
-    threads = [threading.Thread(target=store.get, args=(ONE.key(f"text {n}"),)) for n in range(24)]
+    threads = [threading.Thread(target=store.get, args=(MODEL.key(f"text {n}"),)) for n in range(24)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - start < 10 and broken.fs.calls <= module._AT_ONCE
+    assert time.monotonic() - start < 10 and broken.fs.calls <= CALLS_AT_ONCE
 
 
 def test_a_remote_that_comes_back_is_asked_again(broken: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = RemoteStore(broken, ONE)
-    for number in range(5):
-        store.get(ONE.key(f"text {number}"))
-    assert broken.broken and broken.fs.calls == 3
-    broken._until = 0.0
-    store.get(ONE.key("still away"))
-    assert broken.broken and broken.fs.calls == 4 and broken._resting > 3600 / 10
-    broken._until, broken.fs.how = 0.0, "well"
-    store.get(ONE.key("text"))
-    assert not broken.broken and broken._resting == broken.pause
+    """After a pause that doubles, up to ten minutes, until an answer comes; then it begins with the shortest again."""
+    now, store = [0.0], RemoteStore(broken, MODEL)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def calls_after(seconds: float) -> int:
+        now[0] += seconds
+        before = broken.fs.calls
+        for number in range(5):
+            store.get(MODEL.key(f"text {number}"))
+        return int(broken.fs.calls - before)
+
+    assert calls_after(0) == 3 and broken.broken
+    for pause in (30, 60, 120, 240, 480, 600, 600):
+        assert (calls_after(pause - 1), calls_after(1)) == (0, 1) and broken.broken
+    broken.fs.how = "well"
+    assert (calls_after(599), calls_after(1)) == (0, 5) and not broken.broken
+    broken.fs.how = "fail"
+    assert (calls_after(0), calls_after(29), calls_after(1)) == (3, 0, 1)
 
 
 def test_a_remote_that_is_slow_and_fails_is_given_up_as_soon_as_one_that_hangs(broken: Remote) -> None:
-    broken._failed(0.2)
+    store, broken.fs.how = RemoteStore(broken, MODEL), "slow"
+    store.get(MODEL.key("text 0"))
     assert not broken.broken
-    broken._failed(0.2)
+    store.get(MODEL.key("text 1"))
     assert broken.broken
 
 
 def test_a_file_that_is_too_large_is_not_fetched() -> None:
     remote = Remote(f"memory://{uuid.uuid4().hex}", max_bytes=1000)
     key = uploaded(remote)
-    assert RemoteStore(remote, ONE).get(key) is None
+    assert RemoteStore(remote, MODEL).get(key) is None
 
 
 def test_an_upload_that_was_forgotten_meanwhile_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     remote = Remote(f"memory://{uuid.uuid4().hex}", timeout=60)
-    store, key = RemoteStore(remote, ONE), ONE.key("text 0")
+    store, key = RemoteStore(remote, MODEL), MODEL.key("text 0")
     started, go_on, pipe = threading.Event(), threading.Event(), remote.fs.pipe_file
 
     def slow(path: str, data: bytes) -> None:
@@ -219,7 +235,7 @@ def test_an_upload_that_was_forgotten_meanwhile_does_not_come_back(monkeypatch: 
     store.delete([key])
     go_on.set()
     store.flush()
-    assert key not in store and RemoteStore(remote, ONE).get(key) is None
+    assert key not in store and RemoteStore(remote, MODEL).get(key) is None
 
 
 def test_what_cannot_be_a_remote_is_said_at_once() -> None:
@@ -258,3 +274,110 @@ def test_an_engine_answers_although_its_remote_is_dead(broken: Remote, tmp_path:
         engine.forget(PASSAGES[:1])
         assert not engine.knows(PASSAGES[0])
         assert time.monotonic() - start < 30
+
+
+# ---- what is sent ------------------------------------------------------------------------------------------------
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Ignores the range it is asked for, says of every file that it is small, and sends until nobody listens."""
+
+    sent, piece, ended = 0, b"\0" * (1 << 20), threading.Event()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while type(self).sent < 1 << 30:
+                self.wfile.write(self.piece)
+                type(self).sent += len(self.piece)
+                time.sleep(0 if len(self.piece) > 1 else 0.01)
+        except OSError:
+            self.ended.set()
+
+
+@pytest.fixture
+def endless() -> Iterator[str]:
+    pytest.importorskip("aiohttp")
+    Endless.sent, Endless.piece, Endless.ended = 0, b"\0" * (1 << 20), threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/kv"
+    server.shutdown()
+
+
+def test_a_server_that_ignores_ranges_is_not_listened_to_for_longer_than_is_kept(endless: str) -> None:
+    remote = Remote(endless, timeout=60, max_bytes=1 << 20)
+    assert remote.read_head("x", 100) == bytes(100)
+    with pytest.raises(module.Unavailable, match="larger than 1,048,576 bytes"):
+        remote.read("x")
+    assert RemoteStore(remote, MODEL).get(MODEL.key("text 0")) is None
+    assert Endless.ended.wait(60) and Endless.sent < 256 << 20, "what lies in the sockets' buffers"
+
+
+def test_a_server_that_never_ends_is_not_listened_to_after_its_time(endless: str) -> None:
+    Endless.piece = b"\0"
+    for work in (lambda remote: remote.read("x"), lambda remote: remote.listing()):
+        Endless.ended.clear()
+        with pytest.raises(module.Unavailable):
+            work(Remote(endless, timeout=0.5))
+        assert Endless.ended.wait(60), "the connection is closed"
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit])
+def test_whatever_a_client_raises_is_a_miss(broken: Remote, raised: type[BaseException]) -> None:
+    def fail(*_: object, **__: object) -> bytes:
+        raise raised("from the client")
+
+    broken.fs.cat_file = broken.fs.find = broken.fs.info = fail
+    store = RemoteStore(broken, MODEL)
+    assert store.get(MODEL.key("text 0")) is None and store.stats().rejected == {"unavailable": 1}
+    with pytest.raises(module.Unavailable, match=raised.__name__):
+        broken.listing()
+
+
+def test_an_interrupt_of_who_waits_does_not_keep_others_out(broken: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        RemoteStore(broken, MODEL).get(MODEL.key(f"text {number}"))
+    assert broken.broken
+    broken._until, broken.fs.how = 0.0, "well"  # the pause is over, and the next call tries
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Future, "result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            broken.read_head("x", 1)
+    broken._until = 0.0
+    with pytest.raises(FileNotFoundError):
+        broken.read_head("x", 1)
+    assert not broken.broken
+
+
+def test_a_file_with_holes_on_a_share_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = Remote(f"file://{tmp_path}/share", timeout=60)
+    key = uploaded(remote)
+    path = tmp_path / "share" / MODEL.digest[:32] / f"{key}.safetensors"
+    sparse(path, path.read_bytes())
+    sizes = whole_reads(monkeypatch)
+    store = RemoteStore(remote, MODEL)
+    assert store.get(key) is None and store.stats().rejected == {"larger than its header says": 1}
+    assert max(sizes, default=0) < HOLES and not remote.broken
+    store.put(key, make("text 0"))
+    store.flush()
+    assert same(RemoteStore(remote, MODEL).get(key), make("text 0"))
+
+
+def test_folders_above_a_share_are_their_owner_s(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        uploaded(Remote(f"file://{tmp_path}/one/two", timeout=60))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "one").rglob("*") if path.is_dir()} == {0o700}

@@ -90,7 +90,7 @@ def test_keys_and_values_are_unique(task: str) -> None:
 
 
 def test_keys_are_unique_however_few_words_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ruler, "_KEYS", ("mute shy", "bee fly"))
+    monkeypatch.setattr(ruler, "KEYS", ("mute shy", "bee fly"))
     item = generate("niah_multikey", tokens=500, seed=0)
     assert {match[1] for _, match in needles(item)} == {"mute-bee", "mute-fly", "shy-bee", "shy-fly"}
 

@@ -12,6 +12,7 @@ import pytest
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import Engine, Report
+from cacheclip_rag.methods.select.query_guided import QueryGuided
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.serving import limit
 from cacheclip_rag.serving.stats import SECONDS, Tally
@@ -90,7 +91,7 @@ def test_fallbacks_by_reason(engine: Engine, tmp_path: Path, monkeypatch: pytest
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no memory: at all")
 
-    monkeypatch.setattr(engine.collections, "of", lambda _: broken)
+    monkeypatch.setattr(QueryGuided, "select", broken)
     engine.generate(prompt(engine), max_new_tokens=1)
     assert engine.stats().fallbacks == {"chunk": 1, "full prefill": 1}
 
@@ -142,24 +143,24 @@ def test_times_fall_into_classes() -> None:
     for seconds in (SECONDS[0], 0.2, 0.21, 1e9):
         tally.add(Report("naive", 0.0, completion_tokens=1, ttft=seconds, finish_reason="stop"))
     tally.add(Report("naive", 0.0, finish_reason="error"))  # never had a first token
-    times = tally.snapshot(0, 0, StoreStats()).first_token["naive"]
+    times = tally.snapshot(0, 0, StoreStats(), {}).first_token["naive"]
     assert times.classes == (1, 0, 2, *[0] * (len(SECONDS) - 3), 1) and times.count == 4
 
 
 def test_a_snapshot_does_not_change_and_threads_lose_nothing() -> None:
     tally = Tally()
-    before = tally.snapshot(0, 0, StoreStats())
+    before = tally.snapshot(0, 0, StoreStats(), {})
 
     def count() -> None:
         for _ in range(500):
             tally.add(Report("naive", 0.0, fresh=2, fallbacks=["chunk 01 prefilled: gone"], finish_reason="stop"))
-            tally.snapshot(0, 0, StoreStats())
+            tally.snapshot(0, 0, StoreStats(), {})
 
     threads = [threading.Thread(target=count) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    after = tally.snapshot(0, 0, StoreStats())
+    after = tally.snapshot(0, 0, StoreStats(), {})
     assert (after.requests, after.fresh, after.fallbacks) == (4000, 8000, {"chunk": 4000})
     assert before.requests == before.fresh == 0 and before.fallbacks == {}

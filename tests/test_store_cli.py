@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_store_promises import HUGE, KEYED, make
+from stores import HUGE, KEYED, make
 from typer.testing import CliRunner
 
 from cacheclip_rag.chunks import Namespace
 from cacheclip_rag.cli import store as store_cli
 from cacheclip_rag.cli.main import app
-from cacheclip_rag.store import DiskStore
+from cacheclip_rag.store import DiskStore, Documents, files
 
 runner = CliRunner()
 MODEL = Namespace({"architecture": "qwen2", "dtype": "bfloat16", "encoder": "Isolated()", "tenant": "acme"})
@@ -46,7 +46,7 @@ def test_stats(folder: Path) -> None:
     text = run(folder, "stats")
     assert "qwen2 bfloat16" in text and "tenant acme" in text and "keyed" in text and "4 chunks" in text
     (one, two) = run(folder, "stats", "--json")
-    assert (one["entries"], one["tokens"], one["bytes_per_token"]) == (3, 33, 2 * 2 * 2 * 4 * 4)
+    assert (one["entries"], one["tokens"], one["bytes_per_token"]) == (3, 33, 2 * 2 * 3 * 4 * 2)
     assert one["about"]["architecture"] == "qwen2" and two["entries"] == 1
     assert one["nbytes"] + two["nbytes"] == sum(path.stat().st_size for path in files_of(folder))
 
@@ -131,4 +131,90 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     ("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1000", 1000), ("1.5 kib", 1536), ("2t", 2 * 10**12)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert store_cli._bytes(text) == size
+    assert store_cli.room(Path("anywhere"), cap=text) == size
+
+
+# ---- secrets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secret", [b"hush", b"hush ", b"hush\n", b"hush\r\n", b" hush\t \n\n", b"\n"])
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_a_secret_may_end_with_a_blank(tmp_path: Path, secret: bytes, ending: bytes) -> None:
+    """And a file that holds one may end with a line break, as editors have it."""
+    folder, file = tmp_path / "store", tmp_path / "secret"
+    file.write_bytes(secret + ending)
+    keyed = Namespace(MODEL.fields, secret)
+    store = DiskStore(folder, keyed, HUGE, sync=False)
+    DiskStore(folder, KEYED, HUGE, sync=False).put(KEYED.key("another's"), make("another's"))
+    store.put(keyed.key("text 0"), make("text 0"))
+    Documents(folder, "acme", secret).add("one", ["text 0"])
+    document = ("--document", "one", "--tenant", "acme", "--secret-file", str(file), "--json")
+    if not secret.strip() and ending:  # which of the line breaks is meant is known by the chunks
+        assert run(folder, "verify", "--secret-file", str(file), "--json")["good"] == 1
+    assert run(folder, "verify", "--secret-file", str(file), "--json")["unproved"] == 1
+    assert [one["entries"] for one in run(folder, "stats", *document)] == [1]
+    assert run(folder, "forget", *document) == {"removed": 1, "nbytes": store.stats().nbytes, "left": 0}
+    assert not Documents(folder, "acme", secret).of("one")
+
+
+def test_a_secret_whose_chunks_are_gone_is_known_by_its_documents(tmp_path: Path) -> None:
+    folder, file = tmp_path / "store", tmp_path / "secret"
+    file.write_bytes(b"hush \n")
+    DiskStore(folder, KEYED, HUGE, sync=False).put(KEYED.key("another's"), make("another's"))
+    Documents(folder, "", b"hush ").add("one", ["text 0"])
+    run(folder, "forget", "--document", "one", "--secret-file", str(file))
+    assert not Documents(folder, "", b"hush ").of("one")
+
+
+def test_a_secret_that_fits_nothing_is_an_error(folder: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "secret"
+    wrong.write_bytes(b"correct horse battery")
+    for command in (("verify",), ("stats", "--document", "x"), ("forget", "--document", "x")):
+        result = runner.invoke(
+            app, ["store", command[0], "--store", str(folder), *command[1:], "--secret-file", str(wrong)]
+        )
+        assert result.exit_code == 2 and "not that of any of the keyed chunks" in result.stderr, command
+    assert len(files_of(folder)) == 4
+    result = runner.invoke(app, ["store", "forget", "--store", str(folder), "--document", "unknown"])
+    assert result.exit_code == 0 and "nothing is known" in result.stderr
+
+
+# ---- what others wrote ---------------------------------------------------------------------------------------------
+
+ESCAPES = "\x1b[2J\x1bc\u202e\x9b31m"
+
+
+def hostile(folder: Path) -> None:
+    """A file whose header, and files whose names, hold what a terminal takes for commands."""
+    fields = {name: ESCAPES for name in ("format", "architecture", "weights", "tenant", "encoder", "dtype")}
+    namespace = Namespace(fields)
+    store = DiskStore(folder, namespace, HUGE, sync=False)
+    key = namespace.key("x" * 70)
+    store.put(key, make("x" * 70))
+    path = store.path / f"{key}.safetensors"
+    data = path.read_bytes()
+    other = path.with_name("0" * 64 + ".safetensors")
+    other.write_bytes(data.replace(key.encode(), (ESCAPES * 9).encode()[:64].ljust(64, b"x"), 1))
+    (store.path / f".tmp-{ESCAPES}").write_bytes(b"")
+    for odd in (other, store.path / f".tmp-{ESCAPES}"):
+        odd.chmod(0o644)
+
+
+@pytest.mark.parametrize(
+    "command", [["stats"], ["list"], ["list", "--text"], ["verify"], ["forget", "--containing", "zzz"], ["gc"]]
+)
+def test_nothing_that_others_wrote_steers_the_terminal(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile(tmp_path)
+    if command[0] == "forget":
+        monkeypatch.setattr(files, "remove", lambda *_: (_ for _ in ()).throw(PermissionError(13, ESCAPES)))
+    result = runner.invoke(app, ["store", command[0], "--store", str(tmp_path), *command[1:]])
+    assert result.exit_code == {"verify": 1, "forget": 2}.get(command[0], 0), result.output
+    assert result.output and not set(ESCAPES) & set("\x1b\x9b\u202e") & set(result.output), result.output
+    assert not {"\x1b", "\x9b", "\u202e"} & set(result.output)
+
+
+def test_an_error_s_message_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["store", "stats", "--store", str(tmp_path / ESCAPES)])
+    assert result.exit_code == 2 and "\x1b" not in result.output and "is no chunk store" in result.stderr

@@ -19,10 +19,11 @@ from cacheclip_rag.store import DiskStore, MemoryStore, TieredStore, format
 
 pytest.importorskip("fcntl")  # limits, signals and forks are Unix's
 import torture
-from torture import HUGE, MODEL, chunk_of, chunks, same
+from stores import HUGE, later, same
+from torture_harness import MODEL, Tally, chunk_of, chunks
 
 
-def verdict(tally: torture.Tally) -> None:
+def verdict(tally: Tally) -> None:
     print(tally)
     assert tally.good, str(tally)
 
@@ -60,8 +61,8 @@ def test_damaged_and_forged_files_are_never_served(tmp_path: Path) -> None:
 
 
 def test_processes_share_a_folder_and_its_cap(tmp_path: Path) -> None:
-    tally = torture.company(tmp_path / "all live", seconds=30.0, processes=8)
-    tally.add(torture.company(tmp_path / "half die", seconds=4.0, processes=8, kill=True))
+    tally = torture.several_processes(tmp_path / "all live", seconds=30.0, processes=8)
+    tally.add(torture.several_processes(tmp_path / "half die", seconds=4.0, processes=8, kill=True))
     verdict(tally)
     assert tally.puts and tally.kills == 4 and tally.looks > 100
 
@@ -123,7 +124,7 @@ class Here:
 
     def refresh(self) -> None:
         """Look again, as before every prompt, though the folder's time of change may be the same."""
-        self.disk._seen = -1
+        later(self.disk.path)
         self.store.refresh()
 
     def close(self) -> None:

@@ -16,7 +16,8 @@ from cacheclip_rag import Engine
 from cacheclip_rag.cli import main as cli
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.methods.recompute.once import Once
-from cacheclip_rag.model.canvas import Canvas, _CanvasLayer
+from cacheclip_rag.model.attention import SparseRows
+from cacheclip_rag.model.canvas import Canvas, CanvasLayer
 from cacheclip_rag.model.rotary import Rotary
 from cacheclip_rag.store import DiskStore, format
 from cacheclip_rag.verification import PASSAGES, verify
@@ -67,7 +68,7 @@ def test_keys_that_are_one_position_off_are_found(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Canvas, "place", beside)
     names = failed_of(backbone)
-    assert "reuse at ratio 0 is exact behind the chunk's own prefix" in names and len(names) == 2
+    assert "reuse at ratio 0 of a chunk in place is full prefill" in names and len(names) == 2
 
 
 def test_kv_that_is_placed_at_the_wrong_slots_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,20 +81,26 @@ def test_kv_that_is_placed_at_the_wrong_slots_is_found(monkeypatch: pytest.Monke
         self.values[:, 0, :, rows] = self.values[:, 0, :, rows].flip(2)
 
     monkeypatch.setattr(Canvas, "place", mixed)
-    assert "reuse at ratio 0 is exact behind the chunk's own prefix" in failed_of(backbone)
+    assert "reuse at ratio 0 of a chunk in place is full prefill" in failed_of(backbone)
 
 
 def test_scattered_rows_that_are_not_written_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone()
-    update = _CanvasLayer.update
+    update, aim, scattered = CanvasLayer.update, Canvas.set_write_rows, [False]
 
-    def lazy(self: _CanvasLayer, keys: Any, values: Any, *rest: Any, **more: Any) -> Any:
-        if isinstance(self._slots.rows, slice):
+    def noted(self: Canvas, sparse: SparseRows) -> None:
+        slots = sparse.rows
+        scattered[0] = int(slots[-1] - slots[0]) + 1 != len(slots)
+        aim(self, sparse)
+
+    def lazy(self: CanvasLayer, keys: Any, values: Any, *rest: Any, **more: Any) -> Any:
+        if not scattered[0]:
             return update(self, keys, values, *rest, **more)
-        length = self._slots.length
+        length = self.get_seq_length()
         return self.keys[:, :, :length], self.values[:, :, :length]
 
-    monkeypatch.setattr(_CanvasLayer, "update", lazy)
+    monkeypatch.setattr(Canvas, "set_write_rows", noted)
+    monkeypatch.setattr(CanvasLayer, "update", lazy)
     names = failed_of(backbone)
     assert names and "full prefill is the model's own" not in names
 

@@ -11,12 +11,14 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
+from cacheclip_rag import Engine
 from cacheclip_rag.model.backbone import Backbone
 
 SHAPE: dict[str, Any] = dict(
@@ -77,6 +79,21 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "You may call these functions:\n<tools>{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n</tools><|im_end|>\n"
+    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% elif m.role != 'system' or not loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}"
+    '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Offers tools and writes calls as Qwen2.5's and Hermes' templates do."""
+
 
 def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """One token a byte, and two control tokens."""
@@ -104,6 +121,15 @@ def tiny_backbone(kind: str = "llama", dtype: torch.dtype = torch.float32, **opt
     return Backbone(tiny_model(kind, dtype), byte_tokenizer(), **options)
 
 
+def two_layers(template: str | None = TOOLS_TEMPLATE, window: int = 4096, seed: int = 0) -> Backbone:
+    """A model of two layers whose chat template offers tools."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 2, "max_position_embeddings": window})
+    return Backbone(LlamaForCausalLM(config).float(), tokenizer)
+
+
 # Documents of our own: real prose, long enough to be chunks.
 PASSAGES = [
     "The lighthouse at Cape Morrow was built in 1874 by the engineer Ada Lindqvist. Its lamp burned whale oil "
@@ -120,3 +146,9 @@ PASSAGES = [
     "The Coastal Prize is awarded every five years by the town council for a work about the sea. Among its "
     "winners are a poem about eels, an atlas of wrecks, and a cookery book that contains no fish at all.",
 ]
+QUESTION = "Who drove the last train?"
+
+
+def prompt_of(engine: Engine, passages: list[str], question: str = QUESTION, head: str = "Read.") -> str:
+    content = f"{head}\n\n" + "\n\n".join(passages) + f"\n\n{question}"
+    return engine.backbone.chat([{"role": "user", "content": content}])

@@ -1,4 +1,4 @@
-"""The command `cacheclip`."""
+"""The command line, `cacheclip`."""
 
 from .main import app
 

@@ -18,8 +18,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ..errors import ConfigurationError
+from .plain import plain
+from .store import nbytes
 
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells count it."""
@@ -41,40 +44,92 @@ def ingest(
     auxiliary: Annotated[
         str | None,
         typer.Option(
-            help='The small model that selects tokens; "none": the question\'s own attention does. '
-            "[default: last time's, else smollm2-135m-instruct]"
+            help='A small model that selects tokens; "none": the question\'s own attention does. '
+            "[default: last time's, else none]"
         ),
     ] = None,
     chunk_size: Annotated[
         int | None, typer.Option(min=64, help="Tokens of a chunk, about. [default: last time's, else 320]")
     ] = None,
+    cap: Annotated[
+        str | None,
+        typer.Option(help="The most that all KV may take on the disk, as in 8GiB. [default: last time's, else 32GiB]"),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say how much it is and how long it takes on this machine, and keep nothing."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read a folder of documents once, so that answers from it start sooner.
 
     Every file is cut into chunks, every chunk embedded and read by the model, and its KV cache kept. Run it again
     after files changed: only what is new is read, and what is gone is forgotten. Ctrl-C loses nothing that was
-    finished. Exit code 1: some files could not be read; 2: bad input.
+    finished. Links that lead out of FOLDER are not followed. Exit code 1: some files could not be read, or the store
+    has no room for all chunks; 2: bad input.
 
     Then: cacheclip ask "What do the documents say about ...?"
     """
     with quietly(), bar() as progress:
         app = _app("folder")  # slow to import
-        library = app.Library.given(home, model=model, auxiliary=auxiliary, chunk_size=chunk_size)
-        result = app.ingest(folder, library, _embedding(), progress)
+        limit = None if cap is None else nbytes(cap)
+        library = app.Library.given(home, model=model, auxiliary=auxiliary, chunk_size=chunk_size, disk_bytes=limit)
+        if dry_run:
+            plan = app.plan(folder, library, progress)
+        else:
+            result = app.ingest(folder, library, _embedding(), progress, lambda said: _warn(plain(said)))
+    if dry_run:
+        return _show_plan(plan, as_json)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     else:
         typer.echo(
-            f"{result.files} files, {result.chunks} chunks: {result.encoded} read now, "
-            f"{result.removed} forgotten, in {result.seconds:.1f} s; KV of {result.disk_bytes / 1e9:.2f} GB in {home}"
+            f"{result.files} files, {result.chunks} chunks: {result.encoded} read now, {result.kept} kept, "
+            f"{result.removed} forgotten, in {result.seconds:.1f} s; KV of {result.disk_bytes / 1e9:.2f} GB in "
+            f"{plain(home)}"
         )
     for name in result.unread:
-        typer.echo(f"cacheclip: nothing could be read from {name}: is it empty, damaged, locked or a scan?", err=True)
+        _warn(f"nothing could be read from {plain(name)}: is it empty, damaged, locked or a scan?")
+    _name_passed_over(result.passed_over)
     for text, reason in result.skipped:
-        typer.echo(f"cacheclip: no KV of {text!r}: {reason}", err=True)
-    if result.unread:
+        _warn(f"no KV of {text!r}: {plain(reason)}")
+    if result.no_room:
+        _warn(
+            f"{result.no_room:,} of {result.chunks:,} chunks have no KV: the store is full at "
+            f"{result.cap_bytes / (1 << 30):.2f} GiB. Prompts with them are prefilled as usual; --cap gives it more "
+            "room, and --dry-run says how much is wanted"
+        )
+    if result.unread or result.no_room:
         raise typer.Exit(1)
+
+
+def _show_plan(plan: Any, as_json: bool) -> None:
+    """Exit code 1 where the cap does not hold all of it."""
+    if as_json:
+        typer.echo(json.dumps(asdict(plan)))
+    else:
+        typer.echo(
+            f"{plan.files} files, {plan.chunks:,} chunks of {plan.tokens:,} tokens, {plan.new:,} of them new: "
+            f"KV of {plan.nbytes / (1 << 30):.2f} GiB in all, about {plan.minutes:.1f} minutes to read what is new"
+        )
+        if plan.fitting >= plan.chunks:
+            typer.echo(f"the cap of {plan.cap_bytes / (1 << 30):.2f} GiB holds all of it")
+    _name_passed_over(plan.passed_over)
+    if plan.fitting < plan.chunks:
+        _warn(
+            f"the cap of {plan.cap_bytes / (1 << 30):.2f} GiB holds {plan.fitting:,} of {plan.chunks:,} chunks: "
+            "raise it with --cap, or take a smaller model or folder"
+        )
+        raise typer.Exit(1)
+
+
+def _name_passed_over(names: list[str]) -> None:
+    for name in names:
+        _warn(f"passed over {plain(name)}: a link that leads out of the folder, or a name that is no text")
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"cacheclip: {message}", err=True)
 
 
 def ask(
@@ -90,9 +145,7 @@ def ask(
         typer.Option(help='How tokens to recompute are chosen; "auto" also takes what `cacheclip fuse` made.'),
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Show what happened to the prompt.")] = True,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also prefill the prompt in full, to measure what was saved.")
-    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer from a full prefill, and time it.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask about the documents that `cacheclip ingest` has read.
@@ -114,11 +167,14 @@ def ask(
             for asked in [question] if question is not None else _questions(console):
                 reply = session.ask(asked, _silent if as_json else _show, compare)
                 if as_json:
-                    typer.echo(
-                        json.dumps({"answer": reply.text, "sources": reply.sources, "report": reply.report.as_dict()})
-                    )
+                    shown = {"answer": reply.text, "sources": reply.sources, "report": reply.report.as_dict()}
+                    full = {} if reply.full_prefill is None else {"full_prefill": reply.full_prefill}
+                    typer.echo(json.dumps(shown | full))
                     continue
-                console.print(f"\n[dim]from {', '.join(reply.sources)}[/dim]")
+                console.print()
+                console.print(Text(f"from {plain(', '.join(reply.sources))}", style="dim"))
+                if reply.full_prefill is not None:
+                    _show(f"\nfull prefill answers: {reply.full_prefill}\n")
                 if report:
                     console.print(reply.report, soft_wrap=False)
         finally:

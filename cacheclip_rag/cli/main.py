@@ -1,7 +1,7 @@
-"""The command ``cacheclip``.
+"""The command line, ``cacheclip``.
 
-A new command is a function with ``@app.command()``. It lets errors of this package out: the group prints them as one
-line and exits with code 2.
+A new command is a function with ``@app.command()``. It does not catch errors of this package: the group prints them as
+one line and exits with code 2.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from ..weights.catalogue import CATALOGUE
 from ..weights.pull import is_pulled, resolve
 from . import documents as app_cli
 from . import store as store_cli
+from .plain import plain
 
 
 class _Group(TyperGroup):
-    """FairLock the errors that this package raises on purpose into one line on stderr, for every command."""
+    """Prints the errors of this package as one line on stderr, for every command."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except CacheClipError as error:
-            typer.echo(f"cacheclip: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"cacheclip: {plain(error)}", err=True)
             raise typer.Exit(2) from None
 
 
 class _Lists(TyperCommand):
-    """Lets options that may be repeated take several values at once: ``--methods naive cacheclip``."""
+    """Lets repeatable options take several values at once: ``--methods naive cacheclip``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeated = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
@@ -58,7 +59,7 @@ app.command()(app_cli.ask)
 
 
 def _evaluation(module: str) -> Any:
-    """A module of `cacheclip_eval`, which loads torch and which the library does not import."""
+    """A module of `cacheclip_eval`, imported on use: it loads torch, and the library does not depend on it."""
     return importlib.import_module(f"cacheclip_eval.{module}")
 
 
@@ -77,7 +78,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Reuse the KV cache of document chunks, so that answers start sooner.
+    """Reuse the KV cache of document chunks, for a lower time to the first token.
 
     To begin: `cacheclip ingest FOLDER`, then `cacheclip ask "..."`; `cacheclip bench` measures this machine.
     """
@@ -105,7 +106,9 @@ def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A catalogue name, hub id, folder or .gguf file.")],
     store: Annotated[
         Path | None,
-        typer.Option("--store", "-s", help="The store whose files to try; a canary chunk stays in it. Default: none."),
+        typer.Option(
+            "--store", "-s", help="The store whose files to check; a canary chunk stays in it. Default: none."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -166,12 +169,12 @@ def evaluate(
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PARAM=VALUE,...", help="One system a value: ratio=0.05,0.1 window=4,8 prefix=none,system."
+            metavar="PARAM=VALUE,...", help="One system per value: ratio=0.05,0.1 group_size=4,8 prefix=none,system."
         ),
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="Items of each data set, spread over it.")] = 20,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 32; 64 for RULER tasks.")] = None,
-    out: Annotated[Path, typer.Option(help="Rows are appended here; what is there is not run again.")] = Path(
+    out: Annotated[Path, typer.Option(help="Rows are appended here; existing ones are not run again.")] = Path(
         "rows.jsonl"
     ),
     references: Annotated[
@@ -179,10 +182,10 @@ def evaluate(
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Folder that keeps chunk KV; default: memory only.")] = None,
     kv_dtype: Annotated[
-        str, typer.Option(help="What chunk KV is kept in: auto, the model's dtype, or int8; then labels end in +int8.")
+        str, typer.Option(help="The dtype of stored KV: auto, the model's, or int8; then labels end in +int8.")
     ] = "auto",
     baseline: Annotated[str | None, typer.Option(help="Also print each system's difference from this one.")] = None,
-    run: Annotated[bool, typer.Option("--run/--no-run", help="Answer, or only print what is there.")] = True,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Answer, or only print existing rows.")] = True,
     table: Annotated[bool, typer.Option("--table/--no-table", help="Print tables at the end.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -228,7 +231,7 @@ def analyse(
     measure: Annotated[str, typer.Option(help="kl, score, adjusted, agree.")] = "kl",
     items: Annotated[int, typer.Option(min=1, help="Items of each data set.")] = 10,
 ) -> None:
-    """Draw one figure that answers one question, and keep its numbers beside it as JSONL."""
+    """Draw a figure that answers one question, and write its numbers beside it as JSONL."""
     work = _evaluation("analyse")
 
     figure = out or Path(f"{question}.svg")
@@ -241,29 +244,33 @@ def analyse(
 def fuse(
     model: Annotated[str, typer.Option(help="The model whose KV it is.")],
     store: store_cli.Folder = store_cli.DEFAULT,
-    similar: Annotated[bool, typer.Option("--similar", help="With the chunks that resemble it (by MiniLM).")] = False,
-    least: Annotated[int, typer.Option(min=1, help="Else: chunks that came in so many prompts, with those met.")] = 2,
-    count: Annotated[int, typer.Option(min=1, help="With how many others.")] = 10,
-    method: Annotated[str, typer.Option(help="The method that will use it: how chunks are encoded.")] = "auto",
-    tenant: Annotated[str, typer.Option(help="Whose chunks.")] = "",
+    similar: Annotated[
+        bool, typer.Option("--similar", help="Fuse each chunk with similar ones (MiniLM embeddings).")
+    ] = False,
+    least: Annotated[
+        int, typer.Option(min=1, help="Without --similar: fuse chunks of so many prompts or more, as used together.")
+    ] = 2,
+    count: Annotated[int, typer.Option(min=1, help="The number of chunks to fuse each one with.")] = 10,
+    method: Annotated[str, typer.Option(help="The method that will use the variants; it says how to encode.")] = "auto",
+    tenant: Annotated[str, typer.Option(help="The engine's tenant.")] = "",
     secret_file: store_cli.Secret = None,
-    remote: Annotated[str, typer.Option(metavar="URL", help="The remote that the engine has beside the folder.")] = "",
-    kv_dtype: Annotated[str, typer.Option(help="What the engine keeps chunk KV in: auto or int8.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="What the engine runs the model in: auto, float32, bfloat16.")] = "auto",
+    remote: Annotated[str, typer.Option(metavar="URL", help="The engine's remote store.")] = "",
+    kv_dtype: Annotated[str, typer.Option(help="The engine's kv_dtype: auto or int8.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The engine's dtype: auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cap: Annotated[
         str | None,
         typer.Option(
-            help="The engine's disk_bytes, as in 64GiB; default: 32GiB, or twice what is there if that is more."
+            help="The engine's disk_bytes, such as 64GiB; default: 32GiB, or twice the store's size if that is more."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compute stored chunks once more, each behind the chunks it is likely to meet in a prompt.
+    """Compute fused variants of stored chunks: each chunk again, behind chunks it is likely to follow in a prompt.
 
-    What is there is left alone, so it may be stopped and repeated. Methods that take fused chunks (auto, fusionrag, and
-    any with fused=True) then need less recomputed. The engine that will use them must be told the same: method, tenant,
-    secret, dtype and the like are part of what KV goes by.
+    Existing variants are not computed again, so it can be stopped and repeated. Methods that take fused variants (auto,
+    fusionrag, and any with fused=True) then recompute less for the same quality. The engine must have the same method,
+    tenant, secret, dtype and so on, which are part of the namespace of stored KV.
     """
     from ..corpus.neighbours import similar as nearest
     from ..engine import Engine  # torch is slow to import
@@ -277,7 +284,7 @@ def fuse(
             store=store,
             disk_bytes=store_cli.room(store, cap),
             tenant=tenant,
-            secret=store_cli.secret(secret_file),
+            secret=store_cli.secret_of(secret_file, store),
             remote=remote or None,
             kv_dtype=cast(Any, kv_dtype),  # Engine checks it
             dtype=dtype,
@@ -290,7 +297,7 @@ def fuse(
             texts = engine.index.texts()
             if not texts:
                 raise ConfigurationError(
-                    f"{store} holds no chunks that {model} read as {method} wants them: run `cacheclip ingest FOLDER "
+                    f"{store} holds no chunks that {model} encoded for {method}: run `cacheclip ingest FOLDER "
                     f"--model {model}` first, or say where with --store; `cacheclip store stats` says what is there"
                 )
             if similar:
@@ -315,7 +322,7 @@ def fuse(
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="The model that answers.")] = "smollm2-135m-instruct",
-    auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,
+    auxiliary: Annotated[str | None, typer.Option(help="An auxiliary model; default: none.")] = None,
     method: Annotated[str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else auto.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Recompute ratio; default: the method's.")] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks in a prompt.")] = 8,
@@ -323,12 +330,12 @@ def bench(
     pairs: Annotated[int, typer.Option(min=1, help="Prompts that are measured.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure this machine: full prefill against reuse of the same chunks, with quality beside the speed.
+    """Measure time to first token on this machine: full prefill against reuse of the same chunks, with the quality.
 
     About a minute on a CPU with the default model and prompts of 1,700 tokens. Each prompt is new; its chunks were
-    read before.
-    KL says how far the first token's distribution is from full prefill's, for this method and for plain reuse.
-    Generated prose says nothing about the quality of answers: `cacheclip eval` does.
+    encoded before.
+    KL is the distance of the first token's distribution from full prefill's, for this method and for plain reuse.
+    The prose is generated, so this says nothing about the quality of answers: `cacheclip eval` does.
     """
     work = _evaluation("bench")
 

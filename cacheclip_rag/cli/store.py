@@ -1,10 +1,11 @@
-"""The commands ``cacheclip store ...``: looking after a folder of chunk KV. None of them loads a model."""
+"""The commands ``cacheclip store ...``, which inspect and clean up a folder of chunk KV. None loads a model."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
+from .plain import plain
 
 if TYPE_CHECKING:
     from ..store.admin import Administration
+    from ..store.holdings import Holdings
     from ..store.remote_admin import RemoteAdministration
 
 app = typer.Typer(no_args_is_help=True, help="Look after a folder of chunk KV.")
@@ -28,7 +31,8 @@ OfNamespace = Annotated[str, typer.Option("--namespace", "-n", help="Only namesp
 Tenant = Annotated[str, typer.Option(help="Whose document that is.")]
 Secret = Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")]
 DEFAULT = Path(".cacheclip")
-_DISK_BYTES = 32 << 30  # an engine's default; importing it would import torch
+DISK_BYTES = 32 << 30
+"""An engine's default; importing it would import torch."""
 
 
 @app.command()
@@ -46,7 +50,8 @@ def stats(
     if document and remote:
         raise typer.BadParameter("which chunks a document has is known in a folder: --document goes without --remote")
     if document:
-        found = _folder(store).usage_of_documents(document, tenant, secret(secret_file))
+        folder = _folder(store)
+        found = folder.usage_of_documents(document, tenant, secret(secret_file, folder))
     else:
         found = _open(store, remote).usage()
     if as_json:
@@ -54,14 +59,14 @@ def stats(
     for one in found:
         about = one.about
         keyed = ", keyed" if about.get("keyed") else ""
-        tenant = f", tenant {_plain(about['tenant'])}" if about.get("tenant") else ""
+        tenant = f", tenant {plain(about['tenant'])}" if about.get("tenant") else ""
         typer.echo(
             f"{one.name[:12]}  {_size(one.nbytes):>9}  {one.entries:>7,} chunks  {one.tokens:>10,} tokens  "
             f"{one.bytes_per_token / 1024:,.1f} KB a token  used {_ago(one.used)}"
         )
         typer.echo(
-            f"{'':12}  {_plain(about.get('architecture', 'unknown model'))} {_plain(about.get('dtype', ''))} "
-            f"{str(about.get('weights', ''))[:8]}, {_plain(about.get('encoder', 'unknown encoder'))}{tenant}{keyed}"
+            f"{'':12}  {plain(about.get('architecture', 'unknown model'))} {plain(about.get('dtype', ''))} "
+            f"{plain(about.get('weights', ''))[:8]}, {plain(about.get('encoder', 'unknown encoder'))}{tenant}{keyed}"
         )
         if one.unreadable or one.garbage:
             left = f"{one.garbage} damaged or unfinished files ({_size(one.garbage_bytes)})"
@@ -87,8 +92,8 @@ def list_(
     for stored in found:
         shown = stored.text if text else stored.text[:60]
         typer.echo(
-            f"{stored.namespace[:12]}  {stored.key[:12]}  {_size(stored.nbytes):>9}  {stored.tokens:>6,} tokens  "
-            f"used {_ago(stored.used)}  {_plain(shown)}"
+            f"{stored.namespace[:12]}  {plain(stored.key[:12])}  {_size(stored.nbytes):>9}  "
+            f"{stored.tokens:>6,} tokens  used {_ago(stored.used)}  {plain(shown)}"
         )
 
 
@@ -100,14 +105,15 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every file and check it as a request would; exits with 1 when one is damaged. Changes nothing."""
-    result = _open(store, remote).verify(secret(secret_file))
+    place = _open(store, remote)
+    result = place.verify(secret(secret_file, place))
     if as_json:
         _print(asdict(result))
     else:
         for name, reason in result.bad:
-            typer.echo(f"{name}: {reason}")
+            typer.echo(f"{plain(name)}: {plain(reason)}")
         for name in result.open_to_others:
-            typer.echo(f"{name}: open to other users")
+            typer.echo(f"{plain(name)}: open to other users")
         unproved = f", {result.unproved:,} keyed ones not checked for want of their secret" if result.unproved else ""
         typer.echo(f"{result.good:,} chunks ({_size(result.nbytes)}) are whole, {len(result.bad):,} are not{unproved}")
     if result.bad:
@@ -122,7 +128,7 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove damaged files and what crashes left; with options, chunks that are not worth their room."""
-    limit = None if cap is None else _bytes(cap)
+    limit = None if cap is None else nbytes(cap)
     gone = _folder(store).collect(limit, None if unused_days is None else unused_days * 86_400)
     chunks = sum(not file.garbage for file in gone)
     freed = sum(file.nbytes for file in gone)
@@ -166,8 +172,11 @@ def forget(
         return in_documents(text) or any(phrase in text for phrase in containing or ())
 
     if document:
-        elsewhere = [_remote(remote)] if remote else []
-        gone, left = _folder(store).forget_documents(document, tenant, secret(secret_file), elsewhere)
+        folder, elsewhere = _folder(store), [_remote(remote)] if remote else []
+        known = secret(secret_file, folder, *elsewhere, used=lambda one: folder.knows_documents(document, tenant, one))
+        if not folder.knows_documents(document, tenant, known):
+            typer.echo("cacheclip: nothing is known of such a document of this tenant and secret", err=True)
+        gone, left = folder.forget_documents(document, tenant, known, elsewhere)
     else:
         place = _open(store, remote)
         gone = place.forget(unwanted, namespace)
@@ -226,17 +235,39 @@ def room(folder: Path, cap: str | None) -> int:
     Twice what is there, if that is more than an engine's default: it may add as much, and evicts nothing.
     """
     if cap is not None:
-        return _bytes(cap)
+        return nbytes(cap)
     there = sum(found.nbytes for found in _folder(folder).usage()) if folder.is_dir() else 0
-    return max(_DISK_BYTES, 2 * there)
+    return max(DISK_BYTES, 2 * there)
 
 
-def secret(path: Path | None) -> bytes:
-    """What the file holds, without blanks around it; none without a file. Raises `ConfigurationError`."""
+def secret(path: Path | None, *places: Holdings, used: Callable[[bytes], bool] = lambda _: False) -> bytes:
+    """What the file holds; none without a file. Raises `ConfigurationError`.
+
+    An editor ends a file with a line break, and a secret may end with one, too, or with a blank: which is meant is told
+    by the keyed chunks in these places, or by what it is ``used`` for. One that fits none of them is an error, since
+    nothing would be found with it.
+    """
+    if path is None:
+        return b""
+    from ..store.holdings import keyed_by
+
     try:
-        return b"" if path is None else path.read_bytes().strip()
+        whole = path.read_bytes()
     except OSError as error:
         raise ConfigurationError(f"the secret cannot be read: {error}") from error
+    meant = list(dict.fromkeys((whole.strip(), whole.removesuffix(b"\n").removesuffix(b"\r"), whole)))
+    known = set[str]().union(*(place.keyed() for place in places))
+    for one in meant:
+        if one and (keyed_by(one) in known or used(one)):
+            return one
+    if known:
+        raise ConfigurationError(f"the secret in {path} is not that of any of the keyed chunks here")
+    return meant[0]
+
+
+def secret_of(path: Path | None, store: Path) -> bytes:
+    """As `secret`, of the chunks in a folder, if there is one."""
+    return secret(path, *([_folder(store)] if path is not None and store.is_dir() else []))
 
 
 def _size(nbytes: float) -> str:
@@ -247,7 +278,7 @@ def _size(nbytes: float) -> str:
     return f"{nbytes:,.1f} TiB"
 
 
-def _bytes(text: str) -> int:
+def nbytes(text: str) -> int:
     """``"8GiB"``, ``"500 MB"``, ``"1000"``. Raises `ConfigurationError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if match is None:
@@ -263,8 +294,3 @@ def _ago(moment: float) -> str:
     if minutes < 120:
         return f"{max(minutes, 0):.0f} min ago"
     return f"{minutes / 60:.0f} h ago" if minutes < 2880 else f"{minutes / 1440:.0f} days ago"
-
-
-def _plain(text: object) -> str:
-    """On one line, and without what a terminal would take for a command."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in str(text)).split())

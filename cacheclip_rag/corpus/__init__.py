@@ -1,1 +1,1 @@
-"""The chunks of an ingestion: encoded, fused with their neighbours, counted, and forgotten."""
+"""The ingestion of chunks: encoding, fusing, usage counts and forgetting."""

@@ -1,4 +1,4 @@
-"""How many chunks are encoded together."""
+"""Batches of chunks that are encoded in one forward."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 TOGETHER = {"cpu": 2_000, "gpu": 16_000}
-"""How many characters of chunks share a forward: beyond, little is gained, and requests wait longer."""
+"""Characters of chunks per forward: more gains little, and makes requests wait longer for the lock."""
 
 MOST = 64
-"""How many chunks at most, so that progress shows where all of them are there already."""
+"""Chunks per batch at most, so that progress moves even if all of them are stored already."""
 
 
 def batch_characters(device: torch.device) -> int:
-    """`TOGETHER` of this device."""
+    """Characters of chunks per forward on this device (`TOGETHER`)."""
     return TOGETHER["cpu" if device.type == "cpu" else "gpu"]
 
 
 def batches(texts: Iterable[str], characters: int, weight: Callable[[str], int] = len) -> Iterator[list[str]]:
-    """Neighbouring texts, cut where they would be more than so many characters together, each counted as ``weight``."""
+    """Consecutive texts in batches of at most ``characters`` in total, each text counted as ``weight(text)``."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -33,7 +33,7 @@ def batches(texts: Iterable[str], characters: int, weight: Callable[[str], int] 
 
 
 def with_progress(groups: Iterable[Sequence[str]], progress: Callable[[int], None] | None) -> Iterator[Sequence[str]]:
-    """The groups; once one is done with, ``progress`` is told of each of its texts how many there were so far."""
+    """Yield the groups; after each one, call ``progress(done)`` once per text in it."""
     done = 0
     for group in groups:
         yield group

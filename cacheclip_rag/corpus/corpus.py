@@ -1,16 +1,17 @@
-"""The chunks an engine knows: encoded, kept, found again and forgotten."""
+"""The chunks of one engine: encoding and storing them, in the foreground and in the background, and forgetting."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from ..background import Background
 from ..chunks import canonical
+from ..compute import on_cpu
 from ..errors import CacheClipError, ConfigurationError, StoreError
 from ..interrupts import raised_by_signal
 from ..kv.collections import Collections
@@ -27,21 +28,27 @@ log = logging.getLogger("cacheclip_rag")
 T = TypeVar("T")
 
 _NOT_KEPT = "the store did not keep it"
+_FULL = "the store is full: it would only evict another chunk (raise disk_bytes)"
+_EVICTED = "the store is full: another process evicted it again"
 _WAIT = 10.0
-"""Seconds that background work gives way to requests; where there is always one, it is done in between."""
+"""Seconds that background work waits for requests to end; where there is always one, it runs between them."""
 
 
 class Task(NamedTuple):
-    """What is done when no request is being served: encode a chunk, or fuse it with those it came with."""
+    """Work for idle time: encode a chunk, or fuse it with the chunks it is used with.
+
+    ``again``: the chunk was known when the task was made, so that it may be forgotten in the meantime.
+    """
 
     text: str
     method: Method
     fuse: bool = False
+    again: bool = False
 
 
 @dataclass
 class Ensured:
-    """What `Engine.ensure` did: keys of chunks whose KV is kept, how many were encoded now, what was left out."""
+    """The result of `Engine.ensure`: the keys of stored chunks, how many were encoded now, and what was skipped."""
 
     keys: list[str] = field(default_factory=list)
     encoded: int = 0
@@ -53,10 +60,10 @@ class Ensured:
 
 
 class Corpus:
-    """Encodes, keeps and forgets chunks, in the foreground and while nothing is asked.
+    """Encodes, stores and forgets chunks, in the foreground and in idle time.
 
-    ``lock`` is the model's, ``limit`` tells whether requests are in flight. ``collections`` hold what is kept,
-    ``place`` where. Thread-safe.
+    ``collections`` holds the stored chunks, ``place`` says where they are stored; ``lock`` is held while the model
+    computes, and background work waits until ``limit`` has no request in flight. Thread-safe.
     """
 
     def __init__(
@@ -70,12 +77,13 @@ class Corpus:
         )
         self.background = Background(self._do_later)
         self.fuse_later: Callable[[Task], object] = lambda task: None
-        """What is done for a task that fuses."""
+        """Called for a task that fuses."""
         self._place, self._lock, self._limit = place, lock, limit
         self._obstacle = collections.backbone.obstacle
 
     # ---- encode ---------------------------------------------------------------------------------------------------
 
+    @on_cpu
     def ensure(
         self,
         texts: Iterable[str],
@@ -83,24 +91,54 @@ class Corpus:
         progress: Callable[[int], None] | None = None,
         document: str | None = None,
     ) -> Ensured:
-        """Keep the KV of these chunks, encoded as ``method`` wants it (see `Engine.ensure`)."""
+        """Compute and store the KV of these chunks, encoded as ``method`` wants it (see `Engine.ensure`)."""
         result, texts = Ensured(), require_list(texts)
         if document is not None:
             texts = list(texts)
             try:
                 self.documents.add(document, texts)
-            except StoreError as error:  # what is stored now could not be forgotten with its document
+            except StoreError as error:  # chunks stored now could not be forgotten with their document
                 result.skip(texts, str(error))
                 return result
         characters = batch_characters(self.collections.backbone.device)
-        for batch in with_progress(batches(texts, characters), progress):
-            with self.skipping(batch, result, "not encoded"):
-                self._ensure_batch(batch, method, result)
+        with self._held_in_store(method, result) as hold:
+            if isinstance(texts, Collection):  # an iterator may yield more than fits into memory
+                hold(texts)
+            for batch in with_progress(batches(texts, characters), progress):
+                hold(batch)
+                with self.skipping(batch, result, "not encoded"):
+                    self._ensure_batch(batch, method, result)
         return result
 
     @contextmanager
+    def _held_in_store(self, method: Method, result: Ensured) -> Iterator[Callable[[Iterable[str]], None]]:
+        """Yields a function that takes texts: in the block, this process evicts none of them for another one. Chunks
+        that another process evicted meanwhile are moved to the skipped ones of ``result``.
+        """
+        if self._obstacle is not None or not method.ahead:
+            yield lambda texts: None
+            return
+        library, auxiliary = self.collections.of(method.encode).library, self.collections.auxiliary
+        libraries = (library,) if auxiliary is None else (library, auxiliary)
+        beginnings: dict[str, str] = {}
+        with ExitStack() as held:
+
+            def hold(texts: Iterable[str]) -> None:
+                new = {key: text for text in texts if (key := library.key(text)) not in beginnings}
+                beginnings.update((key, text[:40]) for key, text in new.items())
+                for each in libraries if new else ():
+                    held.enter_context(each.store.holding([each.key(text) for text in new.values()]))
+
+            yield hold
+        library.store.refresh()
+        if lost := {key for key in result.keys if not library.keeps(key)}:
+            result.keys = [key for key in result.keys if key not in lost]
+            for key in lost:
+                result.skip([beginnings[key]], _NOT_KEPT if key in library.store else _EVICTED)
+
+    @contextmanager
     def skipping(self, texts: Sequence[str], result: Ensured, what: str) -> Iterator[None]:
-        """What goes wrong with these chunks is noted in ``result`` and not raised."""
+        """Turn errors in the block into skipped chunks of ``result``."""
         try:
             yield
         except (CacheClipError, RuntimeError, MemoryError, OSError) as error:
@@ -113,52 +151,62 @@ class Corpus:
         self, texts: Sequence[str], method: Method, result: Ensured, wanted: Callable[[], bool] = lambda: True
     ) -> None:
         if self._obstacle is not None:
-            for text in texts:  # a control token in a document is text, whoever prefills it
+            for text in texts:  # known documents matter to plain prefill, too: control tokens in them are plain text
                 self.index.add(canonical(text), canonical(text))
             result.skip(texts, self._obstacle)
         elif method.ahead:
             self._encode(texts, self.collections.of(method.encode).library, result, wanted)
-        else:  # nothing to compute before the first prompt, but to be recognised there
-            for text in texts:
-                self.index.add(self.collections.name(text), text)
-                result.keys.append(self.collections.name(text))
+        else:  # nothing to compute ahead, but chunks must be recognised in prompts
+            with self._lock:  # as in `_encode`
+                if not wanted():
+                    return
+                for text in texts:
+                    self.index.add(self.collections.name(text), text)
+                    result.keys.append(self.collections.name(text))
 
     def _encode(self, texts: Sequence[str], library: Library, result: Ensured, wanted: Callable[[], bool]) -> None:
-        """``wanted`` is asked once this call has the lock: what was forgotten meanwhile must not come back."""
+        """``wanted`` is called under the lock: chunks forgotten while waiting must not be encoded again."""
         keys = [library.key(text) for text in texts]
         if all(self._settled(key, text, library) for key, text in zip(keys, texts, strict=True)):
             result.keys += keys
             return
-        with self._lock:  # nothing of it can be forgotten meanwhile
+        with self._lock:  # none of the chunks can be forgotten while it is held
             if not wanted():
                 return
-            made, refused = self._encode_missing(dict(zip(keys, texts, strict=True)), library)
+            encoded, refused = self._encode_missing(dict(zip(keys, texts, strict=True)), library)
         for key, text in zip(keys, texts, strict=True):
             if key in refused:
                 log.warning("chunk not encoded: %s", refused[key])
                 result.skip([text], refused[key])
             else:
                 result.keys.append(key)
-        result.encoded += made - len(refused)
+        result.encoded += encoded
 
     def _encode_missing(self, texts: dict[str, str], library: Library) -> tuple[int, dict[str, str]]:
-        """Encode those of ``texts``, by key, whose KV is not there: how many that were, and by key why some failed."""
+        """Encode those of ``texts`` (by key) that have no KV and fit into the store.
+
+        Returns how many were encoded and stored, and the reasons for the others by key.
+        """
         missing = {
             key: text for key, text in texts.items() if not self._held(key, text, library) and library.get(key) is None
         }
+        fitting = library.store.fitting(list(missing.values()))
+        full, missing = list(missing)[fitting:], dict(list(missing.items())[:fitting])
         made = dict(zip(missing, library.ensure_each(list(missing.values())), strict=True))
         refused = {key: str(chunk) for key, chunk in made.items() if isinstance(chunk, Exception)}
         refused |= {key: _NOT_KEPT for key in made if key not in refused and not library.keeps(key)}
-        # What a full disk refuses may still be in memory, and serve prompts as long as this process lives.
+        encoded = len(made) - len(refused)
+        refused |= dict.fromkeys(full, _FULL)
+        # A chunk that a full disk refuses may still be in memory, and serve prompts while this process lives.
         kept = [text for key, text in texts.items() if key not in refused or key in library.store]
         for text in kept:
             self.index.add(self.collections.name(text), canonical(text))
-        if (auxiliary := self.collections.auxiliary) is not None:  # a chunk that it cannot take is scored 0 later
+        if (auxiliary := self.collections.auxiliary) is not None:  # a chunk that it cannot encode scores 0 later
             auxiliary.ensure_each([text for text in kept if text not in auxiliary])
-        return len(made), refused
+        return encoded, refused
 
     def _settled(self, key: str, text: str, library: Library) -> bool:
-        """Whether there is nothing left to do for this chunk, so that the lock need not be waited for."""
+        """Whether nothing is left to do for this chunk, so that there is no need to wait for the lock."""
         auxiliary = self.collections.auxiliary
         return self._held(key, text, library) and (auxiliary is None or text in auxiliary)
 
@@ -171,8 +219,19 @@ class Corpus:
         """Like `ensure`, in the background, while no request is being served."""
         texts = require_list(texts)
         if self._obstacle is None:
-            self.background.add(Task(text, method) for text in texts)
+            self.background.add(Task(text, method, again=self._is_known(text)) for text in texts)
 
+    def _is_known(self, text: str) -> bool:
+        return self.collections.name(text) in self.index
+
+    def encode_again(self, names: Iterable[str], method: Method) -> None:
+        """Queue chunks, by their names in the index, whose KV a prefill did not find in the store."""
+        with self._lock:
+            self.follow()  # the KV of a forgotten chunk is not found either
+        gone = [text for name in names if (text := self.index.text(name)) is not None]
+        self.background.add(Task(text, method, again=True) for text in gone)
+
+    @on_cpu
     def _do_later(self, task: Task) -> None:
         patience = time.monotonic() + _WAIT
         while not self._limit.at_rest and time.monotonic() < patience:
@@ -182,18 +241,28 @@ class Corpus:
         if task.fuse:
             self.fuse_later(task)
             return
-        result = Ensured()
+        result, before = Ensured(), self._place.forgettings()
+
+        def wanted() -> bool:
+            self.follow()
+            return self.background.wanted() and (not task.again or self._is_known(task.text))
+
         with self.skipping([task.text], result, "not encoded"):
-            self._ensure_batch([task.text], task.method, result, wanted=self.background.wanted)
+            self._ensure_batch([task.text], task.method, result, wanted)
+            if task.again and result.encoded and self._place.forgettings() != before:
+                with self._lock:  # perhaps it was this chunk that another process forgot meanwhile
+                    self.index.remove(self.collections.name(task.text))
+                    for library in self._libraries():
+                        library.store.delete([library.key(task.text)])
 
     def flush(self) -> None:
-        """Wait until everything that waits in the background is done, and is at the remote store if there is one."""
+        """Wait until all background work is done, and uploaded if there is a remote store."""
         self.background.flush()
         self.usage.save()
         self._place.settle()
 
     def close(self) -> None:
-        """Stop background work, but for uploads, which are waited for."""
+        """Stop background work, after waiting for uploads."""
         self.background.close()
         self.usage.save()
         self._place.settle()
@@ -201,18 +270,17 @@ class Corpus:
     # ---- forget -----------------------------------------------------------------------------------------------------
 
     def forget(self, texts: Iterable[str]) -> None:
-        """Drop the KV of these chunks and whatever was computed behind them (see `Engine.forget`)."""
+        """Delete the KV of these chunks and all KV computed with them in its context (see `Engine.forget`)."""
         if gone := list(require_list(texts)):
-            self._forget(gone)
-            opened = [library.namespace for library in self._libraries()]
-            self._place.forget_elsewhere(set(map(self.documents.text, gone)), opened)
+            digests = set(map(self.documents.text, gone))
+            _all_of(lambda: self._forget(gone), lambda: self._place.forget_elsewhere(digests))
             self.documents.drop(gone)
 
     def forget_document(self, *documents: str) -> None:
-        """Drop what `ensure` kept of these documents and of no others (see `Engine.forget_document`)."""
+        """Delete the chunks of these documents, unless others have them as well (see `Engine.forget_document`)."""
         if wanted := self.documents.only(documents):
-            self._forget([text for text in self.index.texts() if self.documents.text(text) in wanted])
-            self._place.forget_everywhere(wanted)
+            gone = [text for text in self.index.texts() if self.documents.text(text) in wanted]
+            _all_of(lambda: self._forget(gone), lambda: self._place.forget_everywhere(wanted))
         self.documents.remove(documents)
 
     def _forget(self, gone: Sequence[str]) -> None:
@@ -222,12 +290,14 @@ class Corpus:
                 self.index.remove(text)
             return
         self.background.drop(lambda task: canonical(task.text) in unwanted)
-        with self._lock:  # a prompt on its way would leave behind what it harvests
+        with self._lock:  # otherwise a prefill in progress could harvest them again
             self.usage.forget([self.collections.name(text) for text in gone])
             self.collections.forget(gone, unwanted)
 
     def follow(self) -> None:
-        """Take note of what other processes did. What they forgot must not be found, nor encoded again, here."""
+        """Catch up with other processes' changes to the store. What they forgot is dropped here as well, and not
+        encoded again.
+        """
         if lost := set(self.collections.follow()):
             self.background.drop(lambda task: canonical(task.text) in lost)
 
@@ -236,7 +306,19 @@ class Corpus:
 
 
 def require_list(texts: Iterable[T]) -> Iterable[T]:
-    """These; raises `ConfigurationError` for one text, whose characters would be taken for texts."""
+    """Returns ``texts``. Raises `ConfigurationError` for a single text, whose characters would pass for texts."""
     if isinstance(texts, str):
         raise ConfigurationError("chunks are given as several texts, not as one: [text]")
     return texts
+
+
+def _all_of(*steps: Callable[[], object]) -> None:
+    """Take every step, then raise a `StoreError` that says what each of them could not do."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except StoreError as error:
+            failures.append(error)
+    if failures:
+        raise StoreError("; ".join(dict.fromkeys(map(str, failures)))) from failures[0]

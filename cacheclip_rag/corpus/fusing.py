@@ -1,4 +1,4 @@
-"""Chunks behind others: their KV computed once more, behind chunks they are likely to follow in a prompt."""
+"""Fused variants: a chunk's KV computed again, behind chunks that it is likely to follow in a prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ..compute import on_cpu
 from ..errors import ConfigurationError
 from ..kv.collections import Collection
 from ..methods import Method
@@ -21,21 +22,22 @@ _UNKNOWN = "the chunk is not known: ensure it first"
 _UNKNOWN_CONTEXT = "none of its neighbours is known: ensure them first"
 
 FUSED_AT = (2, 8, 32, 128, 512, 2048)
-"""How often a chunk must have come in prompts to be fused in idle time, and then again: its context becomes clearer."""
+"""Numbers of prompts with a chunk after which it is fused in idle time: its expected context grows more reliable."""
 
 _NEIGHBOURS = 10
-"""Chunks that one is fused behind in idle time."""
+"""The length of a context in idle time, in chunks."""
 
 
 class Fusing:
-    """Fuses the chunks of a `Corpus`. Thread-safe."""
+    """Computes fused variants of the chunks of a `Corpus`. Thread-safe. Source: FusionRAG (arXiv 2601.12904)."""
 
     def __init__(self, corpus: Corpus, usage: Usage, lock: FairLock) -> None:
         self._corpus, self._collections, self._index = corpus, corpus.collections, corpus.index
         self._usage, self._lock = usage, lock
-        hot = weakref.WeakMethod(self.fuse_hot)  # in a circle, both would outlive their engine
+        hot = weakref.WeakMethod(self.fuse_hot)  # a reference cycle would keep both alive after their engine
         corpus.fuse_later = lambda task: (fuse := hot()) and fuse(task)
 
+    @on_cpu
     def fuse(
         self,
         neighbours: Mapping[str, Sequence[str]],
@@ -43,7 +45,7 @@ class Fusing:
         progress: Callable[[int], None] | None = None,
         variants: int = 3,
     ) -> Ensured:
-        """Keep another KV of these chunks, each computed behind its neighbours (see `Engine.fuse`)."""
+        """Store a variant of each of these chunks, computed behind its neighbours (see `Engine.fuse`)."""
         result, neighbours = Ensured(), _checked(neighbours)
         reason = self._obstacle(method, variants)
         characters = batch_characters(self._collections.backbone.device)
@@ -56,6 +58,7 @@ class Fusing:
                 self._fuse(wanted, self._collections.of(method.encode), variants, result)
         return result
 
+    @on_cpu
     def fuse_in_order(
         self,
         sequences: Iterable[Sequence[str]],
@@ -63,7 +66,7 @@ class Fusing:
         progress: Callable[[int], None] | None = None,
         variants: int = 3,
     ) -> Ensured:
-        """Keep the KV that prompts of these chunks, in this order, would leave (see `Engine.fuse_in_order`)."""
+        """Store the KV that these chunks have in a prompt of this order (see `Engine.fuse_in_order`)."""
         result = Ensured()
         reason = self._obstacle(method, variants)
         for done, texts in enumerate(map(list, map(require_list, require_list(sequences))), start=1):
@@ -77,13 +80,13 @@ class Fusing:
         return result
 
     def fuse_hot(self, task: Task) -> None:
-        """Fuse a chunk with those it is expected behind."""
+        """Fuse a frequent chunk with the chunks most likely to precede it."""
         names = self._usage.expected_context(self._collections.name(task.text), _NEIGHBOURS)
         texts = [text for name in names if (text := self._index.text(name)) is not None]
         self.fuse({task.text: texts}, task.method)
 
     def contexts(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
-        """The chunks that came in ``least`` prompts or more, each with the ``count`` it is expected behind."""
+        """The chunks of at least ``least`` prompts, each with the ``count`` chunks most likely to precede it."""
         neighbours = {}
         for name, others in self._usage.expected_contexts(self._usage.hot(least), count).items():
             texts = [self._index.text(other) for other in (name, *others)]
@@ -96,7 +99,7 @@ class Fusing:
     def _fuse(
         self, neighbours: Mapping[str, Sequence[str]], collection: Collection, keep: int, result: Ensured
     ) -> None:
-        with self._lock:  # nothing of the contexts can be forgotten meanwhile
+        with self._lock:  # no chunk of the contexts can be forgotten while it is held
             self._corpus.follow()
             known = {
                 text: self._known(context, collection)
@@ -123,7 +126,7 @@ class Fusing:
             result.keys += [collection.library.key(text) for text in known]
 
     def _known(self, texts: Iterable[str], collection: Collection) -> list[str]:
-        """Those that are recognised and have KV: another process may have forgotten what this one knows."""
+        """Those of ``texts`` that are in the index and have KV: another process may have deleted it."""
         libraries = (self._collections.main, collection.library)
         return [
             text
@@ -132,14 +135,14 @@ class Fusing:
         ]
 
     def _obstacle(self, method: Method, variants: int) -> str | None:
-        """Why no chunk can be fused for this method, or None. Raises `ConfigurationError` for no variants at all."""
+        """Why no chunk can be fused for this method, or None. Raises `ConfigurationError` for ``variants`` below 1."""
         at_least(1, variants=variants)
         obstacle: str | None = self._collections.backbone.obstacle
         return obstacle or (None if method.ahead else f"{method.name} encodes nothing ahead")
 
 
 def _checked(neighbours: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """These; raises `ConfigurationError` for what is no mapping, or whose values are no lists of texts."""
+    """``neighbours`` as lists. Raises `ConfigurationError` unless it maps texts to lists of texts."""
     if not isinstance(neighbours, Mapping):
         raise ConfigurationError(
             "neighbours are given by chunk, {text: [neighbour, ...]}, as corpus.neighbours.similar finds them, not as "
@@ -152,7 +155,7 @@ def _checked(neighbours: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 
 def _weight(text: str, context: Sequence[str]) -> int:
-    """Characters that a chunk counts for where it is fused together with others. Its context is not computed and takes
-    memory only, but for ten neighbours ten times its own.
+    """The characters that a chunk counts for in a batch that is fused. Its context is not computed, but takes memory:
+    with ten neighbours ten times the chunk's own.
     """
     return len(text) + sum(map(len, context)) // 8

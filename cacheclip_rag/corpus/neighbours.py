@@ -1,4 +1,4 @@
-"""Which chunks are likely to meet in a prompt: those that resemble each other."""
+"""Similar chunks by their embeddings: those are likely to be retrieved together."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Embed = Callable[[list[str]], Any]
 """An embedding function: ``n`` texts to ``[n, d]`` numbers, as an array or a list of lists."""
 
 _BATCH = 1024
-"""Texts that are compared with all others at once."""
+"""Texts per matrix product with all others."""
 
 
 class Neighbourhood:
-    """Every chunk's nearest others by the cosine of their embeddings, kept up to date as chunks come and go.
+    """Every chunk's nearest neighbours by cosine similarity, updated as chunks are added and removed.
 
-    ``count``: how many; a corpus with fewer has fewer. ``tolerance``: the share of a chunk's neighbours that may be
-    others than last time before the chunk counts as changed. Texts that are the same once stripped are one chunk.
+    ``count``: neighbours per chunk (fewer in a smaller corpus). ``tolerance``: the share of a chunk's neighbours that
+    may be replaced before the chunk counts as changed. Texts that differ in surrounding blanks only are one chunk.
     Source: FusionRAG (arXiv 2601.12904), similarity-guided preprocessing: exact inner-product search.
     """
 
@@ -46,11 +46,11 @@ class Neighbourhood:
         return isinstance(text, str) and canonical(text) in self._vectors
 
     def add(self, texts: Sequence[str], vectors: Any) -> None:
-        """Take in chunks with their embeddings ``[n, d]``. Raises ConfigurationError, and takes in none, for embeddings
-        of another number or width than is wanted, and for such as are not finite.
+        """Add chunks with their embeddings ``[n, d]``. Raises `ConfigurationError`, and adds none, if the number or the
+        width of the embeddings is wrong, or if they are not finite.
         """
         try:
-            given = np.array(vectors, dtype=np.float32)  # a copy: it is scaled below, and callers may use theirs again
+            given = np.array(vectors, dtype=np.float32)  # a copy, because it is normalised in place below
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"embeddings must be rows of numbers, all as long: {error}") from error
         if given.ndim != 2 or len(given) != len(texts):
@@ -68,7 +68,7 @@ class Neighbourhood:
         self._vectors.update(zip(map(canonical, texts), given, strict=True))
 
     def remove(self, texts: Iterable[str]) -> None:
-        """These are gone. Those that had one of them for a neighbour have `changed`, even if it comes back."""
+        """Remove chunks. Those that had one of them as a neighbour count as `changed`, even if it is added again."""
         gone = set(map(canonical, texts)) & self._vectors.keys()
         for text in gone:
             del self._vectors[text]
@@ -76,7 +76,7 @@ class Neighbourhood:
             self._given = {t: had for t, had in self._given.items() if t not in gone and gone.isdisjoint(had)}
 
     def nearest(self, texts: Iterable[str] | None = None) -> dict[str, list[str]]:
-        """The neighbours of these chunks (None: of all), the most similar first. Unknown texts are left out."""
+        """The neighbours of these chunks (None: of all), the most similar first. Unknown texts are skipped."""
         known = list(self._vectors)
         wanted = known if texts is None else [t for t in dict.fromkeys(map(canonical, texts)) if t in self._vectors]
         if not wanted:
@@ -93,7 +93,7 @@ class Neighbourhood:
         return found
 
     def changed(self) -> dict[str, list[str]]:
-        """The neighbours of chunks that are new, or whose neighbourhood is another than when last `settled`."""
+        """The neighbours of chunks that are new, or whose neighbours changed since they were last `settled`."""
         changed = {}
         for text, now in self.nearest().items():
             before = self._given.get(text)
@@ -103,21 +103,22 @@ class Neighbourhood:
         return changed
 
     def settled(self, neighbours: Mapping[str, list[str]]) -> None:
-        """These chunks were fused with these neighbours: they have not `changed` until theirs are others."""
+        """Record that these chunks were fused with these neighbours, so that they no longer count as `changed`."""
         self._given |= {canonical(text): given for text, given in neighbours.items() if text in self}
 
 
 def _largest(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
-    """``[n, count]``: where each row of ``[n, m]`` is largest, the largest first; ``count`` is less than m."""
+    """Indices ``[n, count]`` of the largest scores of each row of ``[n, m]``, the largest first; ``count`` < m."""
     places = np.sort(np.argpartition(-scores, count, axis=1)[:, :count], axis=1)
-    order = np.argsort(-np.take_along_axis(scores, places, axis=1), axis=1, kind="stable")  # of equal ones the first
+    order = np.argsort(-np.take_along_axis(scores, places, axis=1), axis=1, kind="stable")  # ties: the first wins
     return np.take_along_axis(places, order, axis=1)
 
 
 def similar(texts: Sequence[str], embed: Embed, count: int = 10) -> dict[str, list[str]]:
-    """Each text's ``count`` most similar others among them, the most similar first; see `Neighbourhood`.
+    """The ``count`` most similar texts of each text, the most similar first (see `Neighbourhood`).
 
-    ``embed`` is called with 256 texts at a time. Raises what it raises, and ConfigurationError for no embeddings.
+    ``embed`` is called with up to 256 texts at a time. Raises what it raises, and `ConfigurationError` if it returns
+    no valid embeddings.
     """
     neighbourhood = Neighbourhood(count)
     unique = list(dict.fromkeys(map(canonical, texts)))

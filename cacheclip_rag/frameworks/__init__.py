@@ -1,25 +1,40 @@
-"""What every framework's integration needs and no framework is needed for.
+"""What the LlamaIndex and LangChain integrations share; it imports neither framework.
 
-Here and not in each of them, so that an application that uses two frameworks opens a model once. Nothing here loads
-torch or transformers before the first engine does.
+Engines that a process opens once, the options of a call, conversations, tool calls and structured output, and KV that
+follows a vector store. Nothing here loads torch or transformers before the first engine does. The fields of the
+frameworks' models are in `frameworks.fields`, which needs pydantic.
 """
 
-from .chunk_kv import OnMiss, encode, warm
-from .engines import EngineHandle, EngineSettings, encoding_of
+from .chunk_kv import OnMiss, encode, prepare_retrieved, warm
+from .engines import EngineHandle, EngineSettings, encoding_of, handle_of
+from .follow import StoreFollower, ingested
 from .fuser import Fuser
-from .held_ids import Holdings
-from .options import check_fields, read_options
-from .pump import pump
+from .held_ids import HeldIds, StoredChunk
+from .options import call_options, check_fields, read_options
+from .pump import in_thread, pump
+from .request import ChatRequest, chat_request, engine_name, guided, needed_dialect
 
 __all__ = [
+    "ChatRequest",
     "EngineHandle",
     "EngineSettings",
     "Fuser",
-    "Holdings",
+    "HeldIds",
     "OnMiss",
+    "StoreFollower",
+    "StoredChunk",
+    "call_options",
+    "chat_request",
     "check_fields",
     "encode",
     "encoding_of",
+    "engine_name",
+    "guided",
+    "handle_of",
+    "in_thread",
+    "ingested",
+    "needed_dialect",
+    "prepare_retrieved",
     "pump",
     "read_options",
     "warm",

@@ -1,4 +1,4 @@
-"""What integrations do with chunks: encode them at ingestion, make them ready after retrieval."""
+"""Encoding chunks at ingestion, and getting their KV ready after retrieval."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from .engines import EngineHandle
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -17,8 +18,8 @@ OnMiss: TypeAlias = Literal["background", "encode", "ignore"]
 """Retrieved chunks without KV: encode them after the answer, before it, or not at all."""
 
 
-def encode(engine: Engine, texts: Iterable[str], show_progress: bool = True) -> None:
-    """Keep the KV of these chunks, with a progress bar once it takes over a second.
+def encode(engine: Engine, texts: Iterable[str], show_progress: bool = True) -> int:
+    """Keep the KV of these chunks, with a progress bar once it takes over a second. How many were encoded now.
 
     What is finished when it is interrupted need not be done again.
     """
@@ -31,8 +32,17 @@ def encode(engine: Engine, texts: Iterable[str], show_progress: bool = True) -> 
     with bar:
         result = engine.ensure(texts, progress=progress)
     log.info("%d of %d chunks encoded now, %d left out", result.encoded, len(texts), len(result.skipped))
-    for text, reason in result.skipped:
-        log.debug("no KV of %r: %s", text, reason)
+    for number, (_, reason) in enumerate(result.skipped, start=1):  # no text is logged
+        log.debug("no KV of %d of %d chunks: %s", number, len(result.skipped), reason)
+    return result.encoded
+
+
+def prepare_retrieved(handle: EngineHandle, texts: Iterable[str], question: str | None, on_miss: OnMiss) -> None:
+    """As `warm`, between a retriever and a model that answers without it, too, only later: never raises."""
+    try:
+        warm(handle.engine, texts, question or None, on_miss)
+    except Exception:
+        log.exception("retrieved chunks not prepared; the model prefills what it finds no KV for")
 
 
 def warm(engine: Engine, texts: Iterable[str], question: str | None, on_miss: OnMiss) -> None:

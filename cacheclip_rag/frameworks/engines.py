@@ -1,7 +1,8 @@
-"""The engines of this process, shared by all objects that ask for the same one, and handles that survive a pickle."""
+"""Engines, one per process for all objects with equal settings, and handles to them that can be pickled."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import uuid
@@ -29,6 +30,16 @@ class EngineSettings:
     device: str = "auto"
     max_requests: int = 16
     fuse_when_idle: bool = False
+
+    @classmethod
+    def of(cls, model: str, fields: Any) -> EngineSettings:
+        """Those of a framework's model, which has them as attributes. What is not among them can differ from call to
+        call on one engine.
+        """
+        given = {f.name: getattr(fields, f.name) for f in dataclasses.fields(cls) if f.name != "model"}
+        if given["kv_dir"] is not None:
+            given["kv_dir"] = os.path.abspath(os.path.expanduser(given["kv_dir"]))
+        return cls(**{**given, "model": model, "method": encoding_of(given["method"])})
 
     def open(self) -> Engine:
         from ..engine import Engine
@@ -94,7 +105,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class EngineHandle:
-    """Stands for an engine: given by the user, or opened from settings when it is first needed.
+    """A reference to an engine that the user gave, or that is opened from settings at first use.
 
     It can be pickled. In another process a handle with settings opens an engine of its own there; one around a given
     engine cannot.
@@ -127,6 +138,11 @@ class EngineHandle:
             return _engines.get(self.settings)
         return self._engine or _given.get(self.token)
 
+    def token_ids(self, text: str) -> list[int]:
+        """The model's tokens of a text. A function for whoever counts, which can be copied and pickled."""
+        ids: list[int] = self.engine.backbone.tokenise(text).ids.tolist()
+        return ids
+
     def release(self) -> None:
         """Stop the engine's background work; one that was opened from settings is let go of, too."""
         engine = self.peek()
@@ -140,6 +156,23 @@ class EngineHandle:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrive, (self.settings, self.token)
+
+
+def handle_of(source: Any) -> EngineHandle:
+    """The handle of a framework's model, also of one with bound arguments, or a new one around an `Engine`.
+
+    Raises TypeError for anything else.
+    """
+    from ..engine import Engine
+
+    if isinstance(source, Engine):
+        return EngineHandle(engine=source)
+    while hasattr(source, "bound"):  # LangChain's model.bind(...), model.bind_tools(...), model.with_config(...)
+        source = source.bound
+    handle = getattr(source, "handle", None)
+    if isinstance(handle, EngineHandle):
+        return handle
+    raise TypeError(f"a CacheClipLLM, a ChatCacheClip or a cacheclip_rag.Engine is wanted, not {type(source).__name__}")
 
 
 def _arrive(settings: EngineSettings | None, token: str) -> EngineHandle:

@@ -1,4 +1,4 @@
-"""Fusing the chunks of a growing collection with those they resemble."""
+"""Fuses the chunks of a growing collection with their nearest neighbours by embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of one call: which there are, under which names, and what values make sense."""
+"""The options of one call: valid names, aliases and values."""
 
 from __future__ import annotations
 
@@ -53,6 +53,19 @@ def read_options(given: Mapping[str, Any], foreign: Collection[str] = ()) -> dic
         check(name, value, known)
         options[known] = value
     return options
+
+
+def call_options(given: Mapping[str, Any], fields: Mapping[str, Any], foreign: Collection[str] = ()) -> dict[str, Any]:
+    """The engine's options for one call: what the call says, then what the model's fields say. Raises
+    `ConfigurationError`, as `read_options` does.
+    """
+    call, own = read_options(given, foreign), dict(fields)
+    if "method" in call:  # the fields' ratio belongs to the fields' method
+        own.pop("method", None)
+        own.pop("recompute_ratio", None)
+    if not own.get("temperature") and call.get("do_sample"):  # sampling at temperature 0 is no sampling
+        own.pop("temperature", None)
+    return {name: value for name, value in {**own, **call}.items() if value is not None}
 
 
 def check_fields(given: Iterable[str], known: Collection[str], foreign: Collection[str] = ()) -> None:

@@ -1,16 +1,27 @@
-"""A blocking generator, iterated from an event loop that stays free."""
+"""Runs blocking calls and generators in threads, so that they do not block the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _END = object()
+
+
+async def in_thread(call: Callable[[threading.Event], T]) -> T:
+    """Call it on another thread. It is given an event that is set when nobody waits for it any more: a thread cannot be
+    cancelled, but the engine looks at this between two tokens.
+    """
+    cancel = threading.Event()
+    try:
+        return await asyncio.to_thread(call, cancel)
+    finally:
+        cancel.set()
 
 
 async def pump(items: Generator[T, None, None], cancel: threading.Event) -> AsyncGenerator[T, None]:

@@ -1,1 +1,1 @@
-"""What a chunk's KV is, how it is computed, and where it is kept."""
+"""Chunk KV: how it is encoded, which variants of it exist, and where it is kept."""

@@ -1,15 +1,16 @@
-"""The chunks of each encoding that an engine has in use."""
+"""The stored chunks of an engine, by encoding."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection as Container
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 from ..errors import StoreError
 from ..model.backbone import Backbone
 from ..prompt import ChunkIndex
+from ..store import MemoryBudget
 from ..store.place import Place
 from .encode import Encoder, Harvested, HarvestedVariants
 from .library import KVDtype, Library
@@ -19,30 +20,33 @@ from .variants import FusedVariants
 
 
 class Collection:
-    """The chunks that are encoded in one way: each by itself (``library``), behind others (``variants``), and as
-    finished prompts left it (``harvested``, for an encoder that harvests); and the ``preambles`` of prompts with them.
+    """The chunks of one encoding.
+
+    ``library``: their KV computed in isolation; ``variants``: fused variants, computed behind other chunks;
+    ``harvested``: variants taken from finished prompts, for an encoder that harvests; ``preambles``: KV of the
+    preambles of prompts with these chunks.
     """
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, memory: MemoryBudget | None = None) -> None:
         self.library = library
         self.variants = FusedVariants(library)
         encoder = library.encoder
         self.harvested = HarvestedVariants(encoder) if isinstance(encoder, Harvested) else None
-        self.preambles = PreambleCache()
+        self.preambles = PreambleCache(memory=memory)
 
     def drop(self, text: str, name: str) -> None:
-        """Drop what is kept of a chunk; ``name`` is its key in the index."""
+        """Delete a chunk's KV; ``name`` is its key in the index. Fused variants are left to `Library.forget`."""
         self.library.store.delete([self.library.key(text)])
-        self.preambles.clear()  # a chunk whose KV was missing was part of a prompt's preamble
+        self.preambles.clear()  # a chunk without KV may have been prefilled as part of a preamble
         if self.harvested is not None:
             self.harvested.forget(name)
 
 
 class Collections:
-    """A `Collection` for each encoding, opened when it is first asked for: another encoding's KV is other KV.
+    """One `Collection` per encoding, opened on first use.
 
-    One ``index`` serves all of them, in which a chunk's name is its key in the `main` library. ``auxiliary`` is the
-    library of the auxiliary model, whose chunks are kept and forgotten with the others.
+    They share one ``index``, in which a chunk's name is its key in the `main` library. ``auxiliary`` is the library of
+    the auxiliary model, whose chunks are stored and forgotten with the others.
     """
 
     def __init__(
@@ -58,75 +62,86 @@ class Collections:
 
     @cached_property
     def main(self) -> Library:
-        """The library of the engine's own encoder. Raises `NotComposable` for a model that has no use for one."""
+        """The library of the engine's own encoder. Raises `NotComposable` for a model whose KV cannot be moved."""
         return self.open_library(self.backbone, self._encoder)
 
     def open_library(self, backbone: Backbone, encoder: Encoder) -> Library:
-        """A new library in this place, of this model or of another."""
+        """A new library in this place, for any model and encoder."""
         place = self._place
         return Library(backbone, encoder, place.store, place.tenant, place.secret, self._kv_dtype)
 
     def of(self, encoder: Encoder) -> Collection:
-        """The chunks that are encoded so."""
+        """The collection of this encoder, opened if need be."""
         with self._lock:
             if encoder not in self._opened:
                 library = self.main if encoder == self._encoder else self.open_library(self.backbone, encoder)
-                self._opened[encoder] = Collection(library)
+                self._opened[encoder] = Collection(library, self._place.memory)
                 self._register(library)
             return self._opened[encoder]
 
     def prefix_cache(self, caching: PrefixCaching) -> PrefixCache:
-        """What this way of prefix caching has kept."""
+        """The prefix cache of this kind, opened if need be."""
         with self._lock:
             if caching not in self._prefix_caches:
                 self._prefix_caches[caching] = caching.open()
             return self._prefix_caches[caching]
 
     def __iter__(self) -> Iterator[Collection]:
-        """Those that have been opened."""
+        """The collections opened so far."""
         with self._lock:
             return iter(list(self._opened.values()))
 
+    def memory_by_kind(self) -> dict[str, int]:
+        """Bytes of KV in memory by kind. Chunks and preambles share one budget; prefix caches and harvested variants
+        have caps of their own.
+        """
+        kinds = self._place.memory.by_kind()
+        with self._lock:
+            caches = list(self._prefix_caches.values())
+        kinds["prefix caches"] = sum(cache.nbytes for cache in caches)
+        kinds["harvested variants"] = sum(each.harvested.nbytes for each in self if each.harvested is not None)
+        return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
+
     def libraries(self) -> list[Library]:
-        """All that have been opened, the auxiliary model's last."""
+        """The libraries opened so far, the auxiliary model's last."""
         return [each.library for each in self] + ([] if self.auxiliary is None else [self.auxiliary])
 
     def name(self, text: str) -> str:
-        """What a chunk is called in the index."""
+        """A chunk's name in the index."""
         return self.main.key(text)
 
     def follow(self) -> list[str]:
-        """Take note of what other processes stored and removed: what is new is recognised in prompts, and what is
-        nowhere any more, which may have been forgotten, no longer is. Returns the texts of the latter.
+        """Catch up with what other processes stored and removed.
+
+        New chunks are recognised in prompts from now on. Chunks that are in no library any more may have been
+        forgotten, so they are dropped; returns their texts.
         """
         gone: set[str] = set()
+        forgotten = self._place.refresh()  # all open stores, the auxiliary model's included
         for each in self:
             store = each.library.store
-            store.refresh()
             gone.update(store.vanished())
             if store.changes != self._seen.get(each):
                 self._seen[each] = store.changes
                 each.variants.refresh()
                 self._register(each.library)
-        lost = self._lose(gone) if gone else []
+        lost = self._lose(gone, forgotten) if gone or forgotten else []
         if lost:
             self.clear_prefix_caches()
         return lost
 
     def forget(self, texts: Iterable[str], unwanted: Container[str]) -> None:
-        """Drop these chunks from all that are open, with whatever was computed behind one of the canonical texts
-        ``unwanted``. Raises `StoreError` when some of it is still there, after having tried all.
+        """Delete these chunks from all open collections, with all KV that has one of the canonical texts ``unwanted``
+        in its context. Tries everything, then raises `StoreError` if some of it is still there.
         """
         self.clear_prefix_caches()
         failures = []
         for text in texts:
-            name = self.name(text)
-            self.index.remove(name)
-            for each in self:
-                each.drop(text, name)
-        for library in self.libraries():
+            self.index.remove(self.name(text))
+        drops = [partial(each.drop, text, self.name(text)) for text in texts for each in self]
+        for forget in drops + [partial(library.forget, unwanted) for library in self.libraries()]:
             try:
-                library.forget(unwanted)
+                forget()
             except StoreError as error:
                 failures.append(error)
         for each in self:
@@ -135,17 +150,19 @@ class Collections:
             raise failures[0]
 
     def clear_prefix_caches(self) -> None:
-        """Drop all that prefix caching has kept: it may hold any text."""
+        """Empty all prefix caches: they may contain any text."""
         with self._lock:
             self._prefix_caches.clear()
 
-    def _lose(self, gone: Container[str]) -> list[str]:
-        """Let go of the texts whose KV had these keys and is in none of the libraries any more."""
+    def _lose(self, gone: Container[str], forgotten: bool) -> list[str]:
+        """Drop the texts whose KV had one of these keys and is in no library any more, or, if another process has
+        ``forgotten`` anything, whose KV is in no library. Returns them.
+        """
         opened = list(self)
         lost = []
         for text in self.index.texts():
             held = any(text in each.library for each in opened)
-            if not held and any(each.library.key(text) in gone for each in opened):
+            if not held and (forgotten or any(each.library.key(text) in gone for each in opened)):
                 self.index.remove(self.name(text))
                 for each in opened:
                     each.drop(text, self.name(text))

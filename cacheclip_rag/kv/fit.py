@@ -1,4 +1,4 @@
-"""Which of a chunk's fused variants fits a prompt."""
+"""Rules for choosing among a chunk's fused variants by the chunks that precede it in the prompt."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Protocol
 from .encode import disorder
 
 Context = tuple[str, ...]
-"""The texts of the chunks that a variant was computed behind, in their order; none for the chunk by itself."""
+"""The texts of the chunks that a variant was computed behind, in order; empty for a chunk encoded in isolation."""
 
 
 class Fit(Protocol):
-    """Chooses variants. Frozen dataclasses."""
+    """A rule that chooses a variant. Frozen dataclasses."""
 
     def choose(self, contexts: Sequence[Context], before: Sequence[str]) -> Context:
-        """One of ``contexts`` for a chunk that stands behind the chunks ``before``."""
+        """The one of ``contexts`` to use for a chunk preceded by the chunks ``before``."""
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The variant whose context has most in common with the chunks in front: the largest `context_overlap`; of equal
-    ones the fused one, then the newest.
+    """The variant with the largest `context_overlap` with the preceding chunks; of equal ones a fused one, then the
+    newest.
     """
 
     def choose(self, contexts: Sequence[Context], before: Sequence[str]) -> Context:
@@ -32,9 +32,10 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Ordered:
-    """`Nearest` by the `context_overlap` times ``1 - gamma``, gamma the share of pairs that stand in the other order.
+    """`Nearest` by `context_overlap` times ``1 - gamma``, gamma the share of chunk pairs in reverse order.
 
-    What Cache-Craft chooses harvested variants by (arXiv 2502.15734, section 3.3), all chunks leaning equally on all.
+    Cache-Craft's choice among harvested variants (arXiv 2502.15734, section 3.3), if every chunk attends equally to
+    all others.
     """
 
     def choose(self, contexts: Sequence[Context], before: Sequence[str]) -> Context:
@@ -44,8 +45,9 @@ class Ordered:
 
 @dataclass(frozen=True)
 class LongestPath:
-    """FusionRAG's Alternative Path: the variant computed behind the very chunks in front, or behind the last of them,
-    as many as there is a variant for. Everything is tried in this order; the chunk by itself is what remains.
+    """FusionRAG's Alternative Path: the variant whose context is the longest suffix of the preceding chunks, in their
+    order; without one, the chunk encoded in isolation.
+
     Source: FusionRAG (arXiv 2601.12904), sections 4 and 5.3.3.
     """
 
@@ -55,17 +57,17 @@ class LongestPath:
 
 
 def context_fit(context: Sequence[str], before: Sequence[str]) -> float:
-    """How little there is to repair in a chunk that stands behind the chunks ``before``, 0..1.
+    """How well a variant's context fits the chunks ``before`` that it is placed behind, 0..1.
 
-    0 for a chunk encoded by itself that stands behind others; 1/2 and more, growing with the `context_overlap`, for one
-    computed behind any other chunks, which spares it most of what a chunk by itself gets wrong (docs/log.md).
+    0 for a chunk encoded in isolation that other chunks precede. A fused variant has at least 1/2, because any context
+    removes most of the error of an isolated chunk (docs/log.md); the rest grows with `context_overlap`.
     """
     return (bool(context) + context_overlap(context, before)) / 2 if context or before else 1.0
 
 
 def context_overlap(context: Sequence[str], before: Sequence[str]) -> float:
-    """``|K and B| / |K or B|``, K the chunks a variant was computed behind, B those it stands behind: 0..1; 1 if both
-    are none.
+    """The Jaccard overlap ``|K and B| / |K or B|`` of a variant's context K and the preceding chunks B; 1 if both are
+    empty.
     """
     seen, there = set(context), set(before)
     return len(seen & there) / len(seen | there) if seen or there else 1.0

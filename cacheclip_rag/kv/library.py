@@ -1,4 +1,4 @@
-"""One model's chunk KV: encodes what is missing, serves what is there."""
+"""The chunk KV of one model and one encoder: looks it up in a store, and computes what is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import MIN_CHARS, ChunkKV, Namespace, canonical
-from ..errors import CacheClipError, PromptError, StoreError
+from ..errors import CacheClipError, ConfigurationError, PromptError, StoreError
 from ..interrupts import raised_by_signal
 from ..model.backbone import Backbone
 from ..store import ChunkStore, Int8Store, MemoryStore, TieredStore
@@ -18,15 +18,15 @@ from ..store.format import FORMAT
 from .encode import Encoder, Text
 
 KVDtype = Literal["auto", "int8"]
-"""What chunk KV is kept in: the model's dtype, or 8 bits (see `store.int8`)."""
+"""The dtype chunk KV is stored in: the model's own, or 8 bits (see `store.int8`)."""
 
 
 class Library:
-    """The chunks of one `Namespace`: a backbone, a way of encoding, and the store that keeps the results.
+    """The chunks of one `Namespace`: a backbone, an encoder, and the store that keeps the results.
 
-    ``open_store(namespace)`` makes the store; the namespace is known only once the model is. ``tenant`` and ``secret``
-    set its chunks apart (see `Namespace`). ``kv_dtype`` "int8" keeps them in 8 bits: half the bytes, not quite the same
-    numbers. Who gets a chunk gets it in the model's dtype either way.
+    ``open_store(namespace)`` opens the store; the namespace depends on the model. ``tenant`` and ``secret`` separate
+    its chunks from others (see `Namespace`). ``kv_dtype`` "int8" stores them in 8 bits: half the bytes, with a
+    quantisation error. Chunks are returned in the model's dtype either way.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Library:
         kv_dtype: KVDtype = "auto",
     ) -> None:
         self.backbone, self.encoder = backbone, encoder
+        self._state = backbone.state()
         self.prefix_ids: Tensor = encoder.prefix_ids(backbone)
         self.namespace = Namespace(
             {
@@ -58,16 +59,28 @@ class Library:
         self._prefix_kv: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
 
+    def changed(self) -> str | None:
+        """Why the model computes other KV now than when this was opened, or None."""
+        if self.backbone.state() == self._state:
+            return None
+        return (
+            "the model's weights, mode, hooks or adapters were changed after the engine was opened: put it back, or "
+            "open another engine for the model as it is now"
+        )
+
     def key(self, text: str, context: Sequence[str] = (), in_sequence: bool = False) -> str:
+        """The key of a chunk's KV, computed in this context (see `Namespace.key`)."""
         return self.namespace.key(text, context, in_sequence)
 
     def keeps(self, key: str) -> bool:
-        """Whether the chunk is where a later process finds it; what a full disk refuses is in memory only."""
+        """Whether the chunk is stored where a later process finds it. A chunk that a full disk refused is in memory
+        only.
+        """
         return key in self._lasting
 
     @property
     def shared(self) -> bool:
-        """Whether other processes may change what is kept."""
+        """Whether other processes can change the store."""
         return not isinstance(self._lasting, MemoryStore)
 
     def __contains__(self, text: str) -> bool:
@@ -75,7 +88,7 @@ class Library:
 
     @property
     def prefix_kv(self) -> tuple[Tensor, Tensor] | None:
-        """KV of the shared prefix, ``[L, Hk, P, D]`` at positions 0.., or None for an empty prefix."""
+        """KV of the encode prefix, ``[L, Hk, P, D]`` from position 0 on; None for an empty prefix."""
         if self._prefix_kv is None and len(self.prefix_ids):
             with self._lock:
                 canvas = self.backbone.canvas(len(self.prefix_ids))
@@ -84,9 +97,9 @@ class Library:
         return self._prefix_kv
 
     def encode(self, text: str) -> ChunkKV:
-        """The chunk's KV, computed by itself and never harvested from a prompt, where it would carry its neighbours.
+        """Compute the chunk's KV in isolation, behind the encode prefix. It is not stored.
 
-        Raises `PromptError` for a text too short to be worth it, longer than the model's window, or not Unicode.
+        Raises `PromptError` for a text shorter than `MIN_CHARS`, longer than the context length, or not valid Unicode.
         """
         [made] = self.encode_each([text])
         if isinstance(made, Exception):
@@ -94,9 +107,9 @@ class Library:
         return made
 
     def encode_each(self, texts: Sequence[str]) -> list[ChunkKV | Exception]:
-        """Like `encode` for each of them, in one forward; what it would raise stands in the chunk's place.
+        """`encode` each of the texts, in one forward; where it would raise, the exception is in the chunk's place.
 
-        Where they are too much for the device together they are encoded one by one.
+        If the forward fails, for example for lack of memory, they are encoded one by one.
         """
         checked: list[Text | Exception] = []
         for text in texts:
@@ -104,6 +117,8 @@ class Library:
                 checked.append(self._tokenised(text))
             except PromptError as error:
                 checked.append(error)
+        if (changed := self.changed()) is not None:
+            return [ConfigurationError(changed)] * len(texts)
         good = [text for text in checked if not isinstance(text, Exception)]
         made: dict[str, ChunkKV | Exception] = {}
         try:
@@ -127,11 +142,11 @@ class Library:
         tokens = self.backbone.tokenise(text, plain=True)
         longest = self.backbone.context_length - len(self.prefix_ids)
         if len(tokens) > longest:
-            raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's window of {longest}; split it")
+            raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's limit of {longest}; split it")
         return text, tokens
 
     def get(self, key: str) -> ChunkKV | None:
-        """The stored chunk, if its KV is there, whole, and of this model's shape."""
+        """The stored chunk, or None if there is none, it is damaged, or its shape is not this model's."""
         chunk = self.store.get(key)
         if chunk is None:
             return None
@@ -139,9 +154,9 @@ class Library:
         return chunk if tuple(chunk.keys.shape) == expected and chunk.keys.dtype == self.backbone.dtype else None
 
     def forget(self, unwanted: Collection[str]) -> None:
-        """Drop every chunk with one of these (canonical) texts, and every one that was computed behind them.
+        """Delete every entry whose own (canonical) text is in ``unwanted``, or that has such a text in its context.
 
-        Raises `StoreError` when some of it is still there.
+        Raises `StoreError` if some of them are still there.
         """
         gone = [
             entry.key
@@ -156,17 +171,17 @@ class Library:
             )
 
     def ensure(self, text: str) -> ChunkKV:
-        """The chunk, encoded and stored if need be. Raises what `encode` raises; a store that is full is no error."""
+        """The chunk, encoded and stored if need be. Raises what `encode` raises; a full store is not an error."""
         key = self.key(text)
         if (kept := self.get(key)) is not None:
             return kept
         [made] = self.ensure_each([text])
         if isinstance(made, Exception):
             raise made
-        return made if self.lossless else self.get(key) or made  # what comes later is what comes first
+        return made if self.lossless else self.get(key) or made  # rounded as later requests will read it
 
     def ensure_each(self, texts: Sequence[str]) -> list[ChunkKV | Exception]:
-        """Encode and store these in one forward: the chunks as computed, or why there is none."""
+        """Encode and store these texts in one forward: each chunk as computed, or the exception why there is none."""
         made = self.encode_each(texts) if texts else []
         for text, chunk in zip(texts, made, strict=True):
             if isinstance(chunk, ChunkKV):

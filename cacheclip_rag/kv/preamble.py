@@ -1,74 +1,77 @@
-"""KV of prompt preambles: what stands before the first chunk depends on nothing but itself, so its KV is exact."""
+"""Prefix caching of prompt preambles: the system prompt and instructions before the first chunk."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
+
+from ..store import LRUCache, MemoryBudget
 
 if TYPE_CHECKING:
     from ..model.canvas import Canvas
 
 
 WORTH = 8
-"""Tokens; a shorter preamble is not worth a look-up."""
+"""Tokens; shorter preambles are not cached."""
 
 
 class PreambleCache:
-    """The latest ``size`` preambles (system prompt and instructions before the first chunk), least recently used out
-    first, and never more than ``capacity_bytes`` of them. One that another begins with is not kept beside it.
+    """KV of the ``size`` most recently used preambles (the prompt's tokens before its first chunk), at most
+    ``capacity_bytes`` in total, and within the ``memory`` budget shared with stored chunks, if one is given.
 
-    What vLLM and SGLang call prefix caching, for the one prefix that RAG prompts share. Thread-safe.
+    This is prefix caching as in vLLM and SGLang, for the one prefix that RAG prompts share. A preamble that is itself
+    the beginning of another one is not kept beside it. Thread-safe.
     """
 
-    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 30) -> None:
-        self._size, self._capacity = size, capacity_bytes
-        self._kept: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
+    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 30, memory: MemoryBudget | None = None) -> None:
+        self._size = size
+        self._kept: LRUCache[tuple[int, ...], tuple[Tensor, Tensor]] = LRUCache(
+            memory or MemoryBudget(capacity_bytes), "preambles", capacity_bytes
+        )
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self._kept.values())
+        return self._kept.nbytes
 
     def clear(self) -> None:
-        with self._lock:
-            self._kept.clear()
+        self._kept.clear()
 
     def longest(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
-        """KV ``[L, Hk, p, D]`` of the longest common beginning of ``ids [T]`` and any kept preamble, if worth it."""
+        """KV ``[L, Hk, p, D]`` of the longest common prefix of ``ids [T]`` and any cached preamble; None below `WORTH`
+        tokens.
+        """
         mine = tuple(ids.tolist())
         with self._lock:
             best, length = None, WORTH - 1
-            for preamble in self._kept:
+            for preamble, _ in self._kept.items():
                 common = _common(preamble, mine)
                 if common > length:
                     best, length = preamble, common
-            if best is None:
-                return None
-            self._kept.move_to_end(best)
-            keys, values = self._kept[best]
-        return keys[:, :, :length], values[:, :, :length]
+            kept = None if best is None else self._kept.get(best)  # it may have been evicted just now
+        return None if kept is None else (kept[0][:, :, :length], kept[1][:, :, :length])
 
     def keep(self, ids: Tensor, length: int, canvas: Canvas) -> None:
-        """Keep the first ``length`` rows of a finished canvas, all of them computed by a full prefill of them."""
+        """Cache the first ``length`` rows of a finished canvas: the preamble of the prompt with tokens ``ids [T]``."""
         mine = tuple(ids[:length].tolist())
         if length < WORTH:
             return
         with self._lock:
-            if any(known[:length] == mine for known in self._kept):
+            if any(known[:length] == mine for known, _ in self._kept.items()):
                 return
         keys, values = canvas.read(slice(0, length))
-        if keys.nbytes + values.nbytes > self._capacity:
-            return
         with self._lock:
-            for known in [known for known in self._kept if mine[: len(known)] == known]:
-                del self._kept[known]  # as every turn of a conversation would leave one
-            self._kept[mine] = keys, values
-            while len(self._kept) > self._size or self.nbytes > self._capacity:
-                self._kept.popitem(last=False)
+            known = [preamble for preamble, _ in self._kept.items()]
+            if not self._kept.put(mine, (keys, values), keys.nbytes + values.nbytes):
+                return
+            for preamble in known:
+                if mine[: len(preamble)] == preamble:  # otherwise every turn of a conversation would leave one
+                    self._kept.pop(preamble)
+            for preamble, _ in self._kept.items()[: -self._size]:
+                self._kept.pop(preamble)
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

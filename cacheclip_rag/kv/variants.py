@@ -1,4 +1,4 @@
-"""The fused variants of a library's chunks: made and found."""
+"""The fused variants of a library's chunks: computing, storing and choosing them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..chunks import ChunkKV, canonical
-from ..errors import CacheClipError, StoreError
+from ..errors import CacheClipError, ConfigurationError, StoreError
 from .encode import fused
 from .fit import Context, Fit
 from .library import Library
 
 _ERRORS = (CacheClipError, RuntimeError, MemoryError)
-"""What may be wrong with one chunk and not with the next."""
+"""Errors that may concern one chunk and not the next."""
 
 _GONE = (
     "it, or a chunk that it was fused with, is not in the store any more: forgotten meanwhile, or evicted because the "
@@ -22,10 +22,10 @@ _GONE = (
 
 
 class FusedVariants:
-    """Every chunk's KV as it came out behind other chunks, beside its KV by itself.
+    """Variants of each chunk's KV, computed behind other chunks (FusionRAG), besides its KV in isolation.
 
-    Variants are entries of the library's store like any other, under a key that their context is part of, so the
-    store may evict them, and other processes add some. Thread-safe.
+    Variants are ordinary entries of the library's store, under a key that includes their context. So the store may
+    evict them, and other processes may add some. Thread-safe.
     """
 
     def __init__(self, library: Library) -> None:
@@ -34,14 +34,14 @@ class FusedVariants:
         self._lock = threading.RLock()
 
     def of(self, text: str) -> list[Context]:
-        """What there is of this chunk: () for the chunk by itself, then what the store had when this process looked,
-        the least recently used first, then what was added, as it came.
+        """The contexts of this chunk's variants: () for the isolated chunk, then those that the store had when this
+        process listed it (the least recently used first), then those added since.
         """
         with self._lock:
             return [(), *self._all().get(canonical(text), ())]
 
     def fitting(self, text: str, before: Sequence[str], fit: Fit) -> ChunkKV | None:
-        """The chunk as it fits best behind the chunks ``before``, of what is still there; None where nothing is."""
+        """The stored variant that fits best behind the chunks ``before``; None if the chunk has no KV at all."""
         contexts = self.of(text)
         while context := fit.choose(contexts, before):
             if (chunk := self.get(text, context)) is not None:
@@ -50,7 +50,7 @@ class FusedVariants:
         return self.get(text, ())
 
     def get(self, text: str, context: Context) -> ChunkKV | None:
-        """This variant, or None where it is gone, which is remembered; () is the chunk by itself."""
+        """The variant with this context (() for the isolated chunk); None if it is gone, which is remembered."""
         if not context:
             return self._library.get(self._library.key(text))
         with self._lock:
@@ -64,13 +64,12 @@ class FusedVariants:
         return chunk
 
     def fuse(self, contexts: Mapping[str, Sequence[str]], keep: int) -> list[bool | Exception]:
-        """Compute and keep each chunk's KV behind its context, in this order, all in one forward.
+        """Compute and store each chunk's KV behind its context, all in one forward.
 
-        For each, in turn: True, or False where there is nothing to do (a variant with this context is there, or no
-        context is left), or why it could not be done: what `Library.encode` raises for it. Of a context too long for
-        the model's window what does not fit is left out; of more than ``keep`` variants of a chunk, the oldest.
-        The chunks' own KV is computed if need be. Where they are too much for the device together they are done one by
-        one.
+        Returns, per chunk: True; False if there was nothing to do (the variant exists, or no context is left); or the
+        exception that prevented it (those of `Library.encode`). Chunks of a context that exceed the model's context
+        length are left out. Beyond ``keep`` variants of a chunk, the oldest are deleted. The chunks' own KV is computed
+        if need be. If the forward fails, for example for lack of memory, they are computed one by one.
         """
         done: list[bool | Exception] = []
         todo: dict[tuple[str, Context], tuple[ChunkKV, list[ChunkKV]]] = {}
@@ -95,12 +94,13 @@ class FusedVariants:
         return [StoreError(_GONE) if now is True and next(kept) is None else now for now in done]
 
     def fuse_in_order(self, texts: Sequence[str], keep: int) -> int:
-        """Compute these chunks as one text behind the prefix and keep each one's KV, its context all those before it.
+        """Compute these chunks as one text behind the encode prefix, and store each one's KV with all chunks before it
+        as its context.
 
-        That is what a prompt of them leaves, for the cost of one prefill: every chunk sees those before it as they are
-        in a prompt, and not by themselves as in `fuse`, whose variants of the same context give way to these. The
-        first one's is what it is by itself. Chunks beyond the context length are left out. Returns how many variants
-        are new; raises what `Library.encode` raises.
+        It costs one prefill. Every chunk attends to the ones before it as in a prompt, and not to their isolated KV as
+        in `fuse`; these variants replace those of `fuse` with the same context. The first chunk's KV is its KV in
+        isolation. Chunks beyond the context length are left out. Returns how many variants are new; raises what
+        `Library.encode` raises.
         """
         library = self._library
         seen: list[ChunkKV] = []
@@ -117,26 +117,26 @@ class FusedVariants:
         return new
 
     def _fitting(self, chunk: ChunkKV | None, texts: Sequence[str]) -> list[ChunkKV]:
-        """The chunks with these texts by themselves, each once, as many as the window has room for beside ``chunk``."""
+        """The isolated chunks with these texts, each once, as many as the context length holds besides ``chunk``."""
         library = self._library
         room = library.backbone.context_length - len(library.prefix_ids) - (0 if chunk is None else len(chunk))
         fitting: list[ChunkKV] = []
         for text in dict.fromkeys(map(canonical, texts)):
             found = library.ensure(text)
-            if len(found) > room:  # one that is too long is no reason to leave out those behind it
+            if len(found) > room:  # shorter ones behind it may still fit
                 continue
             room -= len(found)
             fitting.append(found)
         return fitting
 
     def held(self, text: str) -> list[Context]:
-        """The contexts of the variants whose KV is in the store."""
+        """The contexts of the variants whose KV is in the store now."""
         with self._lock:
             known = list(self._all().get(canonical(text), {}).items())
         return [context for context, key in known if key in self._library.store]
 
     def _has(self, text: str, context: Context) -> bool:
-        """Whether this variant is there, or at the remote, from where it is then fetched."""
+        """Whether this variant is stored; one at the remote is fetched."""
         with self._lock:
             key = self._all().get(text, {}).get(context)
         if key is not None and key in self._library.store:
@@ -151,10 +151,12 @@ class FusedVariants:
     def _make(
         self, chunks: Sequence[tuple[ChunkKV, Sequence[ChunkKV]]], keep: int, in_sequence: bool = False
     ) -> list[ChunkKV | None]:
-        """The fused chunks; None for one of which, or of whose context, another process has forgotten something
-        meanwhile: forgetting removes chunks by themselves before it looks for what was computed with them.
+        """Compute and store the fused chunks. None for a chunk if another process forgot it, or one of its context,
+        meanwhile: forgetting deletes isolated chunks first, and then variants that were computed with them.
         """
         library = self._library
+        if (changed := library.changed()) is not None:
+            raise ConfigurationError(changed)
         texts, contexts = zip(*chunks, strict=True)
         made = fused(library.encoder, library.backbone, texts, contexts, library.prefix_kv)
         made = [replace(chunk, in_sequence=in_sequence) for chunk in made]
@@ -165,9 +167,9 @@ class FusedVariants:
                 mine = self._all().setdefault(chunk.text, {})
                 library.store.put(key, chunk)
                 replaced = mine.pop(chunk.context, key)
-                old += [replaced] if replaced != key else []  # the same key: its KV had gone, and came again
+                old += [replaced] if replaced != key else []  # the same key: it was evicted and is stored again
                 mine[chunk.context] = key
-                if library.keeps(key):  # else what is there is all that a later process finds
+                if library.keeps(key):  # if not, a later process finds only the old ones
                     old += [mine.pop(other) for other in list(mine)[:-keep]]
         library.store.delete(old)
         if not library.shared:
@@ -182,7 +184,7 @@ class FusedVariants:
         return [chunk if is_kept else None for chunk, is_kept in zip(made, kept, strict=True)]
 
     def refresh(self) -> None:
-        """Look again what the store has."""
+        """Forget the list of variants, so that the store is listed again."""
         with self._lock:
             self._known = None
 
@@ -191,6 +193,6 @@ class FusedVariants:
             self._known = {}
             for entry in self._library.store.entries():
                 mine = self._known.setdefault(entry.text, {}) if entry.context else {}
-                if entry.in_sequence or entry.context not in mine:  # of the same context, the one that has seen more
+                if entry.in_sequence or entry.context not in mine:  # of the same context, the one computed in sequence
                     mine[entry.context] = entry.key
         return self._known

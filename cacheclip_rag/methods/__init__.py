@@ -1,4 +1,4 @@
-"""Methods by name: how chunks are encoded, which tokens are recomputed, and how the question attends."""
+"""Reuse methods: how chunks are encoded, which tokens are recomputed, and how the question attends."""
 
 from ..deprecation import renamed_names
 from .method import Method, Positions, check_ratio

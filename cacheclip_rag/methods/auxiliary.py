@@ -1,4 +1,4 @@
-"""The auxiliary model: which characters of the chunks a small model's attention finds relevant to the question."""
+"""CacheClip's auxiliary model: scores the characters of chunks by a small model's attention from the question."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class CharacterScores:
-    """Scores of one chunk's text: ``scores [n]`` float32 for the character spans ``offsets [n, 2]`` (aux tokens)."""
+    """Scores of one chunk: ``scores [n]`` float32 of the auxiliary tokens with character spans ``offsets [n, 2]``."""
 
     text: str
     offsets: np.ndarray
     scores: np.ndarray
 
     def over(self, offsets: np.ndarray) -> np.ndarray:
-        """The scores seen by another tokenizer's tokens ``offsets [m, 2]`` over the same text: ``[m]`` float32.
+        """The scores of another tokenizer's tokens, with spans ``offsets [m, 2]`` in the same text: ``[m]`` float32.
 
-        A token takes the highest score among the auxiliary tokens it shares a character with, so that whatever the
-        auxiliary model picked is covered however the two tokenizers cut it.
+        A token takes the highest score of the auxiliary tokens it shares a character with, so that every character the
+        auxiliary model picked is covered, whatever the two tokenizations are.
         """
         characters = np.zeros(len(self.text) + 1, dtype=np.float32)
         for (start, end), score in zip(self.offsets, self.scores, strict=True):
@@ -42,12 +42,12 @@ class CharacterScores:
 
 
 class Auxiliary:
-    """A small model that scores context tokens by the attention the question pays to them.
+    """A small model that scores context tokens by the attention from the question to them.
 
-    Its own chunk KV is kept in the store like the primary's, so a question costs it only its own tokens: the chunks are
-    placed one after another behind its shared prefix and the question runs over them in one pass, all chunks competing
-    in one softmax, on reused KV (docs/methods.md). Chunks beyond its context length are scored in several passes.
-    Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
+    Its own chunk KV is stored like the primary model's, so scoring costs one forward over the question's tokens: the
+    chunks are placed one after another behind the shared prefix, and the question runs over them in one pass, with one
+    softmax over all chunks, on reused KV (docs/methods.md). Chunks beyond its context length are scored in several
+    passes. Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
     """
 
     def __init__(self, library: Library) -> None:
@@ -55,17 +55,17 @@ class Auxiliary:
         self.computer: Computer = library.backbone.computer
 
     def layers(self, which: str | int) -> list[int]:
-        """``"last"``: the published choice; ``"upper"``: the upper half, averaged; a number: that layer."""
+        """The layers that scores are averaged over: ``"last"`` as published, ``"upper"`` half, or one by number."""
         full = self.computer.full_layers
         if isinstance(which, int):
             return [which]
         return full[-1:] if which == "last" else full[len(full) // 2 :]
 
     def score(self, texts: Sequence[str], question: str, layers: str | int = "last") -> list[CharacterScores]:
-        """Attention from the question to every chunk: mean over heads, question tokens and ``layers``.
+        """Attention from the question to every token of each chunk: mean over heads, question tokens and ``layers``.
 
-        Softmax probabilities over everything the question sees. Of a question longer than half of the context length
-        the end is asked; chunks that do not fit beside it score 0.
+        The softmax runs over everything the question sees. A question longer than half of the context length is cut to
+        its end; chunks that do not fit beside it score 0.
         """
         length = self.backbone.context_length - len(self.library.prefix_ids)
         asked = self.backbone.tokenise("\n\n" + question, plain=True).ids[-max(length // 2, 1) :]

@@ -1,4 +1,4 @@
-"""What a method is: a way of encoding, of selecting, of recomputing and of attending, as one value."""
+"""A method as one value: its encoder, its selector, its recompute step and its attention."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ Positions = Literal["global", "shared"]
 class Method:
     """How chunks are encoded, which tokens are chosen, how they are recomputed, how the question attends.
 
-    ``positions``: ``"global"``, every token at its place in the prompt; ``"shared"``, all chunks from the same position
-    on, and the question behind the longest (APE). ``prefix_cache``: reuse only KV of the very tokens that stood before,
-    and compute the rest; the other parts are then idle. ``fit``: take the fused variant of a chunk that fits the prompt
-    best; None takes its KV computed by itself. ``reorder``: put the chunks the question attends to most next to it
-    before anything is recomputed (InfoFlow's option; which end is our reading). ``recompute_ratio``: the share of
-    context tokens to recompute unless a request asks for another; with a ``fitted_ratio``, the share for a prompt all
-    of whose chunks were computed by themselves, and ``fitted_ratio`` that for one all of whose chunks stand in the
-    context they were computed in; between the two in proportion to `kv.fit.context_fit`. ``about``: a line for the
-    overview, with the source.
+    ``positions``: ``"global"``, every token at its position in the prompt; ``"shared"``, all chunks start at the same
+    position, and the question follows the longest (APE). ``prefix_cache``: reuse only KV behind exactly the same tokens
+    and compute the rest; the other parts are not used then. ``fit``: the rule that chooses among the fused variants of
+    a chunk; None takes its KV computed in isolation. ``reorder``: before anything is recomputed, move the chunks with
+    most attention from the question next to it (InfoFlow's option; which end is our reading). ``recompute_ratio``: the
+    default share of context tokens to recompute. With ``fitted_ratio``, that share is for a prompt whose chunks were
+    all encoded in isolation, ``fitted_ratio`` for one whose chunks all follow the context they were computed in; in
+    between, the share is linear in `kv.fit.context_fit`. ``about``: one line for the overview, with the source.
     """
 
     name: str
@@ -51,18 +50,18 @@ class Method:
 
     @property
     def strategy(self) -> str:
-        """The way to a prefill that this method takes: what one of its parts names, else ``"compose"``."""
+        """The prefill strategy of this method: the one that a part of it names, else ``"compose"``."""
         named = (getattr(part, "strategy", None) for part in (self.prefix_cache, self.encode, self.select))
         return next(filter(None, named), "compose")
 
     @property
     def ahead(self) -> bool:
-        """Whether chunks are encoded ahead of the prompts they come in."""
+        """Whether chunks are encoded at ingestion, before any prompt contains them."""
         return self.strategy not in ("prefix", "harvest")
 
 
 def check_ratio(ratio: Any, name: str = "recompute_ratio") -> float:
-    """Raises `ConfigurationError`, which calls it ``name``, unless ``ratio`` lies in 0..1."""
+    """``ratio`` as a float. Raises `ConfigurationError` unless it is a number in 0..1; ``name`` is for the message."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
         raise ConfigurationError(f"{name} must be a number from 0 (plain reuse) to 1 (full prefill), not {ratio!r}")
     return float(ratio)

@@ -1,4 +1,4 @@
-"""What a method sees of one prompt."""
+"""A prompt with placed chunk KV, as selectors and recompute steps see it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class Request:
     """One prompt whose stored chunk KV is placed in a workspace.
 
-    ``positions [T]`` int64: the RoPE position of every prompt token; ``chunks``: the stored chunk of each of the
-    layout's spans, where it is there. ``rows [N]`` int64: the rows a selector may choose from, sorted: tokens whose
-    stored KV is placed and needs repair; ``groups [N]`` int64: the number of the chunk span each belongs to.
-    ``fresh [M]`` int64: the rows without stored KV, which are computed anyway. ``question`` is the question's text,
-    ``question_rows [q]`` where it stands in the prompt (empty when it does not), and ``question_ids [p]`` its tokens,
-    for a copy behind the prompt. ``auxiliary(layers)`` gives the auxiliary model's scores of each span's chunk.
+    ``positions [T]`` int64: the RoPE position of every prompt token; ``chunks``: the stored chunk of each span of the
+    layout, or None. ``rows [N]`` int64, sorted: the rows a selector may choose from, tokens whose stored KV is placed
+    and needs repair; ``groups [N]`` int64: the number of the span each belongs to. ``fresh [M]`` int64: the rows
+    without stored KV, which are always computed. ``question`` is the question's text, ``question_rows [q]`` its rows in
+    the prompt (empty if it is not in there), and ``question_ids [p]`` its tokens, for a copy behind the prompt.
+    ``auxiliary(layers)`` returns the auxiliary model's scores of each span's chunk.
     """
 
     layout: Layout
@@ -51,11 +51,11 @@ class Request:
         score_mod: ScoreMod | None = None,
         workspace: Workspace | None = None,
     ) -> Part:
-        """These rows of the prompt in a forward, from their token ids or from the residual stream ``x [S, d]``."""
+        """These rows of the prompt as part of a forward, from token ids or from the residual stream ``x [S, d]``."""
         ids = self.layout.ids[rows] if x is None else x
         return Part(workspace or self.workspace, ids, rows, self.positions[rows], hooks, score_mod)
 
 
 def merge_rows(*rows: Tensor) -> Tensor:
-    """Disjoint sets of rows as one, sorted."""
+    """The union of disjoint sets of rows, sorted."""
     return torch.cat(rows).sort().values

@@ -1,4 +1,4 @@
-"""Hooks that selections look through: attention summed up without keeping it, and one layer's KV."""
+"""Hooks that compute what selectors rank tokens by: summed attention scores, and one layer's KV."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..compute import LayerInput, StopForward, visible
 Normalise = Literal["row", "context", "chunk"]
 
 BLOCK = 1 << 24
-"""Scores that exist at a time (64 MiB in float32), however many rows ask and keys there are."""
+"""Attention scores in memory at a time (64 MiB in float32), whatever the number of rows and keys."""
 
 
 class AttentionScores:
-    """Sums attention from ``rows [R]`` (slots) to ``columns [C]`` (slots), over heads, rows and ``layers``.
+    """A hook that averages the attention from ``rows [R]`` to ``columns [C]`` (slots) over heads, rows and ``layers``.
 
-    ``normalise`` says over what the softmax of one row and head runs (docs/methods.md says which method takes which):
+    ``normalise`` says over which keys the softmax of one row and head runs (docs/methods.md lists the methods):
     ``"row"``: every key the row sees (the model's own probabilities; CacheClip, InfoFlow);
     ``"context"``: the columns only (ProphetKV);
-    ``"chunk"``: the columns of each group by themselves, so that every chunk gets the same mass (FusionRAG).
-    ``groups [C]`` int64 says which chunk a column belongs to, a chunk's columns standing together, and is needed for
-    ``"chunk"`` only. ``windows``: each layer's sliding window, for ``"row"``; None where no layer has one.
+    ``"chunk"``: the columns of each group separately, so that every chunk gets the same mass (FusionRAG).
+    ``groups [C]`` int64 is the chunk of each column, with a chunk's columns contiguous; only ``"chunk"`` needs it.
+    ``windows``: each layer's sliding window, for ``"row"``; None if no layer has one.
 
-    `scores` is ``[C]`` float32, the mean over layers, heads and rows. Rows must stand behind the columns.
+    `scores` is ``[C]`` float32, the mean over layers, heads and rows. Rows must come after the columns.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AttentionScores:
         self.add(at.layer, *attending(at, self.rows, self._length), at.scaling)
 
     def add(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """``query [R, H, D]`` of the rows and ``key [N, Hk, D]`` of the slots, float32."""
+        """Add one layer's attention: ``query [R, H, D]`` of the rows and ``key [N, Hk, D]`` of the slots, float32."""
         kv_heads, heads = key.shape[1], query.shape[1]
         keys = key.transpose(0, 1).unsqueeze(1)  # [Hk, 1, N, D]: the G = H / Hk query heads of a KV head share its keys
         if self.normalise != "row":
@@ -82,7 +82,7 @@ class AttentionScores:
 
 
 def attending(at: LayerInput, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """What ``rows [R]`` attend with: queries ``[R, H, D]``, and keys ``[length, Hk, D]``; float32."""
+    """The queries ``[R, H, D]`` of ``rows [R]`` and the keys ``[length, Hk, D]`` they attend to, float32."""
     keys = at.workspace.placed(at.layer)[0][:length].to(torch.float32, copy=True)
     computed = at.rows < length
     keys[at.rows[computed]] = at.key[computed].float()
@@ -90,7 +90,7 @@ def attending(at: LayerInput, rows: Tensor, length: int) -> tuple[Tensor, Tensor
 
 
 class LayerKV:
-    """Keeps the ``keys`` and ``values [S, Hk, D]`` that one layer computes, and ends the forward there."""
+    """A hook that keeps the ``keys`` and ``values [S, Hk, D]`` that one layer computes, and ends the forward there."""
 
     keys: Tensor
     values: Tensor

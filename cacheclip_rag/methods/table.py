@@ -1,4 +1,4 @@
-"""The table of methods: every name is one row, and a string like ``"cacheclip:group_size=16"`` is a row, changed."""
+"""The table of methods: one row per name; ``"cacheclip:group_size=16"`` is a row with a parameter changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .select.query_guided import QueryGuided
 from .select.random import Random
 
 FUSED = "fused"
-"""A parameter of every method that encodes ahead: whether, and by what rule, it takes fused variants."""
+"""A parameter of every method that encodes ahead: whether it takes fused variants, and by what rule."""
 
 _FITS: dict[Any, Fit | None] = {
     True: Nearest(),
@@ -46,7 +46,7 @@ RENAMED = {"window": "group_size"}
 
 _BARE = Isolated(prefix="")
 _BAND = (0.69, 0.83)
-"""The relative depths at which InfoFlow found the question's attention to tell most."""
+"""The relative depths at which InfoFlow found the question's attention most informative."""
 
 _ROWS = [
     Method("full", Everything(), recompute_ratio=1.0, about="compute everything; the oracle"),
@@ -64,22 +64,28 @@ _ROWS = [
         recompute_ratio=0.0,
         about="prefix caching in a tree of documents (RAGCache, 2404.12457)",
     ),
-    Method("naive", Nothing(), recompute_ratio=0.0, about="reuse everything as it is, behind a shared prefix"),
-    Method("promptcache", Nothing(), _BARE, recompute_ratio=0.0, about="reuse everything, encoded bare (PromptCache)"),
+    Method("naive", Nothing(), recompute_ratio=0.0, about="plain reuse, encoded behind a shared prefix"),
+    Method(
+        "promptcache",
+        Nothing(),
+        _BARE,
+        recompute_ratio=0.0,
+        about="plain reuse, encoded without a prefix (PromptCache)",
+    ),
     Method(
         "link0",
         Nothing(),
         Blanks(),
         recompute_ratio=0.0,
-        about="reuse everything, encoded behind 5 dummy tokens (EPIC's zero-overhead linking, 2410.15332)",
+        about="plain reuse, encoded behind 5 dummy tokens (EPIC's zero-overhead linking, 2410.15332)",
     ),
-    Method("random", Random(), recompute_ratio=0.15, about="tokens by lot: what every choice must beat"),
+    Method("random", Random(), recompute_ratio=0.15, about="random tokens: the baseline of every selector"),
     Method(
         "epic",
         LeadingTokens(),
         _BARE,
         recompute_ratio=0.15,
-        about="the first r of every chunk, encoded bare (EPIC, 2410.15332, as the study normalises it)",
+        about="the leading tokens of every chunk, encoded without a prefix (EPIC, 2410.15332, as in the study)",
     ),
     Method(
         "legolink",
@@ -101,7 +107,7 @@ _ROWS = [
         WithActivations(prefix=""),
         Reselect(),
         recompute_ratio=0.15,
-        about="as cacheblend, chosen again at layer 5 from stored activations (DroidSpeak, 2411.02820, by the study)",
+        about="cacheblend, selected again at layer 5 from stored activations (DroidSpeak, 2411.02820, as in the study)",
     ),
     Method(
         "cachecraft",
@@ -151,8 +157,8 @@ _ROWS = [
         recompute=Carry(),
         fit=Nearest(),
         fitted_ratio=0.04,
-        about="infoflow's band, softmax inside each chunk, over fused chunks; elsewhere what recomputing changed is "
-        "carried over to the other tokens; less is recomputed the better fused chunks fit (our own)",
+        about="infoflow's band, softmax inside each chunk, over fused chunks; isolated chunks are adjusted by the mean "
+        "change of their recomputed tokens; the better fused chunks fit, the less is recomputed (our own)",
     ),
     Method(
         "ape",
@@ -160,14 +166,14 @@ _ROWS = [
         attend=Scaled(),
         positions="shared",
         recompute_ratio=0.0,
-        about="reuse everything at shared positions; temperature and scale on the context (APE, 2502.05431)",
+        about="plain reuse at shared positions; temperature and scale on the context (APE, 2502.05431)",
     ),
     Method(
         "sel",
         Nothing(),
         attend=SelectedChunks(),
         recompute_ratio=0.0,
-        about="reuse everything; the question sees 2 chunks a layer (SEL, 2412.16545)",
+        about="plain reuse; the question attends to 2 chunks per layer (SEL, 2412.16545)",
     ),
     Method(
         "psr",
@@ -175,7 +181,7 @@ _ROWS = [
         Blanks(),
         attend=Scaled(first=1),
         recompute_ratio=0.15,
-        about="cacheblend's choice behind dummy tokens; temperature and scale on the rest (the study, 2603.20218)",
+        about="cacheblend's selection behind dummy tokens; temperature and scale on the rest (the study, 2603.20218)",
     ),
 ]
 
@@ -183,9 +189,10 @@ METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
 def register(method: Method) -> Method:
-    """Make a method of another package known by its name, and return it.
+    """Add a method of another package to `METHODS`, and return it.
 
-    Raises `ConfigurationError` for a name that another method has, and for one that cannot be written in a string.
+    Raises `ConfigurationError` if another method has this name, or if the name contains characters that are reserved
+    in method strings.
     """
     if not method.name or set(method.name) & set(":,=@ \"'()[]"):
         raise ConfigurationError(f"a method's name is a word without :, =, @, blanks or quotes, not {method.name!r}")
@@ -198,9 +205,9 @@ def register(method: Method) -> Method:
 def resolve(method: str | Method, **changes: Any) -> Method:
     """The method called ``method``, with parameters of its parts changed by name.
 
-    ``resolve("cacheclip", group_size=16)``, or all in one string, ``resolve("cacheclip:group_size=16")``, which works
+    ``resolve("cacheclip", group_size=16)`` or, in one string, ``resolve("cacheclip:group_size=16")``, which works
     wherever a method's name does. A parameter that several parts share is changed in all of them. Raises
-    `ConfigurationError` naming what is valid.
+    `ConfigurationError`, with the valid names, for an unknown method or parameter.
     """
     if isinstance(method, str):
         name, written = spec.parse(method)
@@ -219,9 +226,10 @@ def resolve(method: str | Method, **changes: Any) -> Method:
 
 
 def with_prefix(method: str | Method, prefix: str | None) -> Method:
-    """The method called ``method`` with its chunks behind the text ``prefix``, unless it names another itself, as in
-    ``"cacheblend:prefix=none"``, puts tokens of its own there, or is a `Method`, which says all. None changes nothing.
-    Raises as `resolve` does.
+    """The method called ``method``, with ``prefix`` as its encode prefix.
+
+    Unchanged if ``prefix`` is None, if ``method`` names a prefix itself (``"cacheblend:prefix=none"``) or has an
+    encoder with tokens of its own there, or if it is a `Method` and not a string. Raises as `resolve` does.
     """
     named = resolve(method)
     if prefix is None or isinstance(method, Method) or "prefix" in spec.parse(method)[1]:

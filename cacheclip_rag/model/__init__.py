@@ -1,1 +1,1 @@
-"""A model of transformers: its forward over a canvas, its tokenizer, and whether its KV can be composed."""
+"""A model of transformers: its forward over a canvas, its tokenizer, and checks that its KV can be composed."""

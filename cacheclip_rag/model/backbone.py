@@ -1,10 +1,10 @@
-"""A model of transformers with all that the engine needs of it: load, prefill its own way, generate."""
+"""A model of transformers with its tokenizer: loading, the forward over a canvas, decoding, and its own prefill."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..compute import Hook, Part, ScoreMod
+from ..compute import Hook, Part, ScoreMod, on_cpu
 from ..deprecation import renamed_attribute
 from ..errors import ConfigurationError, NotComposable, WeightsError
-from ..prompt import Tokens
+from ..prompt import RenderedPrompt, Tokens
 from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
@@ -30,25 +30,29 @@ from .fingerprint import fingerprint
 from .inference import inference, inferring
 from .layers import Layers, cache_argument
 from .rotary import Rotary
+from .state import State, state_of
 from .threads import fit_threads
-from .tokenizer import Texts
+from .tokenizer import PromptTokenizer
 
 _ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
-"""What the model's own generation config may say otherwise, for loops that are not ours."""
+"""Overrides of the model's generation config, for settings that our decoding loop does not support."""
 
 
 class Backbone:
-    """A causal language model of transformers with its tokenizer, and the few operations the engine needs of them.
+    """A causal language model of transformers with its tokenizer, and the operations the engine needs of them.
 
-    ``computer`` computes rows (see `Layers`), ``texts`` makes tokens of text and prompts of messages; what is asked of
-    either most often stands here, too. Thread-safe in use: a forward keeps its state in its own `Canvas`.
+    ``computer`` runs forwards (see `Layers`), ``texts`` tokenises text and renders chat messages; the common operations
+    of both are methods here. Thread-safe: a forward keeps its state in its own `Canvas`.
     """
 
+    @on_cpu
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, attention: str = AUTO) -> None:
-        """The model's attention becomes ours, which takes one text at a time and no padding: load another model for
-        batches. Setting it to something else afterwards makes every forward here raise `ConfigurationError`.
+        """Wrap ``model``, and set its attention implementation to ours, which takes one text at a time and no padding.
+
+        For batches, load another model. If the implementation is changed afterwards, every forward here raises
+        `ConfigurationError`. ``attention``: see `attention.choose`, which may raise.
         """
-        self.texts = Texts(tokenizer)
+        self.texts = PromptTokenizer(tokenizer)
         self.computer = Layers(model, attention=attention)
         self.model, self.tokenizer, self.config = self.computer.model, tokenizer, self.computer.config
         self.device, self.dtype, self.attention = self.computer.device, self.computer.dtype, self.computer.attention
@@ -71,11 +75,12 @@ class Backbone:
         device: str | torch.device = "auto",
         attention: str = AUTO,
     ) -> Backbone:
-        """Load from a folder. ``dtype="auto"`` takes bfloat16 where the hardware multiplies it natively, else float32;
-        ``attention="auto"`` takes the Triton kernel where there is a GPU on which it runs, else PyTorch's attention.
-        PyTorch's threads are no more, afterwards, than this process may use CPUs (see `threads`).
+        """Load a model from a folder.
 
-        Raises `WeightsError` when the folder holds no causal language model with a fast tokenizer.
+        ``dtype="auto"`` takes bfloat16 if the hardware multiplies it natively, else float32; ``attention="auto"`` takes
+        the Triton kernel on a GPU that runs it, else PyTorch's attention. PyTorch's threads are limited to the CPUs
+        that this process may use (see `threads`). Raises `WeightsError` unless the folder holds a causal language model
+        with a fast tokenizer.
         """
         fit_threads()
         if device == "auto":
@@ -99,38 +104,46 @@ class Backbone:
         """Token ids without added special tokens. ``plain``: control tokens in the text stay ordinary characters."""
         return self.texts.tokenise(text, plain)
 
-    def tokenise_prompt(self, prompt: str, documents: Sequence[tuple[int, int]] = ()) -> Tokens:
-        """A whole prompt's tokens. ``documents``: character spans in which control tokens stay text."""
-        return self.texts.tokenise_prompt(prompt, documents)
+    def tokenise_prompt(
+        self, prompt: str, documents: Sequence[tuple[int, int]] = (), tokens: Tokens | None = None
+    ) -> Tokens:
+        """A whole prompt's tokens. ``documents``: character spans in which control tokens stay text; ``tokens``: the
+        result of `tokenise`, if the caller has it.
+        """
+        return self.texts.tokenise_prompt(prompt, documents, tokens)
 
-    def chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """The prompt for chat ``messages``, ready for the assistant's turn; plain texts where there is no template."""
+    def quotes(self, text: str) -> bool:
+        """Whether control tokens occur in a text (see `PromptTokenizer.quotes`)."""
+        return self.texts.quotes(text)
+
+    def chat(self, messages: list[dict[str, Any]], **options: Any) -> RenderedPrompt:
+        """The prompt for chat ``messages``, up to the assistant's turn; their texts joined if there is no template."""
         return self.texts.chat(messages, **options)
 
     def shared_prefix(self) -> str:
-        """What stands before a user's text in this model's chat template: the prefix chunks are encoded behind."""
+        """The default encode prefix: what precedes a user's text in this model's chat template."""
         return self.texts.shared_prefix()
 
     @property
     def control_tokens(self) -> list[str]:
-        """The texts that the tokenizer reads as control tokens."""
+        """The texts of the tokenizer's control tokens, such as "<|im_end|>"."""
         return self.texts.control_tokens
 
     @property
     def opening(self) -> str:
-        """What stands before the user's text in this model's chat template; nothing where there is none."""
+        """What precedes the user's text in this model's chat template; empty without a template."""
         return self.texts.opening
 
     @property
     def closing(self) -> str:
-        """What stands behind the user's text in this model's chat template, up to where the answer begins."""
+        """What follows the user's text in this model's chat template, up to the beginning of the answer."""
         return self.texts.closing
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
     @property
     def context_length(self) -> int:
-        """The longest prompt with its answer, in tokens."""
+        """The maximum length of a prompt and its answer, in tokens."""
         return self.computer.context_length
 
     @context_length.setter
@@ -141,16 +154,16 @@ class Backbone:
 
     @property
     def full_layers(self) -> list[int]:
-        """The layers that attend to the whole context; all of them where every layer has a sliding window."""
+        """The layers with full attention; all layers if every one has a sliding window."""
         return self.computer.full_layers
 
     @property
     def sliding_window(self) -> int | None:
-        """How far the `full_layers` see, in tokens; None for everything."""
+        """The sliding window of the `full_layers` in tokens; None unless every layer has one."""
         return self.computer.sliding_window
 
     def canvas(self, capacity: int, layers: int | None = None) -> Canvas:
-        """An empty canvas; of fewer ``layers`` for a forward that does not go deeper."""
+        """An empty canvas of ``capacity`` slots. ``layers``: only the first ones, for forwards that go no deeper."""
         return self.computer.workspace(capacity, layers)
 
     def forward(
@@ -167,16 +180,15 @@ class Backbone:
         first: int = 0,
         depth: int | None = None,
     ) -> Tensor | None:
-        """Compute the tokens ``x [S]`` at canvas ``rows [S]`` (strictly increasing); their KV is written before it is
-        attended to.
+        """Compute the tokens ``x [S]`` int64 at canvas ``rows [S]`` int64 (strictly increasing), and write their KV.
 
-        This one primitive is full prefill (all rows on an empty canvas), selective recompute (scattered rows over
-        placed chunks) and a decoding step (one row). Returns the last ``logits`` rows' logits ``[logits, V]`` in
-        float32, or None for ``logits=0``, which spares the lm head, and where a hook raised `StopForward`.
-        ``depth`` runs the first layers only (no logits). ``first``: start at this layer, from the residual stream
-        ``x [S, d]`` that `advance` returned. ``positions [S]`` are the RoPE positions where they differ from the slots;
-        ``floors [S]`` the first slots that the rows may see, where several texts share the canvas; ``hooks`` and
-        ``score_mod`` are those of `compute.Part`.
+        This one operation is full prefill (all rows on an empty canvas), selective recompute (scattered rows over
+        placed chunks) and a decoding step (one row). Returns the logits ``[logits, V]`` float32 of the last ``logits``
+        rows; None with ``logits=0``, which skips the lm head, and if a hook raised `StopForward`. ``depth``: run the
+        layers below it only (no logits). ``first``: start at this layer, from the residual stream ``x [S, d]`` that
+        `advance` returned. ``positions [S]``: RoPE positions, if they differ from the slots; ``floors [S]``: the first
+        slot that each row may see, if several texts share the canvas; ``hooks`` and ``score_mod``: as in
+        `compute.Part`.
         """
         part = Part(canvas, x, rows, positions, hooks, score_mod)
         return self.computer.forward_one(part, first=first, depth=depth, logits=logits, floors=floors)
@@ -194,15 +206,16 @@ class Backbone:
         score_mod: ScoreMod | None = None,
         floors: Tensor | None = None,
     ) -> Tensor:
-        """The layers ``[first, last)`` only: returns the residual stream ``[S, d]`` that enters layer ``last``.
+        """Run the layers ``[first, last)`` only; returns the residual stream ``[S, d]`` that enters layer ``last``.
 
-        ``x`` is ``ids [S]`` for ``first=0``, else the residual stream entering layer ``first``; other arguments as in
-        `forward`. Raises `NotComposable` for a model that cannot be run in stages.
+        ``x`` is token ids ``[S]`` for ``first=0``, else the residual stream entering layer ``first``; other arguments
+        as in `forward`. Raises `NotComposable` for a model that cannot be run in stages.
         """
         return self.computer.advance_one(Part(canvas, x, rows, positions, hooks, score_mod), first, last, floors)
 
     # ---- decoding -------------------------------------------------------------------------------------------------
 
+    @on_cpu
     def generate(
         self,
         prompt_ids: Tensor,
@@ -212,12 +225,12 @@ class Backbone:
         seed: int | None = None,
         **options: Any,
     ) -> Iterator[int]:
-        """Decode after a prefill: yields token ids until transformers says stop.
+        """Decode after a prefill: yields token ids until transformers' stopping criteria end the answer.
 
-        ``prompt_ids [T]``; the prompt's last ``logits [1, V]``; ``step(id [1], row)`` computes the next ones (see
-        `on_canvas`). ``options`` are those of ``model.generate``, which prepares logits processors and stopping
-        criteria; the loop is ours (its ``custom_generate`` seam), because the first token needs no forward here and the
-        caller may pause or stop between any two. Closing the iterator ends it. ``seed``: sample with a generator of its
+        ``prompt_ids [T]``; ``logits [1, V]`` of the prompt's last token; ``step(id [1], row)`` computes the next logits
+        (see `on_canvas`). ``options`` are those of ``model.generate``, which prepares logits processors and stopping
+        criteria. The loop is ours (passed as ``custom_generate``), because the first token needs no forward, and the
+        caller may pause or stop between tokens. Closing the iterator ends it. ``seed``: sample with a generator of its
         own, so that nobody else's sampling changes the answer; None takes torch's, which all share.
         """
         random = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
@@ -256,27 +269,34 @@ class Backbone:
         finally:  # an interrupt may have kept transformers' `no_grad` from it
             torch._C._set_grad_enabled(gradients)
 
-    def check_options(self, names: Iterable[str]) -> None:
-        """Raises ConfigurationError for names that are no options of ``model.generate``."""
+    def check_options(self, options: Mapping[str, Any], effective: Container[str]) -> None:
+        """Raises `ConfigurationError` for names that are not options of ``model.generate``, and for options outside
+        ``effective`` whose value differs from the model's default.
+        """
         config = self.model.generation_config
         known = {*vars(config), *inspect.signature(self.model.generate).parameters} - {"self", "kwargs"}
-        for name in names:
+        for name, value in options.items():
             if name not in known:
                 close = difflib.get_close_matches(name, known | {"max_new_tokens"}, n=1)
                 hint = f'; did you mean "{close[0]}"?' if close else ""
                 raise ConfigurationError(f'"{name}" is no option of a request or of transformers\' generate{hint}')
+            default = getattr(config, name, None)
+            if name not in effective and value not in (None, default) and not (value is False and not default):
+                raise ConfigurationError(
+                    f"{name}={value!r} is not possible here: answers are decoded greedily or sampled, one at a time"
+                )
 
+    @on_cpu
     def ends(self, given: int | Sequence[int] | None = None) -> frozenset[int]:
-        """The tokens that end an answer: those ``given``, else the model's own."""
+        """The ids of the tokens that end an answer: those ``given``, else the model's own."""
         ids = self.model.generation_config.eos_token_id if given is None else given
         return frozenset() if ids is None else frozenset(torch.as_tensor(ids).flatten().tolist())
 
     def on_canvas(
         self, canvas: Canvas, *, shift: int = 0, score_mod: ScoreMod | None = None
     ) -> Callable[[Tensor, int], Tensor]:
-        """The decoding step of `generate` that appends to ``canvas``: ``step(ids [n], row)`` gives logits ``[n, V]``.
-
-        Positions are the rows plus ``shift``.
+        """The decoding step for `generate` on a canvas: ``step(ids [n], row)`` appends n tokens and returns their
+        logits ``[n, V]`` float32. RoPE positions are the rows plus ``shift``.
         """
 
         def step(tokens: Tensor, row: int) -> Tensor:
@@ -291,9 +311,9 @@ class Backbone:
 
     @inferring
     def native_prefill(self, ids: Tensor) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
-        """Full prefill with transformers' own cache and attention, for models that cannot be composed.
+        """Full prefill of ``ids [T]`` with transformers' own cache and attention, for models that cannot be composed.
 
-        Returns the last ``logits [1, V]`` and the decoding step of `generate`.
+        Returns the logits ``[1, V]`` of the last token and the decoding step for `generate`.
         """
         output = self.model(input_ids=ids.to(self.device)[None], use_cache=True, logits_to_keep=1)
         name = cache_argument(self.model)
@@ -310,9 +330,9 @@ class Backbone:
 
     @inferring
     def own_logits(self, ids: Tensor, count: int) -> Tensor:
-        """The last ``count`` tokens' logits ``[count, V]`` by transformers' eager attention, without any cache.
+        """The logits ``[count, V]`` of the last ``count`` tokens by transformers' eager attention, without any cache.
 
-        What everything else is measured against. The model's attention is another one meanwhile, so no request may run.
+        It is the reference for verification. It changes the model's attention temporarily, so no request may run.
         """
         self.model.set_attn_implementation("eager")
         try:
@@ -325,14 +345,18 @@ class Backbone:
 
     @property
     def rotary(self) -> Rotary:
-        """The rotation that moves this model's keys. Raises `NotComposable` where there is none."""
+        """The rotation that moves this model's keys. Raises `NotComposable` for a model without one."""
         if self.obstacle is not None or self.computer.rotary is None:
             raise NotComposable(self.obstacle or "the model has no rotation that moves its keys")
         return self.computer.rotary
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies this model for stored KV (see `fingerprint.fingerprint`)."""
+        """What identifies this model in the namespace of its stored KV (see `fingerprint.fingerprint`)."""
         return fingerprint(self.model, self.config, self.texts.definition, self.dtype)
+
+    def state(self) -> State:
+        """Another value once weights, mode, hooks or adapters have changed (see `state.state_of`)."""
+        return state_of(self.model)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""One request's KV cache: a buffer per layer that can be written at scattered rows."""
+"""The KV cache of one request: preallocated buffers per layer that can be written at scattered rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .rotary import Rotary
 
 
 class Canvas(Cache):
-    """The `Workspace` of a model of transformers: KV of ``capacity`` slots for all layers, ``[L, 1, Hk, capacity, D]``.
+    """The KV cache of one request, ``[L, 1, Hk, capacity, D]``: the `Workspace` of a model of transformers.
 
-    Chunk KV is *placed* on it (copied and rotated, so the store stays untouched), a forward over some rows *overwrites*
-    those rows in every layer before they are attended to, and decoding appends. `length` is the number of slots in use;
+    Chunk KV is *placed* on it (copied and rotated; the store is not changed). A forward over some rows *overwrites* the
+    KV of those rows in every layer, before they attend. Decoding appends. `length` is the number of slots in use;
     `set_write_rows` says which slots the next forward writes.
     """
 
@@ -36,12 +36,12 @@ class Canvas(Cache):
         shape = (layers, 1, kv_heads, capacity, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        # Layers do not know the canvas: in a circle its memory would outlive the request until the collector runs.
+        # Layers hold no reference to the canvas: a cycle would keep its memory until the garbage collector runs.
         self._slots = _Slots(capacity)
         self._rotary = rotary
         super().__init__(
             layers=[
-                _CanvasLayer(number, keys, values, self._slots)
+                CanvasLayer(number, keys, values, self._slots)
                 for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))
             ]
         )
@@ -63,22 +63,22 @@ class Canvas(Cache):
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def set_write_rows(self, sparse: SparseRows) -> None:
-        """The next forward writes its K and V at these rows."""
+        """Set the slots that the next forward writes its KV to. Raises IndexError beyond the capacity."""
         first, last = sparse.blocks[0].first, sparse.blocks[-1].last
         if last >= self.capacity:
             raise IndexError(f"row {last} does not fit on a canvas of {self.capacity} slots")
-        # A run of rows is a slice: writing it costs a copy, not a scatter.
+        # Contiguous rows are a slice, so that writing them is a copy and not a scatter.
         run = last - first + 1 == len(sparse.rows)
         self._slots.rows = slice(first, last + 1) if run else sparse.rows
         self._slots.held_back, self._slots.pending = sparse.hooked, {}
         self.length = max(self.length, last + 1)
 
     def pending(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """The new keys and values ``[1, Hk, S, D]`` of a layer, held back until hooks have seen them, if it has any."""
+        """The new keys and values ``[1, Hk, S, D]`` of a layer, buffered until its hooks have run; None without any."""
         return self._slots.pending.get(layer)
 
     def write_pending(self, layer: int) -> None:
-        """Write what was held back of a layer."""
+        """Write the buffered KV of a layer to its slots."""
         keys, values = self._slots.pending.pop(layer)
         rows = self._slots.rows
         for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
@@ -123,9 +123,9 @@ class Canvas(Cache):
 
 @dataclass
 class _Slots:
-    """What a canvas and its layers share: how many slots there are and in use, and which the next forward writes.
+    """State that a canvas shares with its layers: the slots in use, and those that the next forward writes.
 
-    ``held_back``: whether new KV waits in ``pending``, by layer, until hooks have seen it.
+    ``held_back``: whether new KV is buffered in ``pending``, by layer, until hooks have run.
     """
 
     capacity: int
@@ -135,10 +135,10 @@ class _Slots:
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class _CanvasLayer(CacheLayerMixin):
-    """transformers' view of one layer of a `Canvas`: ``keys``, ``values [1, Hk, capacity, D]``."""
+class CanvasLayer(CacheLayerMixin):
+    """One layer of a `Canvas` as a cache layer of transformers: ``keys``, ``values [1, Hk, capacity, D]``."""
 
-    is_sliding = False  # sliding windows are a matter of the mask here; the buffer keeps every row
+    is_sliding = False  # sliding windows are applied by the mask; the buffer keeps every row
 
     def __init__(self, number: int, keys: Tensor, values: Tensor, slots: _Slots) -> None:
         super().__init__()

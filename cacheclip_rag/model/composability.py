@@ -1,4 +1,4 @@
-"""Whether chunks can be composed with a model: read off its configuration, then tried on a few tokens."""
+"""Checks whether chunks can be composed with a model: by its configuration, then by forwards over a few tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .rotary import Rotary
 
 
 def obstacle_of(model: Layers) -> str | None:
-    """Why this model cannot be composed, or None: first by its configuration, then by trying it on a few tokens.
+    """Why chunks cannot be composed with this model, or None.
 
-    Trying decides: whatever an architecture is called, its keys must move by one rotation, and our attention must
-    give its own logits.
+    Whatever the architecture is called, its keys must move by one rotation, and our attention must reproduce the
+    model's own logits. This is tried on a few tokens, after a look at the configuration.
     """
     name = model.config.model_type
     types = set(getattr(model.config, "layer_types", None) or [])
@@ -46,7 +46,7 @@ def _tried(model: Layers) -> str | None:
     model.model.set_attn_implementation(model.attention)
     try:
         here, there = model.workspace(12), model.workspace(12)
-        for canvas in (here, there):  # what no layer writes must not pass by what memory happens to hold
+        for canvas in (here, there):  # so that slots which no layer writes cannot pass the checks by chance
             canvas.keys.fill_(float("nan"))
             canvas.values.fill_(float("nan"))
         ours = model.forward_one(Part(here, ids, rows), logits=12)
@@ -54,7 +54,7 @@ def _tried(model: Layers) -> str | None:
         model.forward_one(Part(there, ids, rows, rows + shift), logits=0)
         rotated = Rotary(model.inverse_frequencies()).rotate(here.keys[:, 0], shift)
         model.model.set_attn_implementation(NOTING)
-        # Some models narrow their last layers to the last row. A hook holds each layer's KV back until it has seen it.
+        # Some models compute the last row only in their last layers. With a hook, the path of buffered KV is checked.
         last = model.forward_one(Part(model.workspace(12), ids, rows, hooks=[_Look()]), logits=1)
         given = windows_given(model.model)
     finally:
@@ -62,11 +62,11 @@ def _tried(model: Layers) -> str | None:
     name = model.config.model_type
     if here.keys.isnan().any() or here.values.isnan().any():
         return f"{name}: some layers keep no keys and values of their own"
-    # A dozen tokens lie within any window: whether a layer's is heeded shows in what its attention is given.
+    # A dozen tokens lie within any window, so check the window that each layer's attention was given instead.
     if strange := [n for n, window in enumerate(model.windows) if window is not None and window != given.get(n)]:
         return f"{name}: its attention is not told the sliding window of layer {strange[0]}"
-    # Rounding stays far below a tenth in bfloat16; a wrong layout or an ignored argument is of order one. What is
-    # no number is not below anything.
+    # Rounding stays far below a tenth in bfloat16; a wrong layout or an ignored argument gives an error of order one.
+    # `not ... <=` catches NaN as well.
     if not (error := _worst([ours, last], [own, own[-1:]])) <= 0.1:
         return f"{name}: our attention differs from the model's own by {error:.0%}"
     if not (error := _worst(rotated, there.keys[:, 0])) <= 0.1:
@@ -86,8 +86,8 @@ class _Look:
 
 
 def _worst(a: Iterable[Tensor | None], b: Iterable[Tensor]) -> float:
-    """The `relative_error` of the layer that is furthest off: a layer of large numbers must not hide one of small ones.
-
-    NaN where one of them is.
+    """The largest `relative_error` of any layer, so that layers with large numbers do not hide one with small ones;
+    NaN if one of them is.
     """
-    return float(torch.tensor([relative_error(one, other) for one, other in zip(a, b, strict=True)]).max())
+    errors = [relative_error(one, other) for one, other in zip(a, b, strict=True)]
+    return float(torch.tensor(errors, dtype=torch.float64).max())

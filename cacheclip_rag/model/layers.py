@@ -1,10 +1,11 @@
-"""A model of transformers as layers over a canvas: all of them, some of them, in one go or in stages."""
+"""The forward of a transformers model over a canvas: all layers or some of them, in one go or in stages."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +24,7 @@ from .rotary import PerTokenRotation, Rotary
 class Layers:
     """The forward of a causal language model of transformers: a `Computer` whose workspaces are canvases.
 
-    Thread-safe in use: a forward keeps its state in its own `Canvas`.
+    Thread-safe: a forward keeps its state in its own `Canvas`.
     """
 
     def __init__(self, model: PreTrainedModel, *, attention: str = AUTO) -> None:
@@ -44,7 +45,7 @@ class Layers:
     # ---- what the layers are --------------------------------------------------------------------------------------
 
     def inverse_frequencies(self) -> Tensor:
-        """``[L, d/2]`` (or ``[1, d/2]`` when all layers share it), read from the model's own rotary module."""
+        """RoPE's inverse frequencies ``[L, d/2]`` (``[1, d/2]`` if all layers share them), from the model's module."""
         module = self.model.base_model.rotary_emb
         if hasattr(module, "inv_freq"):
             return module.inv_freq[None]
@@ -52,8 +53,8 @@ class Layers:
 
     @cached_property
     def windows(self) -> list[int | None]:
-        """Each layer's sliding window as the configuration has it, in tokens; None for one that attends to everything
-        that fits into the context length.
+        """Each layer's sliding window according to the configuration, in tokens; None for a layer with full attention,
+        or with a window as long as the context length.
         """
         window = getattr(self.config, "sliding_window", None)
         if window is not None and window >= self.context_length:
@@ -63,18 +64,18 @@ class Layers:
 
     @property
     def full_layers(self) -> list[int]:
-        """The layers that attend to the whole context; all of them where every layer has a sliding window."""
+        """The layers with full attention; all layers if every one has a sliding window."""
         return [layer for layer, window in enumerate(self.windows) if window is None] or list(range(self.layers))
 
     @property
     def sliding_window(self) -> int | None:
-        """How far the `full_layers` see, in tokens; None for everything. Only where every layer has a window."""
+        """The sliding window of the `full_layers` in tokens; None unless every layer has one."""
         return None if None in self.windows else self.windows[0]
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
     def workspace(self, capacity: int, layers: int | None = None) -> Canvas:
-        """An empty canvas; of fewer ``layers`` for a forward that does not go deeper."""
+        """An empty canvas of ``capacity`` slots. ``layers``: only the first ones, for forwards that go no deeper."""
         return Canvas(
             layers or self.layers,
             self.kv_heads,
@@ -87,25 +88,25 @@ class Layers:
 
     @cached_property
     def rotary(self) -> Rotary | None:
-        """The rotation that moves this model's keys; None where its rotary module is not one we can read."""
+        """The rotation that moves this model's keys; None if its rotary module cannot be read."""
         try:
             return Rotary(self.inverse_frequencies())
         except (AttributeError, RuntimeError, TypeError):
             return None
 
     def rotation(self, by: Tensor) -> Rotation:
-        """Moves one layer's keys, token j by ``by[j]`` positions (see `PerTokenRotation`)."""
+        """The rotation that moves one layer's keys, token j by ``by[j]`` positions (see `PerTokenRotation`)."""
         assert self.rotary is not None
         return PerTokenRotation(self.rotary, by)
 
     def forward(
         self, parts: Sequence[Part], *, first: int = 0, depth: int | None = None, logits: int = 1
     ) -> list[Tensor | None]:
-        """As `Computer.forward`; parts go through one after the other."""
+        """As `Computer.forward`; parts are run one after the other."""
         return [self.forward_one(part, first=first, depth=depth, logits=logits) for part in parts]
 
     def advance(self, parts: Sequence[Part], first: int, last: int) -> list[Tensor]:
-        """As `Computer.advance`; parts go through one after the other."""
+        """As `Computer.advance`; parts are run one after the other."""
         return [self.advance_one(part, first, last) for part in parts]
 
     @inferring
@@ -118,38 +119,38 @@ class Layers:
         logits: int = 1,
         floors: Tensor | None = None,
     ) -> Tensor | None:
-        """Compute one request's rows; their KV is written before it is attended to.
+        """Compute one request's rows; their KV is written before they attend.
 
-        ``floors [S]``: the first slots that the rows may see, where several texts share a canvas; with neither
-        hooks nor a score modification. The rest as in `Computer.forward`.
-        Source: the sparse prefill of CacheBlend and EPIC, with the exact causal mask.
+        ``floors [S]``: the first slot that each row may see, if several texts share a canvas; not with hooks or a score
+        modification. The rest as in `Computer.forward`.
+        Source: the sparse prefill of CacheBlend and EPIC, with the causal mask of `compute.visible`.
         """
         kwargs = self._inputs(part, floors)
-        try:
+        # KV is kept under the name of the model's own precision, whatever the caller has switched on.
+        with torch.autocast(self.device.type, enabled=False), suppress(StopForward):
             if logits and depth is None:
                 output = self._causal_lm_view(first)(**kwargs, logits_to_keep=logits)
                 return output.logits[0].float()
             self._view(first, depth or self.layers)(**kwargs)
-        except StopForward:
-            pass
         return None
 
     @inferring
     def advance_one(self, part: Part, first: int, last: int, floors: Tensor | None = None) -> Tensor:
-        """The residual stream ``[S, d]`` of one request's rows that enters layer ``last``.
+        """Run the layers ``[first, last)`` for one request; returns the residual stream ``[S, d]`` entering ``last``.
 
-        Methods that change their rows half way through the model (DroidSpeak) go in such stages. Raises `NotComposable`
-        for a model that cannot.
+        For methods that change their rows half way through the model (DroidSpeak). Raises `NotComposable` for a model
+        that cannot be run in stages.
         """
         if not self._stages:
             raise NotComposable(f"{self.config.model_type} does something to its input that stages would repeat")
-        return self._view(first, last, norm=False)(**self._inputs(part, floors)).last_hidden_state[0]
+        with torch.autocast(self.device.type, enabled=False):
+            return self._view(first, last, norm=False)(**self._inputs(part, floors)).last_hidden_state[0]
 
     @cached_property
     def _stages(self) -> bool:
-        """Whether the layers in two stages give what they give in one; not so where embeddings are scaled on entering.
+        """Whether two stages give the same result as one forward; not if a model scales its input embeddings.
 
-        Tried, like everything else about an architecture.
+        It is tried on a few tokens, because a configuration does not say.
         """
         if self.layers < 2:
             return True
@@ -197,14 +198,14 @@ class Layers:
             view.config = copy.copy(decoder.config)
             view.config.num_hidden_layers = last - first
             if types := getattr(self.config, "layer_types", None):
-                view.config.layer_types = types[first:last]  # some models look kinds up by place, not by layer
+                view.config.layer_types = types[first:last]  # some models index it by position in `layers`
             if not norm:
                 view.norm = nn.Identity()
             self._views[name] = view
         return self._views[name]
 
     def _causal_lm_view(self, first: int) -> nn.Module:
-        """The whole model from layer ``first`` on."""
+        """The model with its lm head, from layer ``first`` on; the weights are shared."""
         if first == 0:
             return self.model
         if first not in self._causal_lm_views:
@@ -216,11 +217,11 @@ class Layers:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What a model's forward calls the cache that it is given: ``cache`` since transformers 5.24."""
+    """The name of the cache argument of a model's forward: ``cache`` since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def relative_error(a: Tensor | None, b: Tensor) -> float:
-    """``|a - b| / |b|``, in float32. NaN where either holds one."""
+    """``|a - b| / |b|`` in float32; NaN if either contains NaN."""
     assert a is not None
     return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12))

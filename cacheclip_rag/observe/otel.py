@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span and the time to the first token of each request."""
+"""OpenTelemetry: a span per request, and a histogram of times to the first token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..report import Report
 
 
 def attributes(report: Report, model: str = "") -> dict[str, Any]:
-    """A request under the names of OpenTelemetry's GenAI conventions and of OpenInference, and under our own."""
+    """The span attributes of a request: OpenTelemetry's GenAI conventions, OpenInference's, and ``cacheclip.*``."""
     ours = {
         "method": report.method,
         "ratio": report.ratio,
@@ -42,11 +42,11 @@ def attributes(report: Report, model: str = "") -> dict[str, Any]:
 
 
 class OpenTelemetry:
-    """Tells a tracer and a meter of each request.
+    """An observer that exports each request as a span and its time to the first token as a metric.
 
-    ``span="own"`` makes a span of each request, below the one that is current; ``"current"`` adds to the current one:
-    for applications where a framework's instrumentation makes a span for the model's call already, so that backends do
-    not count its tokens twice. Providers default to the process's own.
+    ``span="own"`` creates a child span of the current one for each request; ``"current"`` adds attributes to the
+    current span instead: for applications whose framework already creates a span for the model call, so that backends
+    do not count tokens twice. Providers default to the global ones.
     """
 
     def __init__(

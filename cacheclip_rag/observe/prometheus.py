@@ -1,4 +1,4 @@
-"""Prometheus: what `Engine.stats` counts, read when it is asked for."""
+"""Prometheus: a collector that reads `Engine.stats` at each scrape."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _BOUNDS = [*map(str, SECONDS), "+Inf"]
 
 
 class Prometheus:
-    """Shows an engine's counts in a registry, by default the process's own; ``prometheus_client.start_http_server``
-    serves it.
+    """A collector of an engine's counts, registered with ``registry`` (default: the global one), which
+    ``prometheus_client.start_http_server`` serves.
 
     | metric | labels |
     |---|---|
     | ``cacheclip_requests_total`` | ``method``, ``finish_reason`` |
     | ``cacheclip_in_flight``, ``cacheclip_waiting`` (requests) | |
-    | ``cacheclip_prompt_tokens_total`` | ``fate``: ``prefix`` or ``reused`` (from cache), ``recomputed``, ``fresh`` |
+    | ``cacheclip_prompt_tokens_total`` | ``fate``: ``prefix`` or ``reused`` (cached), ``recomputed``, ``fresh`` |
     | ``cacheclip_completion_tokens_total`` | |
-    | ``cacheclip_fallbacks_total`` | ``kind``: ``chunk``, ``full prefill``, ``plain prefill`` |
+    | ``cacheclip_fallbacks_total`` | ``kind``: ``chunk``, ``full prefill``, ``plain prefill``, ``escaped documents`` |
     | ``cacheclip_time_to_first_token_seconds`` | ``method`` |
     | ``cacheclip_store_lookups_total`` | ``result``: ``hit``, ``miss`` |
     | ``cacheclip_store_chunks`` | ``kind``: ``alone``, ``fused`` |
     | ``cacheclip_store_bytes`` | ``tier``: ``memory``, ``disk`` |
 
-    Of several engines it shows the sums. It keeps none of them alive.
+    Several engines are summed up. It holds weak references only.
     """
 
     def __init__(self, *engines: Engine, registry: Any = None) -> None:
-        """Raises `ConfigurationError` without prometheus-client or without an engine, ValueError for a second one in a
-        registry.
+        """Raises `ConfigurationError` without prometheus-client or without an engine, ValueError for a second collector
+        in one registry.
         """
         try:
             from prometheus_client import REGISTRY
@@ -50,11 +50,11 @@ class Prometheus:
         (REGISTRY if registry is None else registry).register(self)
 
     def describe(self) -> Iterator[Any]:
-        """What there will be; called by the registry, which refuses the same names twice."""
+        """The metrics by name; called by the registry, which refuses duplicate names."""
         return self.collect()
 
     def collect(self) -> Iterator[Any]:
-        """The metrics now; called by the registry."""
+        """The current metrics; called by the registry at each scrape."""
         from prometheus_client.core import CounterMetricFamily as Counter
         from prometheus_client.core import GaugeMetricFamily as Gauge
         from prometheus_client.core import HistogramMetricFamily as Histogram
@@ -79,16 +79,17 @@ class Prometheus:
             requests.add_metric(labels, value)
         yield requests
         yield one(Gauge, "in_flight", "Requests that are being answered.")
-        yield one(Gauge, "waiting", "Requests that wait for one in flight to end.")
-        fates = {fate: whole(fate) for fate in ("prefix", "reused", "recomputed", "fresh")}
-        yield several(Counter, "prompt_tokens", "Prompt tokens by what became of them.", "fate", fates)
+        yield one(Gauge, "waiting", "Requests waiting for one in flight to end.")
+        # The label keeps its former name: dashboards query it.
+        sources = {source: whole(source) for source in ("prefix", "reused", "recomputed", "fresh")}
+        yield several(Counter, "prompt_tokens", "Prompt tokens by the source of their KV.", "fate", sources)
         yield one(Counter, "completion_tokens", "Tokens of answers.")
         fallbacks = sum((collections.Counter(stats.fallbacks) for stats in every), collections.Counter[str]())
-        yield several(Counter, "fallbacks", "Times that reuse was given up.", "kind", fallbacks)
+        yield several(Counter, "fallbacks", "How often reuse was given up.", "kind", fallbacks)
         found = {"hit": store.hits, "miss": store.misses}
-        yield several(Counter, "store_lookups", "Look-ups of chunk KV, ingestion's included.", "result", found)
+        yield several(Counter, "store_lookups", "Look-ups of chunk KV, including ingestion.", "result", found)
         kept = {"alone": store.entries - store.fused, "fused": store.fused}
-        yield several(Gauge, "store_chunks", "Chunks whose KV is kept.", "kind", kept)
+        yield several(Gauge, "store_chunks", "Chunks whose KV is stored.", "kind", kept)
         sizes = {"memory": store.memory_bytes, "disk": store.disk_bytes}
         yield several(Gauge, "store_bytes", "Bytes of chunk KV.", "tier", sizes)
         name, about = "cacheclip_time_to_first_token_seconds", "Seconds from the call to the first token."
@@ -108,7 +109,7 @@ def _ended(every: Sequence[Stats]) -> collections.Counter[tuple[str, str]]:
 
 
 def _times(every: Sequence[Stats]) -> dict[str, tuple[list[int], float]]:
-    """By method: how many times to the first token are in each class, and their sum in seconds."""
+    """By method: the count of times to the first token in each bucket, and their sum in seconds."""
     found = {}
     for method in sorted({method for stats in every for method in stats.first_token}):
         times = [stats.first_token[method] for stats in every if method in stats.first_token]

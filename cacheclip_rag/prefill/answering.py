@@ -1,4 +1,4 @@
-"""Prompts answered: prefill and decoding, so many requests in flight, one at the model at a time."""
+"""Answering prompts: prefill and decoding under the lock, with a limit on requests in flight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..compute import on_cpu
 from ..interrupts import raised_by_signal
 from ..model.backbone import Backbone
 from ..report import Report
@@ -22,12 +23,14 @@ log = logging.getLogger("cacheclip_rag")
 
 
 class Cancelled(Exception):
-    """The caller no longer wants the answer."""
+    """Raised in a request that its caller has cancelled."""
 
 
 class Answering:
-    """Runs requests. ``before(request)`` is called under the lock and gives the request as it is prefilled;
-    ``after(report, method)`` once it is. Neither is called where KV cannot be moved; what ``after`` raises is logged.
+    """Runs requests: prefill, then decoding.
+
+    ``before()`` is called under the lock, before the prompt is read; ``after(report, request)`` after the prefill, and
+    what it raises is logged. Neither is called for a model whose KV cannot be moved.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Answering:
         prefiller: Prefiller,
         lock: FairLock,
         limit: RequestLimit,
-        before: Callable[[PrefillRequest], PrefillRequest],
+        before: Callable[[], object],
         after: Callable[[Report, PrefillRequest], None],
     ) -> None:
         self._backbone, self._prefiller, self._lock, self._limit = backbone, prefiller, lock, limit
@@ -45,9 +48,10 @@ class Answering:
     def tokens(
         self, request: PrefillRequest, options: dict[str, Any], report: Report, cancel: Cancel | None = None
     ) -> Generator[int, None, None]:
-        """Prefill and decode, within the limit on requests in flight; ``request.room`` is the longest answer (tokens).
+        """Prefill and decode: yields the answer's token ids. Waits for the limit on requests in flight.
 
-        The request ends when this is closed, or ``cancel`` is set. ``options`` are those of `Backbone.generate`.
+        ``request.room`` is the maximum length of the answer (tokens); ``options`` are those of `Backbone.generate`.
+        Closing the iterator, or setting ``cancel``, ends the request. Raises what `prefill` raises.
         """
         place = self._limit.place()
         tokens = self._tokens(place, request, options, report, cancel)
@@ -72,7 +76,7 @@ class Answering:
                 ready.layout.ids, ready.logits, self._locked(ready.step), max_new_tokens=length, **options
             )
             token = -1
-            for token in steps:
+            for token in iter(on_cpu(lambda: next(steps, None)), None):
                 if not report.completion_tokens:
                     report.ttft = time.perf_counter() - start
                 report.completion_tokens += 1
@@ -95,25 +99,31 @@ class Answering:
             report.finish_reason = report.finish_reason or "cancelled"
             report.total = time.perf_counter() - start
 
+    @on_cpu
     def prefill(self, request: PrefillRequest, report: Report, cancel: Cancel | None = None) -> Prefill:
-        """Raises `Cancelled` where ``cancel`` was set while it waited for the lock, and what `Prefiller` raises."""
+        """Read the prompt, then prefill under the lock. Raises `Cancelled` if ``cancel`` was set while waiting for it,
+        and what `Prefiller` raises.
+        """
         movable = self._backbone.obstacle is None
+        if movable:
+            with self._lock:
+                self._before()
+        reading = self._prefiller.read(request, report)  # others may compute meanwhile
         with self._lock:
             if cancel is not None and cancel.is_set():
                 raise Cancelled
-            if movable:
-                request = self._before(request)
-            result = self._prefiller(request, report)
+            result = self._prefiller(request, reading, report)
         if movable:
             try:
                 self._after(report, request)
-            except Exception as error:  # what later requests may gain must not cost this one its answer
+            except Exception as error:  # follow-up work for later requests must not fail this one
                 if raised_by_signal(error):
                     raise
-                log.exception("what this prompt showed is not followed up")
+                log.exception("the follow-up work of this prompt failed")
         return result
 
     def _locked(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+        @on_cpu
         def locked(token: Tensor, row: int) -> Tensor:
             with self._lock:
                 return step(token, row)

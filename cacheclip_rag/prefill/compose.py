@@ -1,77 +1,53 @@
-"""Prefill from stored chunks: place their KV, choose rows, recompute those."""
+"""Prefill from stored chunks: place their KV, select rows, recompute these."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..chunks import ChunkKV, canonical
+from ..chunks import canonical
 from ..errors import ConfigurationError
 from ..kv.collections import Collection, Collections
 from ..kv.fit import context_fit
 from ..methods import Method
 from ..methods.auxiliary import Auxiliary, CharacterScores
 from ..methods.recompute.base import Recomputed
+from ..methods.recompute.once import Once
 from ..methods.request import Request
 from ..methods.select.query_guided import question_scores
 from ..model.canvas import Canvas
-from ..prompt import Layout, Span, Tokens
+from ..prompt import Layout, RenderedPrompt, Span, Stretch, Tokens, escaped, outright, rearranged
 from ..report import ChunkUse, Report
 from .reading import Reading, read, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
+from .stages import Aligned, Loaded, Placed
+
+log = logging.getLogger("cacheclip_rag")
 
 _GONE = "its stored KV is gone or damaged"
+_FORGOTTEN = "it was forgotten meanwhile"
 _OTHERWISE = 'not encoded as {name} wants it; engine.ensure(texts, method="{name}") does so ahead'
-"""Of a chunk that the engine knows as another method encodes it: in the index it goes by its name there."""
+"""For a chunk that is known in the encoding of another method only."""
 
 _COPY = 64
-"""Slots behind a prompt for a copy of its question, where it must be asked behind the last chunk (tokens)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """The stored chunk of each span, if it is there, and by key the reason why others are not.
-
-    ``in_place``: whether a chunk right behind the prefix it was encoded behind needs no repair.
-    """
-
-    chunks: Sequence[ChunkKV | None]
-    missing: Mapping[str, str] = field(default_factory=dict)
-    in_place: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """A prompt whose stored KV is placed: what a method sees of it, and what the report says.
-
-    The first ``prefix`` rows came from an earlier prompt; ``held [T]``, bool: rows with stored KV that is used or
-    repaired; ``in_place [T]``, bool: those of them that need no repair.
-    """
-
-    request: Request
-    canvas: Canvas
-    loaded: Loaded
-    prefix: int
-    held: Tensor
-    in_place: Tensor
+"""Slots behind a prompt for a copy of its question, which selection may need behind the last chunk (tokens)."""
 
 
 class Compose:
-    """Prefill from the chunks that are encoded as the method wants them."""
+    """The strategy ``compose``: prefill from chunks that were encoded ahead, as the method wants them."""
 
     def __init__(self, collections: Collections, composer: Composer) -> None:
         self._collections, self._composer = collections, composer
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         collection = self._collections.of(request.method.encode)
-        reading = read(self._collections.backbone, self._collections.index, request, report)
 
         def load(reading: Reading) -> Loaded:
             return self._load(reading, collection, request.method)
@@ -86,7 +62,11 @@ class Compose:
             for number, text in enumerate(texts)
         ]
         missing = {
-            span.key: _GONE if span.key == collection.library.key(text) else _OTHERWISE.format(name=method.name)
+            span.key: _FORGOTTEN
+            if not text
+            else _GONE
+            if span.key == collection.library.key(text)
+            else _OTHERWISE.format(name=method.name)
             for span, text, chunk in zip(reading.spans, texts, chunks, strict=True)
             if chunk is None
         }
@@ -94,14 +74,16 @@ class Compose:
 
 
 class Composer:
-    """Place, select, recompute, whatever chunks a prompt is composed of. ``auxiliary`` is None where there is none.
+    """Places stored chunks, selects rows and recomputes them; the strategies ``compose`` and ``harvest`` share it.
 
-    Not for two threads at once; the engine's lock sees to that.
+    ``auxiliary`` is the auxiliary model, or None. Not thread-safe: callers hold the engine's lock.
     """
 
     def __init__(self, collections: Collections) -> None:
         self.auxiliary: Auxiliary | None = None
         self._backbone, self._index = collections.backbone, collections.index
+        self._escaped = False
+        self._scoring: list[Future[list[CharacterScores]]] = []
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
 
     def __call__(
@@ -112,14 +94,39 @@ class Composer:
         load: Callable[[Reading], Loaded],
         report: Report,
     ) -> Prefill:
-        """Whatever this raises, apart from `PromptError`, the caller answers by full prefill."""
-        placed = self._place(asked, reading, collection, load, report)
+        """Prefill ``asked`` with the chunks that ``load`` returns, or in full if reuse would take longer. On any
+        exception but `PromptError`, the caller falls back to full prefill.
+        """
+        try:
+            return self._prefill(asked, reading, collection, load, report)
+        finally:
+            wait(self._scoring)  # nothing computes, nor stores, once the caller has left the engine's lock
+            self._scoring.clear()
+
+    def _prefill(
+        self,
+        asked: PrefillRequest,
+        reading: Reading,
+        collection: Collection,
+        load: Callable[[Reading], Loaded],
+        report: Report,
+    ) -> Prefill:
+        if reason := escaped(reading.prompt, reading.spans, self._index.text):
+            report.fallbacks.append(reason)
+            if not self._escaped:  # an application that does so does it in every prompt
+                log.warning(reason)
+            self._escaped = True
+        aligned = self._align(asked, reading, load, report)
+        if reason := _outright(asked, aligned.layout, collection):
+            report.fallbacks.append(reason)
+            return self._in_full(asked, aligned, collection, report)
+        placed = self._place(asked, aligned, collection, report)
         if asked.method.reorder and len(placed.request.layout.chunk[placed.held].unique()) > 1:
             with report.timed("reorder"):
-                prompt = _reordered(placed)
+                prompt = _reordered(placed, reading.text)
             asked = dataclasses.replace(asked, prompt=prompt, question=reading.question.text)
             reading = read(self._backbone, self._index, asked, report)
-            placed = self._place(asked, reading, collection, load, report)
+            placed = self._place(asked, self._align(asked, reading, load, report), collection, report)
         ratio = self._ratio(asked, placed, report)
         chosen = placed.request.rows[:0]
         if budget := int(ratio * len(placed.request.rows) + 1e-9):
@@ -129,31 +136,53 @@ class Composer:
             score_mod = asked.method.attend.score_mod(placed.request, chosen)
             done = asked.method.recompute.run(placed.request, chosen, score_mod)
         layout, canvas = placed.request.layout, placed.canvas
-        collection.preambles.keep(layout.ids, _first(layout.reusable, 0), canvas)
+        collection.preambles.keep(layout.ids, self._preamble(layout), canvas)
         self._report(report, placed, done)
         shift = int(placed.request.positions.max()) + 1 - len(layout)
         step = self._backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
         return Prefill(layout, canvas, done.logits, report, step)
 
+    def _in_full(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Prefill:
+        """Full prefill, except for a preamble that an earlier prompt had."""
+        placed = self._place(asked, aligned.without_chunks(), collection, report)
+        layout, canvas = placed.request.layout, placed.canvas
+        with report.timed("recompute"):
+            done = Once().run(placed.request, placed.request.rows, None)
+        collection.preambles.keep(layout.ids, self._preamble(aligned.layout), canvas)
+        self._report(report, placed, done)
+        return Prefill(layout, canvas, done.logits, report, self._backbone.on_canvas(canvas))
+
+    def _preamble(self, layout: Layout) -> int:
+        """The rows before the first stored chunk, and before what was forgotten since the prompt was read."""
+        gone = [span.start for span in layout.spans if span.key not in self._index][:1]
+        rows = int((layout.offsets[:, 1] <= gone[0]).sum()) if gone else len(layout)
+        return min(_first(layout.reusable, 0), rows)
+
+    def after_fork(self) -> None:
+        """In a forked process, the parent's threads are gone."""
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
+        self._scoring = []
+
     # ---- place ----------------------------------------------------------------------------------------------------
 
-    def _place(
-        self,
-        asked: PrefillRequest,
-        reading: Reading,
-        collection: Collection,
-        load: Callable[[Reading], Loaded],
-        report: Report,
-    ) -> Placed:
-        """Load the chunks, align the prompt's tokens with theirs, and place their KV."""
-        backbone, method = self._backbone, asked.method
+    def _align(
+        self, asked: PrefillRequest, reading: Reading, load: Callable[[Reading], Loaded], report: Report
+    ) -> Aligned:
+        """Load the chunks, and align the prompt's tokens with theirs."""
         scores = self._auxiliary_scores(asked, reading)
         with report.timed("load"):
             loaded = load(reading)
         with report.timed("tokenise"):
             tokens = [None if chunk is None else Tokens(chunk.ids, chunk.offsets) for chunk in loaded.chunks]
             layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
-            # A caller's question may hold what no tokenizer takes; it is advice.
+        return Aligned(reading, loaded, layout, scores)
+
+    def _place(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Placed:
+        """Place the KV of the chunks on a canvas."""
+        backbone, method, reading = self._backbone, asked.method, aligned.reading
+        loaded, layout = aligned.loaded, aligned.layout
+        with report.timed("tokenise"):
+            # A caller's question may contain lone surrogates, which no tokenizer takes; it must not fail the request.
             text = reading.question.text.encode("utf-8", "replace").decode()
             question_ids = backbone.tokenise("\n\n" + text, plain=True).ids
         count = len(layout)
@@ -167,7 +196,7 @@ class Composer:
                 canvas.place(chunk, part, row, int(positions[row]))
             in_place = _in_place(layout, loaded, collection)
         held = layout.reusable.clone()
-        held[count - 1] = False  # the last token's logits are wanted, so it is always computed
+        held[count - 1] = False  # the last token is always computed, because its logits are needed
         rows, fresh = (held & ~in_place).nonzero()[:, 0], (~held).nonzero()[:, 0]
         request = Request(
             layout=layout,
@@ -175,7 +204,7 @@ class Composer:
             chunks=tuple(loaded.chunks),
             workspace=canvas,
             computer=backbone.computer,
-            auxiliary=scores,
+            auxiliary=aligned.scores,
             rows=rows,
             groups=layout.chunk[rows],
             fresh=fresh[fresh >= prefix],
@@ -186,7 +215,9 @@ class Composer:
         return Placed(request, canvas, loaded, prefix, held, in_place)
 
     def _auxiliary_scores(self, asked: PrefillRequest, reading: Reading) -> Callable[[str], list[CharacterScores]]:
-        """The auxiliary model's scores on demand; on a device of its own it starts now, while KV is loaded."""
+        """A function that returns the auxiliary model's scores. On a device of its own, scoring starts at once and runs
+        while KV is loaded.
+        """
         auxiliary, method = self.auxiliary, asked.method
 
         def score(layers: str) -> list[CharacterScores]:
@@ -199,12 +230,13 @@ class Composer:
         if not (apart and method.select.needs_auxiliary and asked.ratio and reading.spans):
             return score
         future = self._threads.submit(score, getattr(method.select, "layers", "last"))
+        self._scoring.append(future)
         return lambda layers: future.result()
 
     # ---- what to recompute, and what was ----------------------------------------------------------------------------
 
     def _ratio(self, asked: PrefillRequest, placed: Placed, report: Report) -> float:
-        """The share of ``request.rows`` to recompute: as asked for, or less the better the chunks' contexts fit."""
+        """The share of ``request.rows`` to recompute: the requested one, or less if the contexts of variants fit."""
         fitted = asked.method.fitted_ratio
         if fitted is None:
             return asked.ratio
@@ -247,9 +279,18 @@ class Composer:
         )
 
 
+def _outright(asked: PrefillRequest, layout: Layout, collection: Collection) -> str | None:
+    """Why the whole prompt had better be prefilled, or None (see `prompt.outright`)."""
+    if asked.ratio >= 1.0:  # somebody wants every row recomputed
+        return None
+    kept = collection.preambles.longest(layout.ids)
+    prefix = 0 if kept is None else min(kept[0].shape[2], _first(layout.reusable, len(layout)))
+    return outright(layout, getattr(asked.method.select, "passes", 0.0) if asked.ratio else 0.0, prefix)
+
+
 def shared_positions(layout: Layout) -> Tensor:
-    """APE's positions ``[T]``: every chunk begins where the first one does, the text behind the last one comes after
-    the longest. What stands between two chunks goes on from the one before it.
+    """APE's shared positions ``[T]``: every chunk begins at the position of the first one, and the text behind the last
+    chunk follows the longest. Text between two chunks continues from the one before it.
     """
     positions = torch.arange(len(layout))
     runs = layout.runs()
@@ -269,7 +310,7 @@ def shared_positions(layout: Layout) -> Tensor:
 
 
 def _place_preamble(layout: Layout, canvas: Canvas, collection: Collection) -> int:
-    """Place the KV of the prompt's preamble, where an earlier prompt left it; the number of its rows."""
+    """Place the KV of the prompt's preamble, if an earlier prompt had it; returns the number of its rows."""
     kept = collection.preambles.longest(layout.ids)
     if kept is None:
         return 0
@@ -280,7 +321,7 @@ def _place_preamble(layout: Layout, canvas: Canvas, collection: Collection) -> i
 
 
 def _in_place(layout: Layout, loaded: Loaded, collection: Collection) -> Tensor:
-    """``[T]`` bool: tokens of a chunk right behind the very prefix it was encoded behind; their KV is right."""
+    """``[T]`` bool: the tokens of a chunk in place, right behind its encode prefix, whose KV needs no repair."""
     in_place = torch.zeros(len(layout), dtype=torch.bool)
     if not loaded.in_place:
         return in_place
@@ -292,29 +333,31 @@ def _in_place(layout: Layout, loaded: Loaded, collection: Collection) -> Tensor:
     return in_place
 
 
-def _reordered(placed: Placed) -> str:
-    """The prompt with its chunks in the order of the attention the question pays to them, the most attended one last.
+def _reordered(placed: Placed, text: Sequence[Stretch]) -> str:
+    """The prompt with its chunks sorted by the question's attention to them, the highest last.
 
-    Texts trade places; what stands between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
+    Chunk texts are permuted; the text between them stays. Source: InfoFlow (arXiv 2603.05353), chunk reordering.
     """
     layout = placed.request.layout
     rows = placed.held.nonzero()[:, 0]  # a chunk that is in place may be attended to as well
     request = dataclasses.replace(placed.request, rows=rows, groups=layout.chunk[rows])
-    flow = torch.zeros(len(layout.spans))
+    flow = torch.zeros(len(layout.spans), dtype=torch.float32)
     flow.index_add_(0, request.groups, question_scores(request, request.computer.full_layers).cpu())
-    texts = [layout.prompt[span.start : span.end] for span in layout.spans]
-    prompt, last = "", 0
+    pieces, last = list[Stretch](), 0
     for span, number in zip(layout.spans, flow.argsort(stable=True).tolist(), strict=True):
-        prompt += layout.prompt[last : span.start] + texts[number]
+        other = layout.spans[number]
+        pieces += [(last, span.start), (other.start, other.end)]
         last = span.end
-    return prompt + layout.prompt[last:]
+    whole = layout.prompt if isinstance(layout.prompt, RenderedPrompt) else RenderedPrompt(layout.prompt, text)
+    return rearranged(whole, [*pieces, (last, len(whole))])
 
 
 def _mean(numbers: Sequence[float], weights: Tensor) -> float:
-    """The weighted mean; 0 where nothing weighs anything."""
-    return float((torch.tensor(numbers) * weights).sum() / weights.sum()) if int(weights.sum()) else 0.0
+    """The weighted mean; 0 if all weights are 0."""
+    total = int(weights.sum())
+    return float((torch.tensor(numbers, dtype=torch.float32) * weights).sum() / total) if total else 0.0
 
 
 def _first(mask: Tensor, otherwise: int) -> int:
-    """Index of the first true element."""
+    """The index of the first true element, else ``otherwise``."""
     return int(mask.int().argmax()) if bool(mask.any()) else otherwise

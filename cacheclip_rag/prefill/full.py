@@ -1,27 +1,24 @@
-"""Full prefill: every token is computed."""
+"""Full prefill: every token of the prompt is computed."""
 
 from __future__ import annotations
 
 import torch
 
 from ..model.backbone import Backbone
-from ..prompt import ChunkIndex
 from ..report import Report
-from .reading import read, workspace_size
+from .reading import Reading, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
 
 
 class Full:
-    """Full prefill on a canvas. Chunks are still recognised: control tokens inside documents stay text."""
+    """The strategy ``full``. Chunks are recognised nevertheless, because control tokens inside them are plain text."""
 
-    def __init__(self, backbone: Backbone, index: ChunkIndex) -> None:
-        self._backbone, self._index = backbone, index
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
-        backbone = self._backbone
-        reading = read(backbone, self._index, request, report)
-        layout = reading.layout()
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
+        backbone, layout = self._backbone, reading.layout()
         canvas = backbone.canvas(workspace_size(backbone, len(layout), request.room))
         with report.timed("recompute"):
             logits = backbone.forward(layout.ids, torch.arange(len(layout)), canvas)
@@ -34,11 +31,11 @@ class Full:
 class Native:
     """Full prefill with transformers' own attention and cache, for a model whose KV cannot be moved."""
 
-    def __init__(self, backbone: Backbone, index: ChunkIndex) -> None:
-        self._backbone, self._index = backbone, index
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
-        layout = read(self._backbone, self._index, request, report).layout()
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
+        layout = reading.layout()
         logits, step = self._backbone.native_prefill(layout.ids)
         report.fresh = len(layout)
         report.token_sources = sources_of(layout)

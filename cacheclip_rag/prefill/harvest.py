@@ -1,4 +1,4 @@
-"""Reuse of what earlier prompts left: Cache-Craft's life of a chunk."""
+"""Cache-Craft's reuse: chunk KV taken from earlier prompts and repaired for this one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ..kv.encode import HarvestedVariants
 from ..kv.encode.harvested import ChunkMass, harvest
 from ..model.canvas import Canvas
 from ..report import Report
-from .compose import Composer, Loaded
-from .reading import Reading, read, workspace_size
+from .compose import Composer
+from .reading import Reading, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
+from .stages import Loaded
 
 
 class Harvest:
-    """A prompt all of whose chunks have a variant is composed of them; any other is prefilled and harvested.
+    """The strategy ``harvest``: reuse harvested variants if every chunk has one; else full prefill and harvest.
 
     Source: Cache-Craft (arXiv 2502.15734).
     """
@@ -28,17 +29,16 @@ class Harvest:
     def __init__(self, collections: Collections, composer: Composer) -> None:
         self._collections, self._composer = collections, composer
 
-    def __call__(self, request: PrefillRequest, report: Report) -> Prefill:
+    def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         collection = self._collections.of(request.method.encode)
         variants = collection.harvested
         assert variants is not None
-        reading = read(self._collections.backbone, self._collections.index, request, report)
         if reading.spans and all(span.key in variants for span in reading.spans):
             return self._composer(request, reading, collection, lambda reading: _load(reading, variants), report)
         return self._cold(request, reading, variants, report)
 
     def _cold(self, request: PrefillRequest, reading: Reading, variants: HarvestedVariants, report: Report) -> Prefill:
-        """Full prefill; every chunk that stands whole in the prompt leaves a variant."""
+        """Full prefill; stores a variant of every chunk that is complete in the prompt."""
         backbone = self._collections.backbone
         layout, groups = reading.layout([(span, None) for span in reading.spans]), _chunk_of_rows(reading)
         canvas = backbone.canvas(workspace_size(backbone, len(layout), request.room))
@@ -58,10 +58,12 @@ class Harvest:
     def _harvest(
         self, reading: Reading, groups: Tensor, canvas: Canvas, mass: Tensor, variants: HarvestedVariants
     ) -> None:
-        """``groups [T]``: the number of the chunk each row belongs to; ``mass [T, chunks]``: what it attends to."""
+        """Add the variants. ``groups [T]``: the chunk of each row; ``mass [T, chunks]``: its attention to chunks."""
         spans, tokens = reading.spans, reading.tokens
         lengths = torch.bincount(groups + 1, minlength=len(spans) + 1)[1:]
         for number, span in enumerate(spans):
+            if span.key not in self._collections.index:
+                break  # forgotten since the prompt was read, and what follows was computed behind it
             rows = (groups == number).nonzero()[:, 0]
             if not len(rows) or not self._collections.index.whole(span):
                 continue
@@ -74,7 +76,7 @@ class Harvest:
 
 
 def _chunk_of_rows(reading: Reading) -> Tensor:
-    """``[T]`` int64: the number of the span that a token lies in, -1 for none."""
+    """``[T]`` int64: the number of the span that contains the token, -1 for none."""
     starts, ends = reading.tokens.offsets.T
     groups = torch.full((len(reading.tokens),), -1)
     for number, span in enumerate(reading.spans):
@@ -83,7 +85,7 @@ def _chunk_of_rows(reading: Reading) -> Tensor:
 
 
 def _load(reading: Reading, variants: HarvestedVariants) -> Loaded:
-    """Of each span the variant with the lowest fix-up overhead, which it carries as ``extra["overhead"]``."""
+    """For each span, the variant with the lowest fix-up overhead, which is added as ``extra["overhead"]``."""
     names = [span.key for span in reading.spans]
     chunks: list[ChunkKV | None] = []
     for number, name in enumerate(names):
@@ -91,6 +93,6 @@ def _load(reading: Reading, variants: HarvestedVariants) -> Loaded:
             chunks.append(None)
             continue
         variant, overhead = found
-        extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead)}
+        extra = {**variant.kv.extra, "overhead": torch.full((len(variant.kv),), overhead, dtype=torch.float32)}
         chunks.append(replace(variant.kv, extra=extra))
-    return Loaded(chunks, in_place=False)  # the overhead of 0 says it instead
+    return Loaded(chunks, in_place=False)  # a variant that needs no repair has an overhead of 0

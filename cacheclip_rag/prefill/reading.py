@@ -1,4 +1,4 @@
-"""A prompt, read once: its documents, its question and its tokens."""
+"""Reading a prompt: recognises its documents, finds its question, tokenises it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ import torch
 
 from ..errors import PromptError
 from ..model.backbone import Backbone
-from ..prompt import ChunkIndex, Layout, Question, Span, Tokens, align, documents, find_question
+from ..prompt import ChunkIndex, Layout, Question, Span, Stretch, Tokens, align, recognise
 from ..report import Report
 from .result import PrefillRequest
+
+_SLACK = 256
+"""Tokens by which a prompt may be shorter once control tokens inside its documents are plain text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """``spans``: the documents in ``prompt``, known chunks and parts of them; ``tokens``: what a model without cache
-    would see, but that control tokens inside documents are text.
+    """A prompt with its documents, question and tokens.
+
+    ``spans``: the known chunks, and parts of them, in ``prompt``; ``tokens``: as transformers tokenises the prompt,
+    except that control tokens inside documents are plain text. ``failed``: reading it failed at the first attempt.
     """
 
     prompt: str
     spans: tuple[Span, ...]
     question: Question
     tokens: Tokens
+    text: tuple[Stretch, ...] = ()
+    failed: bool = False
 
     def layout(self, chunks: Sequence[tuple[Span, Tokens | None]] = ()) -> Layout:
-        """The tokens, and which of them can take their KV from these ``chunks`` (tokens None: its KV is missing)."""
+        """The tokens, and which of them can take their KV from ``chunks`` (a chunk's tokens; None if it has no KV)."""
         stored = [None if tokens is None else (tokens.ids, tokens.offsets) for _, tokens in chunks]
         return align(self.prompt, self.tokens.ids, self.tokens.offsets, [span for span, _ in chunks], stored)
 
@@ -37,21 +44,23 @@ class Reading:
 
 
 def read(backbone: Backbone, index: ChunkIndex, request: PrefillRequest, report: Report) -> Reading:
-    """Recognise the documents, find the question, tokenise.
+    """Recognise the documents of a request's prompt, find its question, and tokenise it.
 
-    Raises `PromptError` for a prompt without tokens, and for one beyond the model's context length.
+    It needs no lock. Raises `PromptError` for a prompt without tokens, and for one beyond the model's context length.
     """
-    prompt = request.prompt
-    with report.timed("recognise"):
-        found = index.find(prompt, request.hints)
-        control, opening, closing = backbone.control_tokens, backbone.opening, backbone.closing
-        spans = documents(prompt, found, index.whole, control, opening, closing)
-        question = find_question(prompt, spans, request.question, control, closing)
+    prompt, hints, caller = request.prompt, request.hints, request.caller
     with report.timed("tokenise"):
-        tokens = backbone.tokenise_prompt(prompt, [(span.start, span.end) for span in spans])
+        raw = backbone.tokenise(prompt)
+    check_fits(raw, backbone.context_length + _SLACK)  # before any work on a prompt that is far too long
+    with report.timed("recognise"):
+        found = recognise(prompt, index, backbone, () if hints is None else hints.keys(caller))
+        announced = None if hints is None else hints.question(prompt, found.spans, caller)
+        question = found.question(request.question or announced)
+    with report.timed("tokenise"):
+        tokens = backbone.tokenise_prompt(prompt, found.text, raw)
     check_fits(tokens, backbone.context_length)
     report.prompt_tokens = len(tokens)
-    return Reading(prompt, tuple(spans), question, tokens)
+    return Reading(prompt, tuple(found.spans), question, tokens, tuple(found.text))
 
 
 def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
@@ -62,7 +71,7 @@ def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:
 
 
 def check_fits(tokens: Tokens, context_length: int) -> None:
-    """Raises `PromptError` when there are no tokens, or as many as the model's context length."""
+    """Raises `PromptError` if there are no tokens, or no room for an answer within the context length."""
     if not len(tokens):
         raise PromptError("the prompt is empty")
     if len(tokens) >= context_length:
@@ -73,7 +82,7 @@ def check_fits(tokens: Tokens, context_length: int) -> None:
 
 
 def workspace_size(backbone: Backbone, count: int, room: int) -> int:
-    """Slots for a prompt of ``count`` tokens and ``room`` more, as far as the context length goes: "as many as you
-    like" must not cost memory that no answer can fill.
+    """The slots (tokens) for a prompt of ``count`` tokens and ``room`` more, at most the context length, so that a very
+    large ``room`` allocates no memory that no answer can fill.
     """
     return min(count + room, max(backbone.context_length, count))

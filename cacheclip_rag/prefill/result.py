@@ -1,8 +1,8 @@
-"""What a prefill is asked for, and what it gives."""
+"""The request and the result of a prefill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,16 @@ from ..methods import Method
 from ..model.canvas import Canvas
 from ..prompt import Layout
 from ..report import Report
+from ..serving.hints import Hints
 
 
 @dataclass(frozen=True)
 class PrefillRequest:
-    """A prompt to prefill: at most ``ratio`` of its placed tokens are recomputed, next to all that has no stored KV.
+    """A prompt to prefill: at most the share ``ratio`` of its placed tokens is recomputed; tokens without stored KV are
+    always computed.
 
-    ``room``: slots for the answer (tokens). ``question`` (its text) and ``hints`` (names of chunks) are advice.
+    ``room``: slots for the answer (tokens). Optional: ``question`` is the question's text; ``hints`` holds what
+    retrievers announced, of which the ``caller``'s counts.
     """
 
     prompt: str
@@ -26,14 +29,15 @@ class PrefillRequest:
     ratio: float
     room: int = 256
     question: str | None = None
-    hints: Collection[str] = ()
+    hints: Hints | None = None
+    caller: Hashable = None
 
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """A prompt whose KV stands on a canvas: ``logits [1, V]`` of its last token, and everything to go on from there.
+    """A prefilled prompt: its KV on ``canvas``, and the ``logits [1, V]`` of its last token.
 
-    ``canvas`` is None for a model served by plain prefill. ``step`` is what `Backbone.generate` decodes with.
+    ``canvas`` is None for a model served by plain prefill. ``step`` is the decoding step for `Backbone.generate`.
     """
 
     layout: Layout
@@ -43,10 +47,10 @@ class Prefill:
     step: Callable[[Tensor, int], Tensor]
 
     def forced(self, answer: Sequence[int]) -> Tensor:
-        """Logits ``[n, V]`` of the n answer tokens' positions, the answer given.
+        """Teacher-forced logits ``[n, V]`` at the positions of the n tokens of ``answer``.
 
-        By the method's own decoding step, since some methods modify scores while decoding, too; all tokens at once,
-        which costs little more than one.
+        They are computed by the method's own decoding step, since some methods modify attention scores in decoding as
+        well; all tokens in one step, which costs little more than one token.
         """
         if len(answer) < 2:
             return self.logits

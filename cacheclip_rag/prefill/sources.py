@@ -16,10 +16,11 @@ def sources_of(
     in_place: Tensor | None = None,
     adjusted: Tensor | None = None,
 ) -> TokenSources:
-    """The first ``prefix`` tokens came from an earlier request.
+    """The source of each token's KV, for `Report.token_sources`.
 
-    Where chunks were reused, ``recomputed [k]`` (rows) were refreshed, those in ``in_place [T]`` (bool) needed no
-    repair, and ``adjusted [m]`` (rows) were changed without being computed.
+    The first ``prefix`` tokens came from an earlier request. If chunks were reused: the rows ``recomputed [k]`` were
+    recomputed, those marked in ``in_place [T]`` (bool) needed no repair, and the rows ``adjusted [m]`` were changed
+    without recomputing them.
     """
     kinds = torch.where(layout.edge, int(TokenSource.EDGE), int(TokenSource.FRESH))
     if recomputed is not None and in_place is not None:

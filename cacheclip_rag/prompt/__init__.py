@@ -2,24 +2,36 @@
 
 from ..deprecation import renamed_names
 from .documents import any_of, documents
-from .index import ANCHOR_LENGTH, MAX_CANDIDATES, MAX_TRIES, ChunkIndex, Span
-from .layout import Layout, align
+from .escaped import escaped
+from .index import ANCHOR_LENGTH, COMPARED_EACH, MAX_CANDIDATES, MAX_COMPARED, MAX_TRIES, ChunkIndex, Span
+from .layout import Layout, align, outright
 from .question import Question, find_question
+from .recognise import Recognised, recognise
+from .rendered import RenderedPrompt, Stretch, rearranged
 from .tokens import Tokens
 
 __all__ = [
     "ANCHOR_LENGTH",
+    "COMPARED_EACH",
     "MAX_CANDIDATES",
+    "MAX_COMPARED",
     "MAX_TRIES",
     "ChunkIndex",
     "Layout",
     "Question",
+    "Recognised",
+    "RenderedPrompt",
     "Span",
+    "Stretch",
     "Tokens",
     "align",
     "any_of",
     "documents",
+    "escaped",
     "find_question",
+    "outright",
+    "rearranged",
+    "recognise",
 ]
 
 __getattr__ = renamed_names(__name__, {"WINDOW": (f"{__name__}.index", "ANCHOR_LENGTH")})

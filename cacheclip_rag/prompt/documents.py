@@ -1,12 +1,14 @@
-"""Which recognised stretches of a prompt are documents, and which belong to the chat template around them."""
+"""Which recognised spans of a prompt are documents, and which belong to the chat template around them."""
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
 
 from ..chunks import MIN_CHARS
 from .index import Span
+from .rendered import Stretch, contents
 
 
 def documents(
@@ -16,27 +18,48 @@ def documents(
     control: Collection[str],
     opening: str = "",
     closing: str = "",
+    quoted: Sequence[Stretch] = (),
 ) -> list[Span]:
     """What of the known stretches is documents, whose control tokens are text, and not the prompt's own frame.
 
-    A document may quote the chat template, and then the frame of every prompt matches a stretch of it. So what precedes
-    the user's text (``opening``) and follows it (``closing``) is none where the prompt begins and ends so; a stretch
-    that is not a ``whole`` chunk ends at every control token; and none holds a part of one.
+    Of a `RenderedPrompt` that is known: documents are what stands in its contents. In a finished prompt control tokens
+    are the frame's unless a known chunk stands around them as a whole. So a stretch ends at every control token, but
+    for those inside a ``whole`` chunk, or inside ``quoted``: where such chunks stand, in order, though others cover
+    parts of them (see `ChunkIndex.quoted`). What precedes the user's text (``opening``) and follows it (``closing``) is
+    frame where the prompt begins and ends so: a document may quote the chat template, and then matches every prompt's.
     """
-    left = len(opening) if prompt.startswith(opening) else 0
-    right = len(prompt) - len(closing) if prompt.endswith(closing) else len(prompt)
-    tokens = [match.span() for match in any_of(control).finditer(prompt)] if spans else []
+    own = contents(prompt)
+    if own is None:
+        left = len(opening) if prompt.startswith(opening) else 0
+        right = len(prompt) - len(closing) if prompt.endswith(closing) else len(prompt)
+        own = ((left, right),)
+        tokens = [match.span() for match in any_of(control).finditer(prompt)] if spans else []
+    else:
+        tokens = []
+    stops, ends = [stop for _, stop in tokens], [end for _, end in own]
     found = []
     for span in spans:
-        start, end = max(span.start, left), min(span.end, right)
-        quoted = whole(span) and (start, end) == (span.start, span.end)
-        cuts = [(a, b) for a, b in tokens if a < end and b > start and not (quoted and start <= a and b <= end)]
-        for begin, stop in zip([start, *(b for _, b in cuts)], [*(a for a, _ in cuts), end], strict=True):
-            if stop - begin >= MIN_CHARS:
-                found.append(Span(begin, stop, span.key, span.offset + begin - span.start))
+        for number in range(bisect_right(ends, span.start), len(own)):
+            start, end = max(span.start, own[number][0]), min(span.end, own[number][1])
+            if start >= end:
+                break
+            text = [(start, end)] if (start, end) == (span.start, span.end) and whole(span) else quoted
+            cuts = []
+            for a, b in (tokens[n] for n in range(bisect_right(stops, start), bisect_left(tokens, (end, 0)))):
+                if not _inside(a, b, text):
+                    cuts.append((a, b))
+            for begin, stop in zip([start, *(b for _, b in cuts)], [*(a for a, _ in cuts), end], strict=True):
+                if stop - begin >= MIN_CHARS:
+                    found.append(Span(begin, stop, span.key, span.offset + begin - span.start))
     return found
 
 
 def any_of(control: Collection[str]) -> re.Pattern[str]:
     """Matches any of these tokens, the longest first, since one may begin with another; of none nothing."""
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+
+
+def _inside(start: int, end: int, stretches: Sequence[Stretch]) -> bool:
+    """Whether one of the stretches, in order, holds all of ``[start, end)``."""
+    at = bisect_left(stretches, (start + 1, 0)) - 1
+    return at >= 0 and end <= stretches[at][1]

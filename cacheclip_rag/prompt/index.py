@@ -7,19 +7,25 @@ exact text matches.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from ..chunks import MIN_CHARS, canonical
+from .quoted import WholeTexts
+from .rendered import Stretch
 
 ANCHOR_LENGTH = 32
 """Anchors are the chunk's windows of 32 characters at 0, 32, 64, ...: any common stretch of 63 characters holds one."""
 MAX_CANDIDATES = 32
 """An anchor shared by more chunks than this is boilerplate and is looked at only when nothing better covers it."""
 MAX_TRIES = 4096
-"""Matches that are tried in one prompt, and one more for every four characters, before recognition takes the first one
+"""Matches that are tried in one prompt, and one more for every 64 characters, before recognition takes the first one
 that it finds at each place. Text that repeats itself (a ruled line, zeros, base64) matches itself at every shift, and
 all of them would be tried; three hundred chunks that begin alike take a fiftieth of that many."""
+MAX_COMPARED, COMPARED_EACH = 1 << 22, 16
+"""Characters that are compared for those matches in one prompt, and for each character of it, before the same."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,22 @@ class Span:
 class ChunkIndex:
     """Finds known chunk texts in prompts. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, quotes: Callable[[str], bool] | None = None) -> None:
+        """``quotes`` says whether a text holds control tokens (`PromptTokenizer.quotes`), for `quoted`."""
         self._texts: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._keys: list[str | None] = []
-        # hash of a window -> chunk number << 32 | offset, or a list of them. Hashes only nominate; text decides.
-        self._anchors: dict[int, int | list[int]] = {}
-        self._boilerplate = 0  # anchors that more than MAX_CANDIDATES chunks share
-        self._tries = 0  # matches that `find` may still try in its prompt
+        self._free: list[int] = []  # numbers of chunks that were removed
+        # hash of a window -> chunk number << 32 | offset, or several in order. Hashes only nominate; text decides.
+        self._anchors: dict[int, int | dict[int, None]] = {}
+        self._quotes = quotes
+        self._quoting = WholeTexts()
+        # Of the prompt that `find` is looking at:
+        self._tries = self._most = 0  # matches that may still be tried, characters that may be compared for them
+        self._shared: list[int] = []  # where it holds windows that more than MAX_CANDIDATES chunks share
+        self._hinted: dict[int, list[int]] | None = None  # places of the hinted chunks' windows
+        self.compared = 0
+        """Characters that the last `find` compared."""
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -71,19 +85,19 @@ class ChunkIndex:
         with self._lock:
             if key in self._texts or len(text) < MIN_CHARS:
                 return
-            number = len(self._keys)
-            self._keys.append(key)
+            number = self._free.pop() if self._free else len(self._keys)
+            self._keys[number : number + 1] = [key]
             self._texts[key], self._numbers[key] = text, number
-            for offset in range(0, len(text) - ANCHOR_LENGTH + 1, ANCHOR_LENGTH):
-                anchor, place = hash(text[offset : offset + ANCHOR_LENGTH]), number << 32 | offset
+            for anchor, place in self._places(text, number):
                 known = self._anchors.get(anchor)
                 if known is None:
                     self._anchors[anchor] = place
                 elif isinstance(known, int):
-                    self._anchors[anchor] = [known, place]
+                    self._anchors[anchor] = {known: None, place: None}
                 else:
-                    known.append(place)
-                    self._boilerplate += len(known) == MAX_CANDIDATES + 1
+                    known[place] = None
+            if self._quotes is not None and self._quotes(text):
+                self._quoting.add(key, text)
 
     def remove(self, key: str) -> None:
         with self._lock:
@@ -92,15 +106,22 @@ class ChunkIndex:
                 return
             number = self._numbers.pop(key)
             self._keys[number] = None
-            for offset in range(0, len(text) - ANCHOR_LENGTH + 1, ANCHOR_LENGTH):
-                anchor, place = hash(text[offset : offset + ANCHOR_LENGTH]), number << 32 | offset
+            self._free.append(number)
+            for anchor, place in self._places(text, number):
                 known = self._anchors[anchor]
-                rest = [] if isinstance(known, int) else [p for p in known if p != place]
-                self._boilerplate -= len(rest) == MAX_CANDIDATES
-                if rest:
-                    self._anchors[anchor] = rest if len(rest) > 1 else rest[0]
-                else:
+                if isinstance(known, int):
                     del self._anchors[anchor]
+                    continue
+                del known[place]
+                if len(known) == 1:
+                    self._anchors[anchor] = next(iter(known))
+            self._quoting.remove(key)
+
+    @staticmethod
+    def _places(text: str, number: int) -> Iterator[tuple[int, int]]:
+        """The hash and the place of each of a chunk's anchors."""
+        for offset in range(0, len(text) - ANCHOR_LENGTH + 1, ANCHOR_LENGTH):
+            yield hash(text[offset : offset + ANCHOR_LENGTH]), number << 32 | offset
 
     def find(self, prompt: str, hints: Collection[str] = ()) -> list[Span]:
         """The known stretches of ``prompt``, disjoint and in order; what lies between them is unknown text.
@@ -109,12 +130,19 @@ class ChunkIndex:
         there whole, then the match nearest to its chunk's start. Windows that more than `MAX_CANDIDATES` chunks share
         are looked at in a second pass over what the first left open, since a longer match from a rarer neighbouring
         window usually covers them.
+
+        The work is bounded by the prompt's length, whatever it and the chunks hold: once `MAX_TRIES` matches are tried
+        or `MAX_COMPARED` characters compared, the first match at each place is taken, so that some may be shorter than
+        they could be.
         """
         with self._lock:
-            self._tries = MAX_TRIES + len(prompt) // 4
+            self._tries = MAX_TRIES + len(prompt) // 64
+            self.compared, self._most = 0, MAX_COMPARED + COMPARED_EACH * len(prompt)
+            self._shared, self._hinted = [], None
             spans = self._scan(prompt, 0, len(prompt), hints, common=False)
-            if not self._boilerplate:
+            if not self._shared:
                 return spans
+            self._shared = sorted(set(self._shared))
             gaps, last = [], 0
             for span in spans:
                 gaps.append((last, span.start))
@@ -125,28 +153,40 @@ class ChunkIndex:
                     spans += self._scan(prompt, start, end, hints, common=True)
         return sorted(spans, key=lambda span: span.start)
 
+    def quoted(self, prompt: str) -> list[Stretch]:
+        """Where chunks that hold control tokens stand whole in the prompt, however `find` divides it among all: what
+        they quote is text there. Disjoint and in order; chunks that overlap or touch make one stretch.
+        """
+        with self._lock:
+            return self._quoting.cover(prompt)
+
     def _scan(self, prompt: str, start: int, end: int, hints: Collection[str], common: bool) -> list[Span]:
         spans: list[Span] = []
         last = position = start
         while position <= end - ANCHOR_LENGTH:
-            found = None
-            if (
-                hash(prompt[position : position + ANCHOR_LENGTH]) in self._anchors
-            ):  # seldom, so this is all that text costs
-                found = self._longest(prompt, position, last, end, hints, common)
-            if found is None:
+            if common:  # the other windows have been looked at
+                at = bisect_left(self._shared, position)
+                if at == len(self._shared) or (position := self._shared[at]) > end - ANCHOR_LENGTH:
+                    break
+            elif hash(prompt[position : position + ANCHOR_LENGTH]) not in self._anchors:
                 position += 1
+                continue  # nearly always, so this is all that text costs
+            found = self._longest(prompt, position, last, end, hints, common)
+            if found is None:
+                # A chunk's next anchor is twice as far.
+                position += 1 if self._tries > 0 else ANCHOR_LENGTH // 2
                 continue
             # A neighbour that overlaps a chunk holds its first lines and the blank ones before: its match begins a
             # little earlier and ends soon. A part of a chunk therefore gives way to a longer match inside it.
             ahead = position + 1
             while ahead <= found.end - ANCHOR_LENGTH and not self.whole(found) and self._tries > 0:
-                other = self._longest(prompt, ahead, last, end, hints, common, besides=found)
-                if other is not None and self._better(other, found, hints):
-                    if other.start - found.start >= MIN_CHARS:
-                        spans.append(Span(found.start, other.start, found.key, found.offset))
-                        last = other.start
-                    found = other
+                if hash(prompt[ahead : ahead + ANCHOR_LENGTH]) in self._anchors:
+                    other = self._longest(prompt, ahead, last, end, hints, common, besides=found)
+                    if other is not None and self._better(other, found, hints):
+                        if other.start - found.start >= MIN_CHARS:
+                            spans.append(Span(found.start, other.start, found.key, found.offset))
+                            last = other.start
+                        found = other
                 ahead += 1
             spans.append(found)
             last = position = found.end
@@ -172,49 +212,76 @@ class ChunkIndex:
         besides: Span | None = None,
     ) -> Span | None:
         """The best match through the window at ``position``, if it is worth it; another one than ``besides``."""
-        known = self._anchors.get(hash(prompt[position : position + ANCHOR_LENGTH]))
+        window = hash(prompt[position : position + ANCHOR_LENGTH])
+        known = self._anchors.get(window)
         if known is None:
             return None
-        places = [known] if isinstance(known, int) else known
+        places: Collection[int] = (known,) if isinstance(known, int) else known
         if len(places) > MAX_CANDIDATES:
             if not common:
+                self._shared.append(position)
                 return None
-            hinted = [p for p in places if self._keys[p >> 32] in hints]
-            places = (hinted + places)[:MAX_CANDIDATES]
+            hinted = self._hinted_places(hints).get(window, [])
+            places = [*hinted[:MAX_CANDIDATES], *islice(places, max(0, MAX_CANDIDATES - len(hinted)))]
         if besides is not None:  # that window of it gives the same match again
             number, offset = self._numbers[besides.key], besides.offset + position - besides.start
             places = [p for p in places if p != number << 32 | offset]
-        if self._tries <= 0:
-            places = places[:1]
+        if self._tries <= 0 or self.compared > self._most:
+            self._tries, places = 0, list(islice(places, 1))
         self._tries -= len(places)
-        spans = [span for p in places if (span := self._extend(prompt, position, p, left, right)) is not None]
-        best = max(spans, key=lambda s: (len(s), s.key in hints, self.whole(s), -s.offset), default=None)
-        return best if best is not None and len(best) >= MIN_CHARS else None
+        best: tuple[int, bool, bool, int] | None = None
+        found = None
+        for place in places:
+            match = self._extend(prompt, position, place, left, right)
+            if match is None or match[1] - match[0] < MIN_CHARS or (best is not None and match[1] - match[0] < best[0]):
+                continue
+            start, end = match
+            key, offset = self._keys[place >> 32], (place & 0xFFFFFFFF) + start - position
+            assert key is not None
+            length = end - start
+            rank = (length, key in hints, length == len(self._texts[key]), -offset)
+            if best is None or rank > best:
+                best, found = rank, Span(start, end, key, offset)
+        return found
 
-    def _extend(self, prompt: str, position: int, place: int, left: int, right: int) -> Span | None:
-        """The longest match through the window at ``position``, within ``[left, right)``."""
+    def _hinted_places(self, hints: Collection[str]) -> dict[int, list[int]]:
+        """The places of the hinted chunks' windows, by hash."""
+        if self._hinted is None:
+            self._hinted = {}
+            for key in hints:
+                if key in self._texts:
+                    for anchor, place in self._places(self._texts[key], self._numbers[key]):
+                        self._hinted.setdefault(anchor, []).append(place)
+        return self._hinted
+
+    def _extend(self, prompt: str, position: int, place: int, left: int, right: int) -> tuple[int, int] | None:
+        """Where the longest match through the window at ``position`` begins and ends, within ``[left, right)``."""
         key, offset = self._keys[place >> 32], place & 0xFFFFFFFF
         if key is None:
             return None
         text = self._texts[key]
+        compared = ANCHOR_LENGTH
         if text[offset : offset + ANCHOR_LENGTH] != prompt[position : position + ANCHOR_LENGTH]:
+            self.compared += compared
             return None  # two windows of one hash
-        before, limit, step = 0, min(offset, position - left), 256
-        while before < limit:
-            size = min(step, limit - before)
-            if text.startswith(prompt[position - before - size : position - before], offset - before - size):
-                before += size
-            elif size == 1:
-                break
-            else:
-                step = size // 2
-        after, limit, step = ANCHOR_LENGTH, min(len(text) - offset, right - position), 256
+        # Forth and back by steps that double until one fails, and then halve.
+        after, limit, step, grows = ANCHOR_LENGTH, min(len(text) - offset, right - position), ANCHOR_LENGTH, True
         while after < limit:
             size = min(step, limit - after)
+            compared += size
             if text.startswith(prompt[position + after : position + after + size], offset + after):
                 after += size
-            elif size == 1:
-                break
+                step = step * 2 if grows else step
             else:
-                step = size // 2
-        return Span(position - before, position + after, key, offset - before)
+                limit, step, grows = after + size - 1, max(1, size // 2), False
+        before, limit, step, grows = 0, min(offset, position - left), ANCHOR_LENGTH, True
+        while before < limit:
+            size = min(step, limit - before)
+            compared += size
+            if text.startswith(prompt[position - before - size : position - before], offset - before - size):
+                before += size
+                step = step * 2 if grows else step
+            else:
+                limit, step, grows = before + size - 1, max(1, size // 2), False
+        self.compared += compared
+        return position - before, position + after

@@ -11,6 +11,14 @@ from torch import Tensor
 
 from .index import Span
 
+RUN_COST = 8
+"""What putting one piece of stored KV in its place costs, in tokens that are computed; measured it is between less than
+one (a model of half a billion parameters on a CPU) and ten (on a GPU)."""
+
+
+SHORT = 512
+"""Tokens of a prompt below which it matters little how it is prefilled."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -50,6 +58,23 @@ class Layout:
             (int(chunk[rows[a]]), int(rows[a]), slice(int(token[rows[a]]), int(token[rows[b - 1]]) + 1))
             for a, b in zip(starts, ends, strict=True)
         ]
+
+
+def outright(layout: Layout, passes: float = 0.0, prefix: int = 0) -> str | None:
+    """Why full prefill of this prompt is faster than reuse, or None if it is not.
+
+    Tokens without stored KV are computed ``passes`` more times than once: 1 for a selection that first runs them
+    through the whole model, less if it stops at a depth. The KV of the first ``prefix`` tokens is there from an earlier
+    prompt. The recompute ratio does not count, since whoever asks for a high one wants it. None for short prompts.
+    """
+    count, reusable, runs = len(layout), int(layout.reusable.sum()), len(layout.runs())
+    saved = prefix + reusable - passes * (count - reusable - prefix)
+    if not reusable or count < SHORT or saved > RUN_COST * runs:
+        return None
+    return (
+        f"full prefill: {reusable:,} of {count:,} tokens have stored KV, in {runs:,} pieces; "
+        "putting them together would take longer"
+    )
 
 
 def align(

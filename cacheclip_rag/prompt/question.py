@@ -10,6 +10,7 @@ from torch import Tensor
 from .documents import any_of
 from .index import Span
 from .layout import Layout
+from .rendered import Stretch, contents, joined, without
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,49 @@ def find_question(
     """The question in a prompt: ``known`` where it stands outside the chunks, else what a reader would take for it.
 
     That is the text behind the last chunk, or, where nothing is there, the text before the first. Control tokens and
-    the ``closing`` of the chat template ("assistant") are no question.
+    the ``closing`` of the chat template ("assistant") are no question. Of a `RenderedPrompt` nothing is that the
+    template wrote, and of its messages the last one behind the chunks is, or the one that the first chunk stands in.
     """
+    own = contents(prompt)
+    chunks = joined((span.start, span.end) for span in spans)
+    gaps = without([(0, len(prompt))], chunks)
     if known and known.strip():
         known = known.strip()
-        at = prompt.rfind(known)
-        while at >= 0 and any(at < span.end and at + len(known) > span.start for span in spans):
-            at = prompt.rfind(known, 0, at + len(known) - 1)
-        return Question(known, at, at + len(known)) if at >= 0 else Question(known)
+        for start, end in [*reversed(without(own or (), chunks)), *reversed(gaps)]:
+            if (at := prompt.rfind(known, start, end)) >= 0:
+                return Question(known, at, at + len(known))
+        return Question(known)
+    if own:
+        return _of_messages(prompt, own, chunks)
     stop = len(prompt) - len(closing) if closing and prompt.endswith(closing) else len(prompt)
     pieces = [(spans[-1].end, stop), (0, spans[0].start)] if spans else [(0, stop)]
     pattern = any_of(control)
     for start, end in pieces:
         text = pattern.sub(" ", prompt[start:end]).strip()
-        if any(character.isalnum() for character in text):
+        if _says(text):
             return Question(text, start, end)
+    return _last_words(prompt)
+
+
+def _of_messages(prompt: str, own: Sequence[Stretch], chunks: Sequence[Stretch]) -> Question:
+    pieces = [piece for piece in without(own, chunks) if _says(prompt[slice(*piece)])]
+    first, last = (chunks[0][0], chunks[-1][1]) if chunks else (len(prompt), 0)
+    behind, before = [p for p in pieces if p[0] >= last], [p for p in pieces if p[1] <= first]
+    if behind or not before:
+        pieces = behind[-1:]
+    elif before[-1][1] == first:  # in the message that the first chunk stands in
+        pieces = before[-1:]
+    else:
+        pieces = before
+    if not pieces:
+        return _last_words(prompt)
+    text = "\n\n".join(prompt[start:end].strip() for start, end in pieces)
+    return Question(text, pieces[0][0], pieces[-1][1])
+
+
+def _says(text: str) -> bool:
+    return any(character.isalnum() for character in text)
+
+
+def _last_words(prompt: str) -> Question:
     return Question(prompt[-256:].strip() or "?")

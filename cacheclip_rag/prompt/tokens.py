@@ -1,4 +1,4 @@
-"""A text as a tokenizer cuts it."""
+"""The tokens of a text: ids and character offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened in a request: numbers, and how they are shown in a notebook, as a figure and at a terminal."""
+"""The report of a request: its numbers, and how a notebook, a figure and a terminal show them."""
 
 from ..deprecation import renamed_names
 from .record import ChunkUse

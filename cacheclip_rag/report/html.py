@@ -1,6 +1,6 @@
-"""A report as HTML for notebooks: one element with its style, without scripts, whatever theme it stands in.
+"""A report as HTML for notebooks: one element with its own style, without scripts, for light and dark themes.
 
-Documents are untrusted: every text goes through `html.escape`, into element content and quoted attributes only.
+Documents are untrusted, so every text goes through `html.escape`, into element content and quoted attributes only.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def html(report: Record) -> str:
-    """The whole picture. Some 100 bytes a run of tokens, however many tokens the prompt has."""
+    """The report as one HTML element; some 100 bytes per run of tokens."""
     body = [f"<h4>{escape(report.method)}: {escape(summary.headline(report))}</h4>"]
-    if told := summary.comparison(report):
-        body.append(f"<p>{escape(told)}</p>")
+    if faster := summary.comparison(report):
+        body.append(f"<p>{escape(faster)}</p>")
     body += [_times(report), _strip(report), _legend(report), _why(report), _chunks(report), _prompt(report)]
     return f'<div class="ccr"><style>{_style()}</style>{"".join(body)}</div>'
 
@@ -68,7 +68,7 @@ def _row(label: str, bars: str, number: str) -> str:
 
 
 def _strip(report: Record) -> str:
-    """All tokens in a row: one path a source, and a tick where a chunk begins."""
+    """The prompt's tokens as a strip: one path per token source, and a tick where a chunk begins."""
     if report.token_sources is None or not report.token_sources.tokens:
         return ""
     paths: dict[TokenSource, list[str]] = {source: [] for source in summary.NAMES}
@@ -117,10 +117,10 @@ def _chunks(report: Record) -> str:
         f"<td>{escape(summary.remark(use))}</td></tr>"
         for number, use in enumerate(report.chunks, start=1)
     )
-    head = "<th></th><th>chunk</th>" + "".join(
+    header = "<th></th><th>chunk</th>" + "".join(
         f'<th class="num">{name}</th>' for name in ("reused", "recomputed", "computed")
     )
-    return f"<table><thead><tr>{head}<th></th></tr></thead><tbody>{rows}</tbody></table>"
+    return f"<table><thead><tr>{header}<th></th></tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _number(count: int) -> str:

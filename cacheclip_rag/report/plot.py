@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def figure(report: Record) -> Figure:
-    """Where the time went, the prompt token by token, and what was reused of each chunk.
+    """A figure of the time by stage, the source of each token, and the reused tokens of each chunk.
 
     Raises `ConfigurationError` without matplotlib.
     """
@@ -27,7 +27,7 @@ def figure(report: Record) -> Figure:
         raise ConfigurationError("figures need matplotlib: pip install 'cacheclip-rag[plots]'") from error
 
     class Shown(Figure):
-        """A figure that a notebook shows whether or not pyplot was imported."""
+        """A figure that a notebook displays even if pyplot was not imported."""
 
         def _repr_png_(self) -> bytes:
             drawn = io.BytesIO()
@@ -82,7 +82,7 @@ def _chunks(axis: Any, report: Record) -> None:
     if not report.chunks:
         axis.set_axis_off()
         return
-    # mathtext and control characters in a document's text are not for matplotlib to interpret
+    # matplotlib must not interpret mathtext and control characters in a document's text
     names = [f"{n}. {summary.plain(summary.title(report, use))[:44]}" for n, use in enumerate(report.chunks, start=1)]
     left = [0] * len(names)
     for source, counts in (

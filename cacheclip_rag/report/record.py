@@ -1,4 +1,4 @@
-"""What happened in one request, in numbers."""
+"""The numbers of one request: tokens by source, times by stage, chunks and fallbacks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .token_sources import TokenSources
 @renamed_parameters(exact="in_place")
 @dataclass(frozen=True)
 class ChunkUse:
-    """One known chunk in the prompt: characters ``[start, end)``, and its tokens by what became of them.
+    """One known chunk in the prompt: its characters ``[start, end)``, and its tokens by their source.
 
-    ``whole`` says whether all of the stored chunk stood there; ``in_place`` whether it stood right behind the prefix it
-    was encoded behind, so that its KV needed no repair.
+    ``key``: its name in the index; ``whole``: whether the prompt contains all of the stored chunk; ``in_place``:
+    whether it was right behind the prefix it was encoded behind, so that its KV needed no repair.
     """
 
     key: str
@@ -37,7 +37,7 @@ class ChunkUse:
 
 @dataclass
 class Record:
-    """The numbers of one request; `Report` says what they mean, and shows them."""
+    """The numbers of one request; `Report` documents and shows them."""
 
     method: str
     requested_ratio: float
@@ -47,27 +47,27 @@ class Record:
     recomputed: int = 0
     fresh: int = 0
     adjusted: int = 0
-    """Of the reused tokens, those whose KV was moved by what recomputing changed in others (`recompute.carry`)."""
+    """Reused tokens whose KV was adjusted by the change of recomputed tokens of their chunk (`recompute.carry`)."""
     edges: int = 0
     """Fresh tokens inside known chunks."""
     completion_tokens: int = 0
     fit: float | None = None
-    """How well the placed chunk KV fits what stands in front of it, 0..1, where the ratio depends on it."""
+    """How well the chunks' contexts fit the prompt (`kv.fit.context_fit`), 0..1; None if the ratio is fixed."""
     chunks: list[ChunkUse] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
-    """Why reuse was given up, wholly or for a chunk; empty when all went well."""
+    """The reasons why reuse was given up, for the request or for a chunk; empty if it was not."""
     seconds: dict[str, float] = field(default_factory=dict)
     ttft: float = 0.0
-    """Seconds from the call to the first token's id, everything included."""
+    """Seconds from the call to the first token's id, including all stages and waiting."""
     total: float = 0.0
     finish_reason: str = ""
     canvas_bytes: int = 0
     token_sources: TokenSources | None = field(default=None, repr=False, compare=False)
-    """What became of each token, and the prompt: for showing. Not part of `as_dict`, so of no log, row or response."""
+    """The source of each token, and the prompt, for display. Not part of `as_dict`, logs, rows or responses."""
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """What people call the chunks, by key: to be filled by who knows. Chunks without are shown by how they begin."""
+    """Display names of chunks by key, such as file names; callers fill it. Other chunks show their first words."""
     full_prefill: float | None = field(default=None, compare=False)
-    """Seconds to the first token of a full prefill of this prompt, where somebody measured it."""
+    """Seconds to the first token of a full prefill of this prompt, if it was measured."""
 
     fates = renamed_attribute("fates", "token_sources")
 
@@ -82,17 +82,17 @@ class Record:
 
     @property
     def bound(self) -> float:
-        """How many times faster than a full prefill the rows alone allow: prompt tokens / computed tokens."""
+        """The upper bound of the speedup over a full prefill: prompt tokens / computed tokens."""
         return self.prompt_tokens / max(1, self.computed_tokens)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens read from cache and not recomputed; what usage numbers call cache reads."""
+        """Tokens read from cache and not recomputed: the cache reads in usage numbers."""
         return self.prefix + self.reused
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Token counts under the names that frameworks and tracing tools read."""
+        """Token counts under OpenAI's names, which frameworks and tracing tools read."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -101,7 +101,7 @@ class Record:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, derived numbers included; no text of the prompt."""
+        """All numbers, JSON-ready, including derived ones; no text of the prompt."""
         kept = {
             one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("token_sources", "sources")
         }
@@ -125,9 +125,17 @@ class Record:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     @property
+    def nothing_known(self) -> str:
+        """Why no chunk was found in the prompt; empty if one was, or if there is another reason."""
+        used = self.chunks or self.reused or self.prefix > self.fresh
+        if used or self.fallbacks or self.requested_ratio >= 1:
+            return ""
+        return "no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way"
+
+    @property
     def line(self) -> str:
         """The request in one line, for logs."""
-        return " ".join(str(self).replace("\n  fell back:", "; fell back:").split())
+        return " ".join(str(self).replace("\n  ", "; ").split())
 
     def __str__(self) -> str:
         text = (
@@ -139,4 +147,6 @@ class Record:
             text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
         for reason in self.fallbacks:
             text += f"\n  fell back: {reason}"
+        if reason := self.nothing_known:
+            text += f"\n  nothing reused: {reason}"
         return text

@@ -1,4 +1,4 @@
-"""A report that shows itself: in a notebook, as a figure, at a terminal."""
+"""`Report`: the record of a request with its displays for notebooks, figures and terminals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..deprecation import renamed_parameters
 from .record import Record
 
-if TYPE_CHECKING:  # how a report is shown is loaded when it is
+if TYPE_CHECKING:  # displays are imported on use
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:  # how a report is shown is loaded when it is
 @renamed_parameters(fates="token_sources")
 @dataclass
 class Report(Record):
-    """One request. Tokens are counted once each: ``prompt_tokens = prefix + reused + recomputed + fresh``.
+    """The report of one request. Each token is counted once: ``prompt_tokens = prefix + reused + recomputed + fresh``.
 
-    ``prefix``: KV of the prompt's beginning, kept from an earlier request; ``reused``: stored chunk KV that was not
-    recomputed; ``recomputed``: chunk tokens that had stored KV and were refreshed; ``fresh``: everything else
-    (question, template, unknown text, chunk edges that the tokenizer cut differently).
-    ``ratio`` is recomputed / (reused + recomputed), as it came out; ``requested_ratio`` as it was asked for.
+    ``prefix``: prompt prefix whose KV came from an earlier request (prefix caching); ``reused``: stored chunk KV that
+    was not recomputed; ``recomputed``: chunk tokens whose stored KV was recomputed; ``fresh``: all other tokens
+    (question, template, unknown text, tokens at chunk edges that the tokenizer splits differently).
+    ``ratio`` is recomputed / (reused + recomputed), as realised; ``requested_ratio`` as requested.
     ``seconds`` breaks the time to first token down by stage.
     """
 
@@ -32,7 +32,7 @@ class Report(Record):
         return figure(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: every token coloured by its source, where the time went, why anything missed."""
+        """What a notebook shows: every token coloured by its source, time by stage, and reasons for cache misses."""
         from .html import html
 
         return html(self)

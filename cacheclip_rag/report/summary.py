@@ -1,4 +1,4 @@
-"""What a report has to tell, in the order and the words in which every kind of picture tells it."""
+"""What every display of a report has in common: names, colours, headline, comparison and remarks."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ NAMES = {
     TokenSource.EDGE: "edge",
     TokenSource.FRESH: "fresh",
 }
-"""The token_sources by the name they are shown under, cached ones first."""
+"""Display names of token sources, cached ones first."""
 
 MEANINGS = {
-    TokenSource.PREFIX: "the beginning of the prompt, kept from an earlier request",
-    TokenSource.IN_PLACE: "stored KV right behind the prefix it was encoded behind: nothing to repair",
-    TokenSource.REUSED: "stored KV as it is",
-    TokenSource.ADJUSTED: "stored KV, moved by what recomputing changed in its chunk: not computed",
-    TokenSource.RECOMPUTED: "had stored KV and was refreshed",
-    TokenSource.EDGE: "inside a chunk, cut differently by the tokenizer: computed",
+    TokenSource.PREFIX: "prompt prefix, cached from an earlier request",
+    TokenSource.IN_PLACE: "stored KV right behind the prefix it was encoded behind: needs no repair",
+    TokenSource.REUSED: "stored KV, unchanged",
+    TokenSource.ADJUSTED: "stored KV, adjusted by the change of recomputed tokens of its chunk: not computed",
+    TokenSource.RECOMPUTED: "stored KV, recomputed",
+    TokenSource.EDGE: "inside a chunk, but split differently by the tokenizer: computed",
     TokenSource.FRESH: "computed: question, template, unknown text",
 }
+"""Tooltips of token sources."""
 
 COLOURS = {
     TokenSource.PREFIX: "#1b9e77",
@@ -43,15 +44,15 @@ COLOURS = {
     TokenSource.EDGE: "#cc79a7",
     TokenSource.FRESH: "#8f8f8f",
 }
-"""Told apart with any colour vision, on light and on dark ground."""
+"""Distinguishable with any colour vision, on light and dark backgrounds."""
 
 STAGE_COLOURS = ("#56b4e9", "#cc79a7", "#1b9e77", "#f0e442", "#d55e00", "#4477aa", "#8f8f8f")
-"""One after the other, of the stages of a request."""
+"""Colours of a request's stages, in order."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the prompt: text between chunks (``use`` is None) or one known chunk, run by run."""
+    """A piece of the prompt: one known chunk, or text between chunks (``use`` is None), as runs of tokens."""
 
     use: ChunkUse | None
     runs: tuple[Run, ...]
@@ -66,11 +67,12 @@ def headline(report: Record) -> str:
 
 
 def seconds(value: float) -> str:
+    """A time in seconds, or in milliseconds below 0.1 s."""
     return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
 
 
 def stages(report: Record) -> dict[str, float]:
-    """Seconds to the first token by stage, in order; ``other`` is what no stage accounts for. Nothing under 0.5 %."""
+    """Seconds to the first token by stage, in order; ``other`` is the rest. Stages under 0.5 % are left out."""
     parts = dict(report.seconds)
     parts["other"] = report.ttft - sum(parts.values())
     least = 0.005 * max(report.ttft, sum(report.seconds.values()))
@@ -78,10 +80,10 @@ def stages(report: Record) -> dict[str, float]:
 
 
 def full_prefill(report: Record) -> tuple[float, bool] | None:
-    """Seconds a full prefill takes, and whether they were measured; None where there is nothing to compare.
+    """Seconds of a full prefill, and whether they were measured; None if there is nothing to compare.
 
-    Not measured, they are what this request's own recompute stage took a token, times the prompt's tokens. On two CPU
-    cores that came out 9 and 15 % above what was measured (benchmarks/results/speed.jsonl).
+    The estimate is this request's time per computed token in the recompute stage, times the prompt's tokens. On two CPU
+    cores it was 9 and 15 % above the measured time (benchmarks/results/speed.jsonl).
     """
     if report.full_prefill is not None:
         return report.full_prefill, True
@@ -92,7 +94,7 @@ def full_prefill(report: Record) -> tuple[float, bool] | None:
 
 
 def comparison(report: Record) -> str:
-    """How many times faster to the first token than a full prefill, or nothing to say."""
+    """How many times faster to the first token than a full prefill, as a sentence; empty if unknown."""
     full = full_prefill(report)
     if full is None or not report.ttft:
         return ""
@@ -103,7 +105,7 @@ def comparison(report: Record) -> str:
 
 
 def pieces(report: Record) -> Iterator[Piece]:
-    """The prompt in order, cut at the borders of its chunks. A token belongs where its first character stands."""
+    """The prompt in order, split at the borders of its chunks. A token belongs to the piece of its first character."""
     if report.token_sources is None:
         return
     uses = sorted(report.chunks, key=lambda use: use.start)
@@ -117,7 +119,7 @@ def _around(uses: list[ChunkUse], run: Run) -> ChunkUse | None:
 
 
 def title(report: Record, use: ChunkUse) -> str:
-    """What a chunk is called: its source where it is known, else how it begins."""
+    """A chunk's display name: its source, if known, else its first words."""
     if use.key in report.sources:
         return report.sources[use.key]
     text = (
@@ -129,30 +131,30 @@ def title(report: Record, use: ChunkUse) -> str:
 
 
 def remark(use: ChunkUse) -> str:
-    """What is out of the ordinary with a chunk, if anything."""
+    """A remark on a chunk that is missing, partial or in place; usually empty."""
     remarks = []
     if use.missing:
         remarks.append(f"prefilled: {use.missing}")
     if not use.whole:
-        remarks.append("only a part of it stands here")
+        remarks.append("only a part of it is in the prompt")
     if use.in_place:
         remarks.append("in place: right behind the prefix it was encoded behind")
     return "; ".join(remarks)
 
 
 def reasons(report: Record) -> list[str]:
-    """Why tokens were computed that are not the question's, and what went wrong; empty when there is nothing to say."""
+    """Why chunk tokens were computed or reuse failed; empty if all went well."""
     found = list(report.fallbacks)
     if report.edges:
-        found.append(f"{report.edges:,} tokens at chunk edges were cut differently by the tokenizer than when stored")
+        found.append(f"{report.edges:,} tokens at chunk edges are split differently by the tokenizer than when stored")
     parts = sum(not use.whole for use in report.chunks)
     if parts:
-        found.append(f"{parts} chunks stand in the prompt only in part: what was cut off a chunk is not missed")
-    if not report.chunks and not report.cached_tokens and report.requested_ratio < 1 and not report.fallbacks:
-        found.append("no chunk in this prompt has stored KV: it was not ingested, or its text was changed on the way")
+        found.append(f"{parts} chunks are in the prompt only in part; the parts are reused")
+    if reason := report.nothing_known:
+        found.append(reason)
     return found
 
 
 def plain(text: str) -> str:
-    """Without characters that are none to be seen, or that steer a terminal."""
+    """``text`` with blanks for characters that are invisible or control a terminal."""
     return "".join(character if character.isprintable() else " " for character in text)

@@ -1,4 +1,4 @@
-"""A report at a terminal, with rich. Texts of documents lose their control characters: they could steer a terminal."""
+"""A report at a terminal, with rich. Documents are shown without control characters, which could control a terminal."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .record import Record
 
 WIDTH = 60
-"""Characters of a bar."""
+"""Width of a bar in characters."""
 
 
 def renderables(report: Record) -> Iterator[RenderableType]:
-    """Headline, bars, chunks, and why anything missed. The prompt itself is left to the notebook."""
+    """Headline, bars, chunks and reasons for cache misses. Only the notebook shows the prompt itself."""
     yield Text(f"{report.method}: {summary.headline(report)}", style="bold")
-    if told := summary.comparison(report):
-        yield Text(told)
+    if faster := summary.comparison(report):
+        yield Text(faster)
     yield from _times(report)
     yield from _strip(report)
     if report.chunks:
@@ -52,7 +52,7 @@ def _times(report: Record) -> Iterator[Text]:
 
 
 def _strip(report: Record) -> Iterator[Text]:
-    """The prompt in `WIDTH` cells, each in the colour of the source that most of its tokens had."""
+    """The prompt in `WIDTH` cells, each in the colour of its tokens' most frequent source."""
     if report.token_sources is None or not report.token_sources.tokens:
         return
     cells: list[dict[TokenSource, float]] = [{} for _ in range(WIDTH)]

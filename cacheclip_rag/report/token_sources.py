@@ -1,4 +1,4 @@
-"""What became of every token of a prompt, kept small."""
+"""Where the KV of each token of a prompt came from, run-length encoded."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..deprecation import renamed_attribute
 
 
 class TokenSource(IntEnum):
-    """What became of a token. Of several that fit, the last."""
+    """Where the KV of a prompt token came from: computed, reused from a chunk, or cached from an earlier prompt."""
 
     FRESH = 0
     """Computed: question, template, unknown text."""
     EDGE = 1
-    """Computed: inside a known chunk, but cut differently by the tokenizer than when the chunk was stored."""
+    """Computed: inside a known chunk, but split differently by the tokenizer than when the chunk was stored."""
     REUSED = 2
-    """The stored KV as it is, moved to its place."""
+    """Stored chunk KV, rotated to its position and otherwise unchanged."""
     RECOMPUTED = 3
-    """Had stored KV and was refreshed."""
+    """Stored chunk KV that was recomputed."""
     IN_PLACE = 4
-    """Stored KV right behind the prefix it was computed behind: nothing to repair."""
+    """Stored chunk KV right behind the prefix it was encoded behind: needs no repair."""
     EXACT = 4  # the former name of IN_PLACE
     PREFIX = 5
-    """The beginning of the prompt, kept from an earlier request (prefix caching)."""
+    """Prompt prefix whose KV was cached from an earlier request (prefix caching)."""
     ADJUSTED = 6
-    """The stored KV, moved by what recomputing changed in other tokens of its chunk; not computed."""
+    """Stored chunk KV, adjusted by the change of recomputed tokens of its chunk (`recompute.carry`); not computed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens of one source, in or outside of one chunk.
+    """Adjacent tokens of one source, within one chunk or outside chunks.
 
-    Characters ``[start, end)`` of the prompt; ``tokens`` of them, from ``row`` on.
+    Characters ``[start, end)`` of the prompt; ``tokens`` tokens from ``row`` on.
     """
 
     source: TokenSource
@@ -49,10 +49,10 @@ class Run:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenSources:
-    """The token_sources of a prompt's tokens, run by run, and the prompt itself, by reference.
+    """The source of every token of a prompt, as runs, with a reference to the prompt.
 
-    ``rows [R]`` int32: the first token of each run; ``characters [R]`` int32: where in the prompt it begins;
-    ``kinds [R]`` uint8: its `TokenSource`; ``tokens``: how many the prompt has. Some ten bytes a run.
+    ``rows [R]`` int32: the first token of each run; ``characters [R]`` int32: its first character in the prompt;
+    ``kinds [R]`` uint8: its `TokenSource`; ``tokens``: tokens of the prompt. Some ten bytes per run.
     """
 
     prompt: str
@@ -65,7 +65,7 @@ class TokenSources:
     def of(cls, prompt: str, starts: np.ndarray, kinds: np.ndarray, borders: Sequence[int] = ()) -> TokenSources:
         """From ``starts [T]`` (the first character of each token) and ``kinds [T]`` (its `TokenSource`).
 
-        No run goes on past one of ``borders``: characters at which a chunk begins or ends.
+        Runs are split at ``borders``, the characters at which chunks begin or end.
         """
         changes = np.diff(kinds, prepend=-1) != 0
         rows = np.union1d(np.flatnonzero(changes), np.searchsorted(starts, np.asarray(borders, dtype=np.int64)))
@@ -77,11 +77,11 @@ class TokenSources:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        """Without the prompt: it may be long, and none of a log's business."""
+        """Without the prompt, which may be long and does not belong in logs."""
         return f"TokenSources({self.tokens} tokens in {len(self)} runs)"
 
     def runs(self) -> Iterator[Run]:
-        """In order; together they are the whole prompt and all its tokens."""
+        """The runs in order; together they cover the whole prompt."""
         rows = [*self.rows.tolist(), self.tokens]
         edges = [0, *self.characters[1:].tolist(), len(self.prompt)]
         for number, kind in enumerate(self.kinds.tolist()):
@@ -89,7 +89,7 @@ class TokenSources:
             yield Run(TokenSource(kind), edges[number], edges[number + 1], row, stop - row)
 
     def counts(self) -> dict[TokenSource, int]:
-        """Tokens of each source, every source named."""
+        """The number of tokens of each source, including sources without any."""
         sizes = np.diff(self.rows, append=self.tokens)
         totals = np.bincount(self.kinds, weights=sizes, minlength=len(TokenSource))
         return {source: int(totals[source]) for source in TokenSource}

@@ -1,1 +1,1 @@
-"""Everything between requests and the model that is not prefill: who runs when, decoding, counting."""
+"""Serving: the lock, the limit on requests in flight, hints, decoding options, streaming and counters."""

@@ -1,4 +1,4 @@
-"""Token ids to text, as they come."""
+"""Incremental detokenisation: token ids to text deltas, with stop strings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..report import Report
 from .limit import Cancel
 
 CONTEXT = 32
-"""Tokens that new ones are decoded behind."""
+"""Preceding tokens that new ones are decoded together with."""
 
 
 class Ending:
@@ -27,9 +27,9 @@ class Ending:
 
 
 class TextStream(Iterator[str]):
-    """An answer in the making: iterate for text deltas; ``ids`` and ``report`` grow with it.
+    """A streamed answer: iterate for text deltas; ``ids`` and ``report`` are updated with each token.
 
-    Special tokens are not part of the text. Text ends before the first of the ``stop`` strings; what might be the
+    Special tokens are not part of the text. The text ends before the first of the ``stop`` strings; what might be the
     beginning of one is held back until the next token decides. `close` ends the request early, as does leaving a
     ``with`` block or dropping the stream, or an exception in ``next``. ``ending``: what the producer of the tokens
     looks at, to end before the next one.
@@ -98,19 +98,19 @@ class TextStream(Iterator[str]):
         return text
 
     def _settle(self, text: str) -> None:
-        """Keep the text so far, and from now on decode only new tokens behind the last few of these.
+        """Fix the text so far, and decode only new tokens from now on, together with the last `CONTEXT` ones.
 
-        Those few are there because a token's text may depend on its predecessors (blanks, bytes of a character).
+        These are needed because a token's text may depend on its predecessors (blanks, bytes of a character).
         """
         anchor, self._anchor = self._anchor, len(self.ids) - CONTEXT
         overlap = self._tail()
         if text.endswith(overlap):
             self._settled, self._overlap = text, len(overlap)
-        else:  # the few begin in the middle of a character, or lost a blank: try again at another token
+        else:  # they begin in the middle of a character, or lost a blank: try again after another token
             self._anchor = anchor
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """The length of the longest suffix of the text that is the beginning of a stop string."""
         longest = 0
         for stop in self._stop:
             for size in range(min(len(stop) - 1, len(self._text)), longest, -1):

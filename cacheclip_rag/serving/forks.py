@@ -30,11 +30,18 @@ _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 REMEDY = "open it after the fork: in gunicorn's post_fork, Celery's worker_process_init, or with the spawn start method"
 
 
+class OnDevice(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+
+
 class Watched(Protocol):
-    """An engine, as far as forks go."""
+    """What a fork needs to know of an engine."""
 
     lock: FairLock
-    backbone: Any
+
+    @property
+    def backbone(self) -> OnDevice: ...
 
 
 _watched: weakref.WeakSet[Watched] = weakref.WeakSet()
@@ -58,8 +65,8 @@ def _before() -> None:
 
 
 def _in_parent() -> None:
-    for engine, turn in _held:
-        engine.lock.let_go(turn)
+    for engine, entry in _held:
+        engine.lock.release(entry)
     del _held[:], _busy[:]
 
 

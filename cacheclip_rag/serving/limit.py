@@ -1,4 +1,4 @@
-"""How many requests may be in flight at a time: whoever asked first goes first."""
+"""A first-come, first-served limit on the number of requests in flight."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..interrupts import Gate
 log = logging.getLogger("cacheclip_rag")
 
 REST = 0.05
-"""Seconds without a reader after which a request counts as resting."""
+"""Seconds since the last token was read after which a stream counts as unread."""
 _LOOK = 0.02
-"""Seconds between two looks of who is next at whether there is a place, or its caller has gone."""
+"""Seconds between two checks of the next request whether it may start or was cancelled."""
 _PATIENCE = 60.0
-"""Seconds of waiting after which the log says so."""
+"""Seconds of waiting after which a warning is logged."""
 
 
 class Cancel(Protocol):
@@ -26,9 +26,9 @@ class Cancel(Protocol):
 
 
 class Place:
-    """A request's place among those in flight: asked for, taken, given back; all of it any number of times.
+    """A request's place among those in flight. Taking and releasing it twice does no harm.
 
-    ``owner``: the generator that answers. Once that has ended, however it did, its place is free.
+    ``owner``: the generator that answers. Once it has ended, by whatever cause, the place is free.
     """
 
     __slots__ = ("__weakref__", "_limit", "gate", "owner", "resting_since", "taken")
@@ -38,11 +38,11 @@ class Place:
         self.owner: ref[Any] | None = None
         self.taken = False
         self.resting_since: float | None = None
-        """When the reader got the last token, unless the next is being computed."""
+        """When the last token was handed out; None while one is being computed."""
         self.gate = Gate()
 
     def take(self, cancel: Cancel | None = None) -> bool:
-        """Wait for the place. False, and no place, if ``cancel`` is set before there is one."""
+        """Wait until the request may start. Returns False, without a place, if ``cancel`` is set before."""
         return self._limit._take(self, cancel)
 
     def release(self) -> None:
@@ -62,15 +62,15 @@ class Place:
 
 
 class RequestLimit:
-    """How many requests may be in flight, each with a canvas in memory; the others wait, in the order of asking.
+    """At most ``limit`` requests are in flight, each with a canvas in memory; others wait, in the order of asking.
 
     A place is held from before the prefill to the end of the answer. A stream that is neither read to its end nor
-    closed keeps one, but when none of those in flight is being read, whoever waits is let in beyond the limit: the
-    thread that waits may be the one that would read them.
+    closed keeps its place, but while none of those in flight is being read, the next one is admitted beyond the limit:
+    the thread that waits may be the one that would read them.
 
-    As in `FairLock`, nothing that an interrupt could leave half done: the places in the order of asking are all there
-    is, and everything else follows from them. Nor is there a lock, because the garbage collector, which may run on a
-    thread that is in the middle of this, ends streams that nobody holds any more.
+    As in `FairLock`, there is no state that an interrupt could leave half changed: the places in the order of asking
+    are all there is, and everything else follows from them. Nor is there a lock, because the garbage collector, which
+    may run on a thread that is in one of these methods, ends streams that nobody holds any more.
     """
 
     def __init__(self, limit: int) -> None:

@@ -1,12 +1,15 @@
-"""How a request wants its answer decoded: greedily or sampled, with the options of ``model.generate``."""
+"""Decoding options of a request, with the names of ``model.generate``: which are valid, and their defaults."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
 from ..errors import ConfigurationError
+
+log = logging.getLogger("cacheclip_rag")
 
 
 def _whole(value: Any) -> bool:
@@ -41,7 +44,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "repetition_penalty": (lambda v: _number(v) and v > 0, "a number above 0"),
     "no_repeat_ngram_size": (lambda v: _whole(v) and v >= 0, "a whole number of at least 0"),
 }
-"""Options of a request, by what makes sense for each."""
+"""The options of a request: for each, a test of its value and what the error message asks for."""
 
 PASSED = {
     *("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty"),
@@ -50,7 +53,7 @@ PASSED = {
     *("num_return_sequences", "prefix_allowed_tokens_fn", "remove_invalid_values", "renormalize_logits"),
     *("sequence_bias", "stop_strings", "stopping_criteria", "suppress_tokens", "top_h", "watermarking_config"),
 }
-"""Further ones of ``model.generate`` that frameworks hand on as they are."""
+"""Further options of ``model.generate``, which frameworks pass on unchecked."""
 
 _ELSEWHERE: Mapping[str, tuple[Any, str]] = {
     "num_beams": (1, "one beam is decoded on one canvas"),
@@ -65,20 +68,27 @@ _ELSEWHERE: Mapping[str, tuple[Any, str]] = {
     "attention_mask": (None, "one prompt is answered at a time, all of it"),
     "custom_generate": (None, "answers are greedy or sampled"),
 }
-"""Options that ask for another loop than ours: the value that does not, and what to do instead."""
+"""Options that need another decoding loop than ours: the one harmless value, and what to do instead."""
+
+
+EFFECTIVE = {*OPTIONS, *PASSED, "min_length", "pad_token_id", "bos_token_id", "forced_bos_token_id"}
+"""All options that our decoding loop heeds: they become logits processors and stopping criteria of transformers."""
+
+_FILTERS = ("top_p", "top_k", "min_p", "typical_p")
+"""Options that sampling alone heeds."""
 
 
 def check(name: str, value: Any, option: str | None = None) -> None:
-    """Raises ConfigurationError unless ``value`` makes sense for the ``option``, which the caller calls ``name``."""
+    """Raises `ConfigurationError` unless ``value`` is valid for ``option`` (by default ``name``, as in the message)."""
     valid, wanted = OPTIONS[option or name]
     if not valid(value):
         raise ConfigurationError(f"{name} must be {wanted}, not {value!r}")
 
 
 def decoding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with what they leave open: greedy unless a temperature above 0 or ``do_sample=True`` is given.
+    """The options with defaults filled in: greedy unless a temperature above 0 or ``do_sample=True`` is given.
 
-    Raises ConfigurationError for options that contradict each other, or that another way of decoding needs.
+    Raises `ConfigurationError` for options that are invalid, contradict each other, or need another decoding loop.
     """
     settled = dict(options)
     if settled.get("do_sample") is None:
@@ -88,6 +98,9 @@ def decoding(options: Mapping[str, Any]) -> dict[str, Any]:
             check(name, value)
     if settled.get("temperature") and "do_sample" not in settled:
         settled["do_sample"] = True
+    idle = [f"{name}={settled[name]!r}" for name in _FILTERS if settled.get(name) is not None]
+    if idle and "do_sample" not in settled and settled.get("temperature") is None:
+        log.warning("%s: no effect in greedy decoding; to sample, give a temperature above 0", ", ".join(idle))
     if settled.get("do_sample") and settled.get("temperature") == 0:
         raise ConfigurationError("do_sample=True needs a temperature above 0; greedy decoding is do_sample=False")
     if not settled.setdefault("do_sample", False):

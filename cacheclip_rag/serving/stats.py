@@ -1,4 +1,4 @@
-"""What an engine has done since it was opened, counted once for everybody who wants to know."""
+"""Counters of an engine: requests, tokens, fallbacks, times to the first token and store statistics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..report import Report
 from ..store import StoreStats
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""Upper bounds of the classes of `FirstToken`, in seconds; the last class has none."""
+"""Upper bounds of the histogram buckets of `FirstToken`, in seconds; the last bucket has none."""
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Times to the first token: how many there were, their sum, and how many fell into each class of `SECONDS`."""
+    """A histogram of times to the first token: their number, their sum, and the count in each bucket of `SECONDS`."""
 
     count: int = 0
     seconds: float = 0.0
@@ -35,27 +35,30 @@ class Stats:
     finished: dict[str, dict[str, int]] = field(default_factory=dict)
     """Requests by method and by finish reason (stop, length, cancelled, error)."""
     in_flight: int = 0
-    """Requests that are being answered now, each with its prompt's KV in memory: more than ``max_requests`` where
-    streams are left open."""
+    """Requests being answered now, each with its prompt's KV in memory: more than ``max_requests`` if streams are left
+    open."""
     waiting: int = 0
-    """Requests that wait for one of ``max_requests`` to end, or for all of them to rest."""
+    """Requests waiting for one of ``max_requests`` in flight to end, or for all of them to be left unread."""
     prefix: int = 0
     reused: int = 0
     recomputed: int = 0
     fresh: int = 0
     completion_tokens: int = 0
     chunks: int = 0
-    """Known chunks that came in prompts, each time they came."""
+    """Known chunks in prompts, counted each time."""
     missing: int = 0
     """Those of them whose KV was gone or damaged, so that they were prefilled."""
     fallbacks: dict[str, int] = field(default_factory=dict)
-    """Times that reuse was given up: for a ``chunk``, by a ``full prefill`` after a failure, or by a ``plain prefill``
-    because the model's KV cannot be moved."""
+    """How often reuse was given up: for a ``chunk``, by a ``full prefill`` after a failure or where reuse would take
+    longer, by a ``plain prefill`` because the model's KV cannot be moved, or for ``escaped documents``."""
     first_token: dict[str, FirstToken] = field(default_factory=dict)
-    """By method; requests that never had one are not counted."""
+    """By method; requests without a first token are not counted."""
     store: StoreStats = field(default_factory=StoreStats)
-    """The chunk stores of all encodings in use; bytes are with the auxiliary model's. Its hits and misses are all
-    look-ups, those of ingestion included."""
+    """The sum over the chunk stores of all encodings in use; bytes include the auxiliary model's. Hits and misses count
+    all look-ups, including those of ingestion."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of KV in memory by kind: ``chunks``, ``preambles``, ``prefix caches``, ``harvested variants``. The first
+    two share the engine's ``memory_bytes``; prefix caches and harvested variants have caps of their own."""
 
     @property
     def requests(self) -> int:
@@ -72,7 +75,7 @@ class Stats:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that did not: what was saved."""
+        """Prompt tokens whose KV came from cache."""
         return self.prefix + self.reused
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,13 +85,13 @@ class Stats:
 
 
 def kind(fallback: str) -> str:
-    """What a line of `Report.fallbacks` is about: ``chunk``, ``full prefill`` or ``plain prefill``."""
+    """The kind of a line of `Report.fallbacks`; see `Stats.fallbacks`."""
     what = fallback.partition(":")[0]
     return "chunk" if what.startswith("chunk ") else what
 
 
 class Tally:
-    """Counts reports. Thread-safe."""
+    """Adds up the reports of finished requests. Thread-safe."""
 
     def __init__(self) -> None:
         self._numbers: Counter[str] = Counter()
@@ -110,7 +113,7 @@ class Tally:
                 known = self._first_token.get(report.method, FirstToken())
                 self._first_token[report.method] = _with(known, report.ttft)
 
-    def snapshot(self, in_flight: int, waiting: int, store: StoreStats) -> Stats:
+    def snapshot(self, in_flight: int, waiting: int, store: StoreStats, memory: dict[str, int]) -> Stats:
         with self._lock:
             return Stats(
                 finished={method: dict(reasons) for method, reasons in self._finished.items()},
@@ -119,12 +122,13 @@ class Tally:
                 fallbacks=dict(self._fallbacks),
                 first_token=dict(self._first_token),
                 store=store,
+                memory=memory,
                 **self._numbers,
             )
 
 
 def total(stores: Iterable[StoreStats], aside: Iterable[StoreStats] = ()) -> StoreStats:
-    """The sum of what several stores say; of those ``aside`` only the bytes."""
+    """The sum of the statistics of several stores; of those in ``aside`` only the bytes."""
     summed = StoreStats()
     numbers = [one.name for one in fields(StoreStats) if one.name != "rejected"]
     for stats in stores:

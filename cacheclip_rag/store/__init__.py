@@ -4,7 +4,7 @@ from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
 from .documents import Documents
 from .int8 import Int8Store
-from .memory import MemoryStore
+from .memory import LRUCache, MemoryBudget, MemoryStore
 from .place import Place
 from .remote import Remote, RemoteStore
 from .tiered import TieredStore
@@ -15,6 +15,8 @@ __all__ = [
     "Documents",
     "Entry",
     "Int8Store",
+    "LRUCache",
+    "MemoryBudget",
     "MemoryStore",
     "Place",
     "Remote",

@@ -1,4 +1,4 @@
-"""Looking after a store's folder from outside, without its models: what is in it, whether it is whole, clearing up."""
+"""Administration of a store's folder, without loading models: statistics, verification, clean-up, forgetting."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..chunks import Namespace
 from ..errors import StoreError
 from . import files, format
-from .cap import STALE, Found, SharedCap, namespaces
+from .cap import STALE, Found, SharedCap, hidden, namespaces
 from .documents import FOLDER, Documents
+from .forgettings import Forgettings
 from .holdings import Holdings, NamespaceUsage, Stored, Verified
 
 log = logging.getLogger("cacheclip_rag")
@@ -54,6 +56,11 @@ class Administration(Holdings):
         known = Documents(self.folder, tenant, secret)
         texts = frozenset[str]().union(*map(known.of, documents))
         return self.usage(lambda stored: stored.tenant == tenant and known.text(stored.text) in texts)
+
+    def knows_documents(self, documents: Sequence[str], tenant: str = "", secret: bytes = b"") -> bool:
+        """Whether any of these documents of the tenant has chunks."""
+        known = Documents(self.folder, tenant, secret)
+        return any(map(known.of, documents))
 
     def collect(self, cap: int | None = None, unused_for: float | None = None) -> list[Found]:
         """Remove what crashes left an hour ago, damaged files, and empty namespaces; what was removed.
@@ -99,13 +106,20 @@ class Administration(Holdings):
         """
         known = Documents(self.folder, tenant, secret)
         wanted = known.only(documents)
-        gone, left = list[Stored](), 0
+        gone, left, failures = list[Stored](), 0, list[str]()
         for place in (self, *elsewhere) if wanted else ():
-            gone += forget_digests(place, known, wanted, tenant)
-            left += sum(
-                one.tenant == tenant and one.holds(lambda text: known.text(text) in wanted) for one in place.entries()
-            )
-        known.remove(documents)
+            try:
+                gone += forget_digests(place, known, wanted, tenant)
+                left += sum(
+                    one.tenant == tenant and one.holds(lambda text: known.text(text) in wanted)
+                    for one in place.entries()
+                )
+            except StoreError as error:
+                failures.append(str(error))
+        if failures:
+            raise StoreError("; ".join(failures))
+        if not left:
+            known.remove(documents)
         return gone, left
 
     def clear(self, namespace: str = "") -> int:
@@ -121,11 +135,24 @@ class Administration(Holdings):
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
+    def _hidden(self, namespace: str) -> list[str]:
+        try:
+            return hidden(self.folder, namespace)
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be read: {error.strerror or error}") from error
+
+    def _tell(self) -> list[str]:
+        try:
+            Forgettings(self.folder).note()
+            return []
+        except OSError as error:
+            return [f"other processes cannot be told, since {self.folder} cannot be written: {error.strerror or error}"]
+
     def _head(self, file: Found, size: int) -> bytes:
         return files.read_head(self._path(file), size)
 
-    def _read(self, file: Found) -> format.Data:
-        return files.read(self._path(file))
+    def _read(self, file: Found, namespace: Namespace) -> format.Data:
+        return files.read(self._path(file), check=lambda read, status: format.check_file(read, status, namespace))
 
     def _namespaces(self) -> Iterator[NamespaceUsage]:
         return (NamespaceUsage(path.name, _about(path)) for path in namespaces(self.folder))

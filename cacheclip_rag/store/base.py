@@ -1,8 +1,9 @@
-"""What a chunk store is."""
+"""The interface of a chunk store."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,7 +77,27 @@ class ChunkStore(Protocol):
         """How often such a thing was noted, by `refresh` or on the way."""
 
     def vanished(self) -> list[str]:
-        """Keys that other processes removed, as far as it was noted, since this was asked last."""
+        """Keys that other processes removed, as far as it was noted, since this was asked last: by `refresh`, or by a
+        look-up that found the file gone.
+        """
+
+    def forgettings(self) -> bytes:
+        """Another value than before once a process that shares what is kept has forgotten something. What is known
+        without being kept here may be what it forgot, and so may what was computed meanwhile.
+        """
+
+    def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
+        """For an ingestion: meanwhile this process evicts neither these chunks nor any that is put, to make room for
+        others. A put that would need that keeps nothing and returns False. May be nested.
+        """
+
+    def room(self) -> int | None:
+        """While something is held: how many bytes more can be put. None where anything may be evicted for it."""
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        """While something is held: how many chunks with these texts, from the first on, can be expected to be kept, by
+        what others take. To be asked before they are encoded; `put` has the last word. All of them otherwise.
+        """
 
     def stats(self) -> StoreStats: ...
 

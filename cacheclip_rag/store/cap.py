@@ -19,8 +19,9 @@ LOW_WATER = 0.9
 """Eviction goes down to this share of the cap, so that it does not run at every put."""
 STALE = 3600.0
 """Seconds after which a temporary file is taken for a crashed process's, and a damaged file is dropped."""
+PATIENCE = 10.0
+"""Seconds for another process to finish making room."""
 
-_PATIENCE = 10.0  # seconds for another process to finish making room
 _AT_ONCE = 1.0  # seconds, or as long as counting took, of removing more than is needed
 _NOTE = len(b"%020d %020d\n" % (0, 0))
 _CHUNK = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -41,6 +42,46 @@ class Found(NamedTuple):
     def key(self) -> str:
         """A chunk's."""
         return self.name[:64]
+
+
+class Held:
+    """Chunks that an ingestion under way counts on, in all namespaces of one place: this process evicts none of them.
+
+    Nothing is held before `begin` and after the last `end`. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[str, str], int] = {}
+        self._depth = self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._depth += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._sizes.clear()
+                self.nbytes = 0
+
+    @property
+    def active(self) -> bool:
+        return self._depth > 0
+
+    def add(self, namespace: str, key: str, nbytes: int) -> None:
+        with self._lock:
+            if self._depth:
+                self.nbytes += nbytes - self._sizes.get((namespace, key), 0)
+                self._sizes[namespace, key] = nbytes
+
+    def drop(self, namespace: str, key: str) -> None:
+        with self._lock:
+            self.nbytes -= self._sizes.pop((namespace, key), 0)
+
+    def __contains__(self, place: tuple[str, str]) -> bool:
+        return place in self._sizes
 
 
 LastUsed = Callable[[Found], "float | None"]
@@ -70,7 +111,7 @@ class SharedCap:
 
         Raises TimeoutError when another one keeps everybody waiting for ``patience`` seconds.
         """
-        patience = _PATIENCE if patience is None else patience
+        patience = PATIENCE if patience is None else patience
         if not self._threads.acquire(timeout=patience):
             raise TimeoutError("another thread keeps the store busy")
         try:
@@ -133,7 +174,7 @@ class SharedCap:
         for folder in namespaces(self.folder):
             try:
                 for entry in files.listing(folder):
-                    garbage = entry.name.startswith(files.TEMPORARY) or entry.name.endswith(".bad")
+                    garbage = _is_garbage(entry.name)
                     if not garbage and not _CHUNK.fullmatch(entry.name):
                         continue
                     try:
@@ -158,6 +199,8 @@ class SharedCap:
             # A young temporary file is another process's chunk in the making.
             if used is not None and not (file.name.startswith(files.TEMPORARY) and now - file.used < STALE):
                 candidates.append((not file.garbage, used, file.name, file))
+        if gladly and sum(candidate[3].nbytes for candidate in candidates) < size:
+            return gone  # a chunk that does not fit anyway costs others nothing
         for *_, file in sorted(candidates, key=lambda candidate: candidate[:3]):
             if freed >= size and (freed >= gladly or time.monotonic() > until):
                 break
@@ -195,9 +238,38 @@ class SharedCap:
 
 
 def namespaces(folder: Path) -> list[Path]:
-    """The folders of all namespaces below a store's folder."""
+    """The folders of all namespaces below a store's folder, also those that were moved elsewhere and linked."""
     try:
         found = [entry for entry in files.listing(folder) if _FOLDER.fullmatch(entry.name)]
-        return sorted(folder / entry.name for entry in found if entry.is_dir(follow_symlinks=False))
+        return sorted(folder / entry.name for entry in found if entry.is_dir())
     except OSError:
         return []
+
+
+def hidden(folder: Path, namespace: str = "") -> list[str]:
+    """What may hold chunks below a store's folder, in the namespaces whose names begin so, and cannot be looked into,
+    each with the reason. Raises OSError where the folder itself cannot be.
+    """
+    found = list[str]()
+    for entry in files.listing(folder):
+        if not _FOLDER.fullmatch(entry.name) or not entry.name.startswith(namespace):
+            continue
+        if entry.is_dir():
+            found += _hidden_in(folder / entry.name)
+        elif entry.is_symlink():
+            found.append(f"{entry.name} is a link that leads to no folder: is a disk not mounted?")
+    return found
+
+
+def _hidden_in(folder: Path) -> list[str]:
+    try:
+        entries = list(files.listing(folder))
+    except OSError as error:
+        return [f"{folder.name} cannot be read: {error.strerror or error}"]
+    mine = [entry for entry in entries if _is_garbage(entry.name) or _CHUNK.fullmatch(entry.name)]
+    links = [f"{folder.name}/{entry.name} is a link" for entry in mine if entry.is_symlink()]
+    return links + [f"{folder.name}/{entry.name} is a folder" for entry in mine if entry.is_dir(follow_symlinks=False)]
+
+
+def _is_garbage(name: str) -> bool:
+    return name.startswith(files.TEMPORARY) or name.endswith(".bad")

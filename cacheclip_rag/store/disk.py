@@ -9,7 +9,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,13 @@ from ..chunks import ChunkKV, Namespace
 from ..errors import StoreError
 from . import files, format
 from .base import Entry, StoreStats
-from .cap import Found, SharedCap
+from .cap import Found, Held, SharedCap
+from .forgettings import Forgettings
+from .memory import count_fitting
 
 log = logging.getLogger("cacheclip_rag")
 
+FULL = "the store is full, and room could only be made by evicting what is being stored with it (disk_bytes)"
 _STAMP_EVERY = 60.0  # seconds between two "last used" stamps of a file
 _BRIEFLY = 1.0  # seconds to wait for other processes before a damaged file is left where it is
 _TICK = 2_000_000_000  # nanoseconds between two times of change that a file system tells apart, at worst
@@ -46,8 +50,11 @@ class DiskStore:
     as ``*.bad``. A folder that cannot be written still serves what it holds.
     """
 
-    def __init__(self, folder: str | Path, namespace: Namespace, cap: int, *, sync: bool = True) -> None:
-        """``sync``: what was kept survives a power cut too, not only the end of the process.
+    def __init__(
+        self, folder: str | Path, namespace: Namespace, cap: int, *, sync: bool = True, held: Held | None = None
+    ) -> None:
+        """``sync``: what was kept survives a power cut too, not only the end of the process. ``held``: what `holding`
+        holds, in this store and in those that it shares a place with.
 
         Raises `StoreError` when ``folder`` is no folder and cannot be made one.
         """
@@ -63,6 +70,8 @@ class DiskStore:
         self._seen = -1
         self.changes = 0
         self._shared = SharedCap(self.folder, cap)
+        self._forgettings = Forgettings(self.folder)
+        self._held = Held() if held is None else held
         self.writable = True
         try:
             self._make_folder()
@@ -104,6 +113,8 @@ class DiskStore:
             with self._lock:
                 # What this process deleted or evicted since the snapshot has left the index already.
                 self._vanished |= {key for key in gone if self._index.pop(key, None) is not None}
+            for key in gone:
+                self._held.drop(self.path.name, key)
             adopted = [key for key in new if self._adopt(key)]
             # A folder's time of change has ticks: what changes in the tick of a listing is seen by the next one only.
             self._seen = changed if listed - changed > _TICK else -1
@@ -116,11 +127,15 @@ class DiskStore:
             self._vanished.clear()
             return gone
 
+    def forgettings(self) -> bytes:
+        return self._forgettings.last()
+
     def get(self, key: str) -> ChunkKV | None:
         if key not in self._index:
             with self._lock:
                 self._stats.misses += 1
             return None
+        chunk = None
         with self._lock:
             self._reading[key] += 1
         try:
@@ -137,13 +152,19 @@ class DiskStore:
     def _load(self, key: str) -> ChunkKV | None:
         self.touch(key)  # before the file is opened: what is being read is not what was used longest ago
         status: os.stat_result | None = None
+
+        def check(read: files.Read, opened: os.stat_result) -> None:
+            nonlocal status
+            status = opened
+            self._check(read, opened)
+
         try:
-            data, status = files.contents(self._name(key), self.cap)
+            data, status = files.contents(self._name(key), self.cap, check)
             return format.load(data, key, self.namespace)
         except format.Rejected as reason:
             self._set_aside(key, str(reason), status)
         except FileNotFoundError:
-            self._forget(key, "vanished")
+            self._note_vanished(key)
         except (OSError, MemoryError):
             self._reject("unreadable")
         return None
@@ -158,8 +179,14 @@ class DiskStore:
             known.stamped = known.used
             try:
                 files.touch(self._file(key))
+            except FileNotFoundError:
+                self._note_vanished(key)
             except OSError:
                 pass
+
+    def holds(self, key: str) -> bool:
+        """Whether the file is there now, whatever was noted."""
+        return _is_key(key) and _exists(self._file(key))
 
     def put(self, key: str, chunk: ChunkKV) -> bool:
         if not _is_key(key):
@@ -176,6 +203,7 @@ class DiskStore:
     def _put(self, key: str, data: bytes) -> bool:
         path = self._file(key)
         if _exists(path) and self._adopt(key):
+            self._hold([key])
             return True
         if len(data) > self.cap:
             return self._not_kept(f"larger than the store's cap of {self.cap:,} bytes")
@@ -183,8 +211,10 @@ class DiskStore:
             for attempt in range(2):
                 try:
                     if not self._publish(path, data):
-                        return self._not_kept("no room could be made")
+                        held = self._held.active
+                        return self._not_kept(FULL if held else "no room could be made")
                     kept = self._adopt(key)
+                    self._hold([key])
                     self.touch(key)
                     return kept
                 except FileNotFoundError:  # the folder: another process cleared the store
@@ -220,6 +250,30 @@ class DiskStore:
             files.sync_folder(self.path)
         return True
 
+    @contextmanager
+    def holding(self, keys: Collection[str] = ()) -> Iterator[None]:
+        self._held.begin()
+        try:
+            self._hold(keys)
+            yield
+        finally:
+            self._held.end()
+
+    def room(self) -> int | None:
+        return max(self.cap - self._held.nbytes, 0) if self._held.active else None
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        if not self._held.active:
+            return len(texts)
+        with self._lock:
+            kept = [(len(known.text), known.nbytes) for known in self._index.values() if not known.context]
+        return count_fitting(texts, self.room(), kept)
+
+    def _hold(self, keys: Collection[str]) -> None:
+        for key in keys:
+            if (known := self._index.get(key)) is not None:
+                self._held.add(self.path.name, key, known.nbytes)
+
     def delete(self, keys: Collection[str]) -> None:
         for key in filter(_is_key, keys):
             try:
@@ -228,7 +282,10 @@ class DiskStore:
             except OSError as error:
                 log.warning("could not delete stored chunk %s: %s", key[:12], error)
                 continue
-            self._forget(key)
+            self._held.drop(self.path.name, key)
+            with self._lock:
+                self._index.pop(key, None)
+                self._vanished.discard(key)
         if self.sync and keys:
             try:
                 files.sync_folder(self.path)  # or a power cut brings them back
@@ -259,6 +316,9 @@ class DiskStore:
     def _name(self, key: str) -> str:
         """`_file`, where there is no time to lose: to join a `Path` takes as long as to open a file."""
         return f"{self._prefix}{key}{format.SUFFIX}"
+
+    def _check(self, read: files.Read, status: os.stat_result) -> None:
+        format.check_file(read, status, self.namespace)
 
     def _listed(self) -> set[str]:
         """Keys of the files that are there. Raises OSError."""
@@ -293,6 +353,7 @@ class DiskStore:
                 self._index[key] = _Known(
                     text, context, "joint" in head, status.st_size, status.st_mtime, status.st_mtime
                 )
+                self._vanished.discard(key)
             return True
         return False
 
@@ -301,6 +362,15 @@ class DiskStore:
         if metadata["key"] != key or metadata["namespace"] != self.namespace.json:
             raise format.Rejected("other key or model")
         return metadata
+
+    def _note_vanished(self, key: str) -> None:
+        """The file is gone. Whoever removed it may have forgotten the text, so it must not only be missed."""
+        self._held.drop(self.path.name, key)
+        with self._lock:
+            # What this process removed has left the index, or is about to (`_note_evicted`).
+            if self._index.pop(key, None) is not None:
+                self._vanished.add(key)
+                self._stats.reject("vanished")
 
     def _forget(self, key: str, reason: str | None = None) -> None:
         with self._lock:
@@ -324,7 +394,7 @@ class DiskStore:
                     return
                 files.rename(path, bad)
                 # A file that took the other's place, and its number with it, is good: then it goes back.
-                format.load(files.read(bad, self.cap), key, self.namespace)
+                format.load(files.read(bad, self.cap, self._check), key, self.namespace)
                 files.rename(bad, path)
         except (format.Rejected, OSError, MemoryError):
             pass
@@ -343,6 +413,8 @@ class DiskStore:
 
     def _last_used(self, file: Found) -> float | None:
         """When a file was last used, to the moment where it was by this process; None for what is being read."""
+        if (file.namespace, file.key) in self._held:
+            return None
         with self._lock:
             mine = file.namespace == self.path.name
             if mine and file.key in self._reading:
@@ -356,6 +428,7 @@ class DiskStore:
                 self._stats.evicted += not file.garbage
                 if file.namespace == self.path.name:
                     self._index.pop(file.key, None)
+                    self._vanished.discard(file.key)
 
 
 def _exists(path: Path) -> bool:

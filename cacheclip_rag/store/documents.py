@@ -1,4 +1,4 @@
-"""Which chunks a document has, so that deleting the document finds them, after a restart too.
+"""Which chunks belong to which document, so that deleting a document finds them, even after a restart.
 
 One empty file a pair, ``STORE/documents/<document digest>-<text digest>``: nothing in it can be damaged or half
 written, processes that write at the same time cannot undo each other's work, and neither the document's name nor its
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..chunks import Namespace
-from ..errors import StoreError
+from ..errors import ConfigurationError, StoreError
 from . import files
 
 FOLDER = "documents"
@@ -28,10 +28,17 @@ class Documents:
     """The documents of one tenant, below a store's ``folder``, or in memory where that is None. Thread-safe.
 
     With a ``secret`` the digests are keyed: who does not know it cannot tell whether a document or text is there.
+
+    Raises `ConfigurationError` for a tenant or a document's name that is no text, and a secret that is no bytes: what
+    is noted under 7 would not be found under "7".
     """
 
     def __init__(self, folder: str | Path | None, tenant: str = "", secret: bytes = b"") -> None:
         self.path = None if folder is None else Path(folder).expanduser() / FOLDER
+        if not isinstance(tenant, str):
+            raise ConfigurationError(f'a tenant is a text, "" where there is none, not {tenant!r}')
+        if not isinstance(secret, bytes):
+            raise ConfigurationError(f"a secret is bytes, not {type(secret).__name__}")
         self._names = Namespace({"documents of": tenant}, secret)
         self._memory: set[Pair] = set()
         self._lock = threading.Lock()
@@ -65,7 +72,7 @@ class Documents:
 
     def only(self, documents: Collection[str]) -> frozenset[str]:
         """Digests of the texts that these documents have and no other one."""
-        mine = set(map(self._document, documents))
+        mine = self._documents(documents)
         pairs = self._pairs()
         others = {text for document, text in pairs if document not in mine}
         return frozenset(text for document, text in pairs if document in mine) - others
@@ -81,7 +88,7 @@ class Documents:
 
     def remove(self, documents: Collection[str]) -> None:
         """Drop all that is known of these documents. Raises `StoreError`."""
-        mine = set(map(self._document, documents))
+        mine = self._documents(documents)
         self._remove({pair for pair in self._pairs() if pair[0] in mine})
 
     def clear(self) -> None:
@@ -101,7 +108,14 @@ class Documents:
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _document(self, name: str) -> str:
+        if not isinstance(name, str):
+            raise ConfigurationError(f"a document's name is a text, not {name!r}")
         return self._names.key("", (name,))
+
+    def _documents(self, names: Collection[str]) -> set[str]:
+        if isinstance(names, str):  # whose characters would be taken for names
+            raise ConfigurationError("documents are given as several names, not as one: [name]")
+        return set(map(self._document, names))
 
     def _pairs(self) -> set[Pair]:
         with self._lock:
@@ -119,13 +133,22 @@ class Documents:
     def _remove(self, pairs: set[Pair]) -> None:
         with self._lock:
             self._memory -= pairs
-        if self.path is None:
+        if self.path is None or not pairs:
             return
-        try:
-            for pair in pairs:
+        failures = list[OSError]()
+        for pair in pairs:
+            try:
                 files.remove(self.path / _name(pair))
+            except OSError as error:
+                failures.append(error)
+        try:
+            files.sync_folder(self.path)  # or a power cut brings them back
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be changed: {error.strerror}") from error
+            failures.append(error)
+        if failures:
+            raise StoreError(f"{self.path} cannot be changed: {failures[0].strerror or failures[0]}") from failures[0]
 
 
 def _name(pair: Pair) -> str:

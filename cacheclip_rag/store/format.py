@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..chunks import ChunkKV, Namespace
 from . import int8
-from .layout import Placed, read_tensors
+from .layout import Placed, measure, read_tensors, where
 from .layout import Rejected as Rejected
 
 FORMAT = "cacheclip-rag/1"
@@ -34,6 +35,7 @@ SUFFIX = ".safetensors"
 MAX_HEADER = 16 << 20  # bytes; a header is a chunk's text and a few hundred bytes more
 MAX_TENSORS = 64
 _BEGINNING = 8 << 10  # bytes that hold most headers
+_PIECE = 1 << 20  # bytes
 
 _METADATA = {"format", "key", "namespace", "text", "position", "checksum"}
 _TENSORS = ("ids", "keys", "offsets", "values")
@@ -112,6 +114,30 @@ def fields(head: Data) -> dict[str, Any]:
     return found
 
 
+def check_file(read: Callable[[int, int], Data], status: os.stat_result, namespace: Namespace) -> None:
+    """Whether a file is worth the memory that it takes to read it; ``read(n, offset)`` gives n of its bytes, or what
+    there is of them. Raises `Rejected`.
+
+    A file with holes is as large as somebody likes and takes no room on the disk. So it must be as large as its header
+    says, and one that has holes is checked in pieces first: some file systems leave out what is all zeros.
+    """
+    found = read_fields(lambda count: read(count, 0))
+    metadata = found.pop("__metadata__")
+    start = 8 + int.from_bytes(read(8, 0), "little")
+    end = measure(found)
+    if status.st_size != start + end:
+        raise Rejected("truncated" if status.st_size < start + end else "larger than its header says")
+    if end > _PIECE and getattr(status, "st_blocks", status.st_size) * 512 < status.st_size // 2:
+        digest = _digest({name: metadata[name] for name in metadata if name != "checksum"}, namespace)
+        for name in sorted(found):
+            first, stop, dtype, shape = where(found[name])
+            digest.update(_described(name, dtype, shape))
+            for at in range(start + first, start + stop, _PIECE):
+                digest.update(read(min(_PIECE, start + stop - at), at))
+        if not _equal(digest.hexdigest(), metadata["checksum"]):
+            raise Rejected("checksum")
+
+
 def context(metadata: dict[str, str]) -> tuple[str, ...]:
     """The texts a chunk's KV was computed with. Raises `Rejected`."""
     if "company" not in metadata:
@@ -146,8 +172,8 @@ def load(data: Data, key: str, namespace: Namespace) -> ChunkKV:
     placed = read_tensors(found, view[8 + int.from_bytes(view[:8], "little") :])
     tensors = {name: one.tensor for name, one in placed.items()}
     extra, packing = _named(tensors, _EXTRA), _named(tensors, _PACKING)
-    if len(tensors) != len(_TENSORS) + len(extra) + len(packing) or not hmac.compare_digest(
-        _checksum(placed, metadata, namespace).encode(), checksum.encode("utf-8", "surrogatepass")
+    if len(tensors) != len(_TENSORS) + len(extra) + len(packing) or not _equal(
+        _checksum(placed, metadata, namespace), checksum
     ):
         raise Rejected("checksum")
     if not set(_TENSORS) <= set(tensors):
@@ -186,10 +212,23 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _checksum(tensors: Mapping[str, Placed], metadata: dict[str, str], namespace: Namespace) -> str:
     """Over everything that is served: the tensors and what the header says of them."""
-    digest: Any = hmac.new(namespace.secret, digestmod=hashlib.sha256) if namespace.secret else xxhash.xxh3_128()
-    digest.update(_canonical(metadata).encode())
+    digest = _digest(metadata, namespace)
     for name in sorted(tensors):
         _, raw, dtype, shape = tensors[name]
-        digest.update(f"{name}:{dtype}:{shape};".encode())
+        digest.update(_described(name, dtype, shape))
         digest.update(raw)
     return digest.hexdigest()
+
+
+def _digest(metadata: dict[str, str], namespace: Namespace) -> Any:
+    digest: Any = hmac.new(namespace.secret, digestmod=hashlib.sha256) if namespace.secret else xxhash.xxh3_128()
+    digest.update(_canonical(metadata).encode())
+    return digest
+
+
+def _described(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"{name}:{dtype}:{shape};".encode()
+
+
+def _equal(computed: str, said: str) -> bool:
+    return hmac.compare_digest(computed.encode(), said.encode("utf-8", "surrogatepass"))

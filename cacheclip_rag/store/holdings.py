@@ -1,4 +1,4 @@
-"""What a store holds, looked at from outside and without its models, wherever the files lie."""
+"""The contents of a store, on disk or at a remote: listed, verified and forgotten without loading models."""
 
 from __future__ import annotations
 
@@ -123,6 +123,12 @@ class Holdings(ABC):
             if look.stored is not None and not look.file.garbage:
                 yield look.stored
 
+    def keyed(self) -> set[str]:
+        """What the namespaces here say of their secrets (`keyed_by`)."""
+        first = {file.namespace: file for file in self.scan() if not file.garbage}
+        about = [look.about for look in self.look(first.values())] + [one.about for one in self._namespaces()]
+        return {str(fields["keyed"]) for fields in about if fields.get("keyed")}
+
     def verify(self, secret: bytes = b"", progress: Callable[[int], None] | None = None) -> Verified:
         """Read every file and check all that a request would check. Changes nothing."""
         result = Verified()
@@ -146,31 +152,55 @@ class Holdings(ABC):
         namespaces whose names begin so, of this tenant where one is named; what was removed.
 
         Files whose beginning is damaged may hold such a text as well, and so may unfinished ones and those set aside:
-        they go. Files of a format to come stay. Raises `StoreError`, too, for a file that cannot be read.
+        they go. Files of a format to come stay. All files are tried; raises `StoreError` that says what is left, also
+        of what cannot be looked into. Repeat it then.
         """
-        gone = []
-        for file, stored, reason, _ in self.look(self.scan(namespace)):
-            if stored is not None:
-                if tenant in (None, stored.tenant) and stored.holds(unwanted):
-                    self.remove(file)
-                    if not file.garbage:
-                        gone.append(stored)
-            elif reason.startswith(_UNREADABLE):
-                raise StoreError(f"{file.name} may hold what is to be forgotten, and is {reason}")
-            elif file.garbage or reason != format.OTHER_FORMAT:
-                self.remove(file)
+        gone, left = list[Stored](), self._hidden(namespace)
+        seen = set[Found]()
+        # Another process may be about to store such a chunk. What it stores until it is told is found by the second
+        # look, and what it stores later it takes back (see `forgettings`).
+        for _ in range(2):
+            untold = self._tell()
+            for look in self.look([file for file in self.scan(namespace) if file not in seen]):
+                seen.add(look.file)
+                try:
+                    self._forget(look, unwanted, tenant, gone)
+                except StoreError as error:
+                    left.append(str(error))
+        left += untold if gone or left else []
+        _complain(left)
         return gone
+
+    def _forget(self, look: Look, unwanted: Callable[[str], bool], tenant: str | None, gone: list[Stored]) -> None:
+        file, stored, reason, _ = look
+        if stored is not None:
+            if tenant in (None, stored.tenant) and stored.holds(unwanted):
+                self.remove(file)
+                if not file.garbage:
+                    gone.append(stored)
+        elif reason.startswith(_UNREADABLE):
+            raise StoreError(f"{file.namespace}/{file.name} is {reason}")
+        elif file.garbage or reason != format.OTHER_FORMAT:
+            self.remove(file)
 
     def look(self, found: Iterable[Found]) -> Iterator[Look]:
         """These files, but for those that are gone meanwhile."""
         return (look for look in self._each(self._look_at, found) if look is not None)
 
     def clear(self, namespace: str = "") -> int:
-        """Remove all chunks of the namespaces whose names begin so; how many. Other files stay."""
-        count = 0
+        """Remove all chunks of the namespaces whose names begin so; how many. Other files stay.
+
+        All are tried; raises `StoreError` that says what is left.
+        """
+        count, left = 0, self._hidden(namespace)
+        self._tell()
         for file in self.scan(namespace):
-            self.remove(file)
-            count += not file.garbage
+            try:
+                self.remove(file)
+                count += not file.garbage
+            except StoreError as error:
+                left.append(str(error))
+        _complain(left)
         return count
 
     # ---- a place's own ----------------------------------------------------------------------------------------------
@@ -180,8 +210,8 @@ class Holdings(ABC):
         """Its first bytes, or what there is. Raises OSError."""
 
     @abstractmethod
-    def _read(self, file: Found) -> format.Data:
-        """All of it. Raises OSError."""
+    def _read(self, file: Found, namespace: Namespace) -> format.Data:
+        """All of it, for `format.load`. Raises OSError, and `Rejected` for what is not worth reading."""
 
     def _each(self, work: Callable[[Found], T], found: Iterable[Found]) -> Iterator[T]:
         """``work`` done on each, in order."""
@@ -190,6 +220,14 @@ class Holdings(ABC):
     def _namespaces(self) -> Iterable[NamespaceUsage]:
         """Those that are known to be there, with what is known about them."""
         return ()
+
+    def _hidden(self, namespace: str) -> list[str]:
+        """What may hold chunks of these namespaces and cannot be looked into, each with the reason."""
+        return []
+
+    def _tell(self) -> list[str]:
+        """Let others know that something is being forgotten; why they cannot be told."""
+        return []
 
     def _open_to_others(self, file: Found) -> list[str]:
         """It, when other users may read or write it."""
@@ -211,8 +249,7 @@ class Holdings(ABC):
     def _reason(self, file: Found, secret: bytes) -> str | None:
         """Why a file would not be served; "keyed" where only its secret could tell, None where it would be."""
         try:
-            data = self._read(file)
-            metadata = format.header(data)
+            metadata: dict[str, str] = format.read_fields(partial(self._head, file))["__metadata__"]
             fields = json.loads(metadata["namespace"])
             keyed = fields.pop("keyed", None) is not None
             namespace = Namespace(fields, secret if keyed else b"")
@@ -222,7 +259,7 @@ class Holdings(ABC):
                 return "keyed"
             if file.namespace != namespace.digest[:32]:
                 return "other model"
-            format.load(data, metadata["key"], namespace)
+            format.load(self._read(file, namespace), metadata["key"], namespace)
         except format.Rejected as reason:
             return str(reason)
         except (ValueError, AttributeError, TypeError, RecursionError):
@@ -232,6 +269,21 @@ class Holdings(ABC):
         except (OSError, MemoryError) as error:
             return f"{_UNREADABLE}: {getattr(error, 'strerror', None) or error}"
         return None
+
+
+def keyed_by(secret: bytes) -> str:
+    """What a namespace with this secret says of it."""
+    return str(json.loads(Namespace({}, secret).json).get("keyed", ""))
+
+
+def _complain(left: list[str]) -> None:
+    """Raises `StoreError` where anything is left of what was to be removed."""
+    if left:
+        shown = "; ".join(left[:3]) + ("; ..." if len(left) > 3 else "")
+        raise StoreError(
+            f"not all could be removed or looked into, {len(left)} are left and may hold what is to be forgotten: "
+            f"{shown}. Mend that and forget again"
+        )
 
 
 def describe(file: Found, read: Callable[[int], bytes]) -> Look:

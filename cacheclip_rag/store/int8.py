@@ -1,4 +1,4 @@
-"""Chunk KV in 8 bits: half of bfloat16's bytes, at the price of a rounding.
+"""Chunk KV quantised to 8 bits: about half of bfloat16's bytes, with rounding errors.
 
 Keys are quantised per channel, since a few channels of every head are large for all tokens; values per token, since no
 channel of theirs is. The first tokens stay as they are: the attention sink is among them where a chunk is encoded bare,
@@ -7,7 +7,8 @@ and its numbers are far from all others. Source: KIVI (arXiv 2402.02750), with 8
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -57,6 +58,18 @@ class Int8Store:
 
     def vanished(self) -> list[str]:
         return self.inner.vanished()
+
+    def forgettings(self) -> bytes:
+        return self.inner.forgettings()
+
+    def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
+        return self.inner.holding(keys)
+
+    def room(self) -> int | None:
+        return self.inner.room()
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        return self.inner.fitting(texts)
 
     def stats(self) -> StoreStats:
         return self.inner.stats()

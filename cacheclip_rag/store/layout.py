@@ -1,4 +1,4 @@
-"""Where a safetensors file has its tensors: read without copying them, and checked as safetensors does.
+"""Reads the tensors of a safetensors file without copying them, with the same checks as safetensors.
 
 `safetensors.torch.load` copies every tensor out of the bytes, which costs as much as a checksum over them. Files are
 still written by safetensors.
@@ -43,6 +43,22 @@ class Placed(NamedTuple):
     raw: memoryview
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def where(about: Any) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+    """First byte, end, dtype and shape of a tensor, by what the header says of it. Raises `Rejected`."""
+    start, stop, kind, shape = _place(about)
+    return start, stop, _DTYPES[kind], shape
+
+
+def measure(header: Mapping[str, Any]) -> int:
+    """How many bytes the tensors of ``header`` take behind it, and that they fill them. Raises `Rejected`."""
+    end = 0
+    for start, stop, kind, shape in sorted(_place(about) for about in header.values()):
+        if start != end or stop - start != math.prod(shape) * _SIZES[_DTYPES[kind]]:
+            raise Rejected("damaged")
+        end = stop
+    return end
 
 
 def read_tensors(header: Mapping[str, Any], data: memoryview) -> dict[str, Placed]:

@@ -1,4 +1,4 @@
-"""Chunk KV elsewhere: object stores and network shares through fsspec, as a tier that may be slow, gone or wrong.
+"""The remote tier: object stores and network shares through fsspec, which may be slow, unreachable or corrupt.
 
 The layout is the disk's, ``URL/<namespace digest>/<key>.safetensors``, and so are the bytes: a folder that was copied
 there by other means serves as well. Nothing is taken that the disk would not serve.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,15 +23,19 @@ from ..chunks import ChunkKV, Namespace
 from ..errors import ConfigurationError
 from . import files, format
 from .base import Entry, StoreStats
+from .disk import DiskStore
 
 log = logging.getLogger("cacheclip_rag")
 
 T = TypeVar("T")
 
+CALLS_AT_ONCE = 8
+"""Calls under way to one remote, those that hang included."""
+
 _LONGEST_PAUSE = 600.0  # seconds without trying a remote that keeps failing
-_AT_ONCE = 8  # calls under way, those that hang included
 _LISTING = 4  # times the timeout
 _FAILURES = 3  # in a row, however quick
+_PIECE = 1 << 20  # bytes read at a time
 _WAITING_BYTES = 1 << 30  # of chunks that wait for their upload
 
 
@@ -39,7 +44,7 @@ class Unavailable(OSError):
 
 
 class Remote:
-    """A place for chunk KV, with bounded patience: no call takes longer than ``timeout`` seconds.
+    """A remote location for chunk KV, with a time limit: no call takes longer than ``timeout`` seconds.
 
     A call that takes so long, or three failures in a row, break the circuit: for ``pause`` seconds (twice as long each
     time, ten minutes at most) nobody asks, then one call tries. So a dead remote delays requests by at most
@@ -63,7 +68,7 @@ class Remote:
         except (ImportError, ValueError, TypeError) as error:
             raise ConfigurationError(f"{url} cannot be used as a remote store: {error}") from error
         self.url, self.timeout, self.pause, self.max_bytes = url, timeout, pause, max_bytes
-        self._slots = threading.Semaphore(_AT_ONCE)
+        self._slots = threading.Semaphore(CALLS_AT_ONCE)
         self._lock = threading.Lock()
         self._failures, self._lost = 0, 0.0
         self._resting, self._until, self._trying = pause, 0.0, False
@@ -72,7 +77,7 @@ class Remote:
 
     def after_fork(self) -> None:
         """In a forked process: the calls that were under way are the other one's."""
-        self._slots, self._trying = threading.Semaphore(_AT_ONCE), False
+        self._slots, self._trying = threading.Semaphore(CALLS_AT_ONCE), False
 
     def call(self, work: Callable[[], T], patience: float | None = None) -> T:
         """``work()``, if it is done in time (``timeout``, or ``patience`` seconds). Raises FileNotFoundError, or
@@ -82,14 +87,16 @@ class Remote:
         self._enter()
         if not self._slots.acquire(blocking=False):
             self._failed(self.timeout)
-            raise Unavailable(f"{self.url}: {_AT_ONCE} calls hang")
+            raise Unavailable(f"{self.url}: {CALLS_AT_ONCE} calls hang")
         future: Future[T] = Future()
 
         def run() -> None:
             try:
                 result = work()
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
+            except BaseException as error:  # a client's CancelledError, say, would end whoever asked
+                future.set_exception(Unavailable(f"{type(error).__name__}: {error}"))
             else:
                 future.set_result(result)
             finally:
@@ -105,7 +112,7 @@ class Remote:
             raise Unavailable(f"{self.url}: {error}") from error
         try:
             result = future.result(patience)
-        except FileNotFoundError:
+        except (FileNotFoundError, format.Rejected):
             self._succeeded()
             raise
         except FutureTimeout as error:
@@ -114,32 +121,63 @@ class Remote:
         except Exception as error:
             self._failed(time.monotonic() - start)
             raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from error
+        except BaseException:  # an interrupt of who waits says nothing of the remote, and must not keep others out
+            with self._lock:
+                self._trying = False
+            raise
         self._succeeded()
         return result
 
-    def read(self, name: str) -> bytes:
-        """The file's bytes. Raises what `call` does, and `Unavailable` for more than ``max_bytes``."""
-
+    def read(self, name: str, check: files.Check | None = None) -> format.Data:
+        """The file's bytes. Raises what `call` does, and `Unavailable` for more than ``max_bytes``. On a network share,
+        ``check`` is called as by `files.contents`.
+        """
+        if self._is_share:
+            return self.call(lambda: files.read(f"{self.root}/{name}", self.max_bytes, check))
         data = self.read_head(name, self.max_bytes + 1)
         if len(data) > self.max_bytes:
             raise Unavailable(f"{name} is larger than {self.max_bytes:,} bytes")
         return data
 
     def read_head(self, name: str, size: int) -> bytes:
-        """The file's first ``size`` bytes, or what there is. Raises what `call` does."""
+        """The file's first ``size`` bytes, or what there is; no more is kept in memory, whatever is sent. Raises what
+        `call` does.
+        """
 
         def work() -> bytes:
             path = f"{self.root}/{name}"
             try:
-                return bytes(self.fs.cat_file(path, start=0, end=size))
+                return self._first(path, size)
             except FileNotFoundError:
                 raise
             except Exception:  # an empty object has no first byte that a server could send
-                if self.fs.info(path)["size"]:
+                if self._ask("info", path)["size"]:
                     raise
                 return b""
 
         return self.call(work)
+
+    def _first(self, path: str, size: int) -> bytes:
+        if self._is_share:
+            return files.read_head(path, size)
+        if (stream := _stream(self.fs)) is not None:  # a server may ignore the range it was asked for, and never end
+            return self._sync(stream, self.fs, path, size)
+        return bytes(self._ask("cat_file", path, start=0, end=size))
+
+    def _ask(self, method: str, *arguments: Any, patience: float | None = None, **options: Any) -> Any:
+        """A method of the file system; of one that can be stopped, no longer than the call may take."""
+        if getattr(self.fs, "async_impl", False) is True:
+            return self._sync(getattr(self.fs, f"_{method}"), *arguments, patience=patience, **options)
+        return getattr(self.fs, method)(*arguments, **options)
+
+    def _sync(self, work: Callable[..., Any], *arguments: Any, patience: float | None = None, **options: Any) -> Any:
+        from fsspec.asyn import sync
+
+        return sync(self.fs.loop, work, *arguments, timeout=patience or self.timeout, **options)
+
+    @property
+    def _is_share(self) -> bool:
+        return "file" in self.fs.protocol
 
     def listing(self) -> dict[str, tuple[int, float]]:
         """Bytes and time of change (epoch seconds; 0: not known) of all files, by name. Raises `Unavailable`.
@@ -149,7 +187,7 @@ class Remote:
 
         def work() -> dict[str, tuple[int, float]]:
             try:
-                found = self.fs.find(self.root, detail=True)
+                found = self._ask("find", self.root, detail=True, patience=_LISTING * self.timeout)
             except FileNotFoundError:
                 return {}
             start = len(self.fs._strip_protocol(self.root).rstrip("/")) + 1
@@ -164,11 +202,11 @@ class Remote:
         def work() -> None:
             if not again and self._exists(path):
                 return
-            if "file" in self.fs.protocol:  # a network share: what is half written must not have the name
+            if self._is_share:  # what is half written must not have the name
                 files.make_directory(Path(path).parent)
                 files.publish(Path(path), data)
             else:
-                self.fs.pipe_file(path, data)
+                self._ask("pipe_file", path, data)
 
         self.call(work)
 
@@ -177,7 +215,7 @@ class Remote:
 
         def work() -> None:
             if self._exists(path := f"{self.root}/{name}"):
-                self.fs.rm_file(path)
+                self._ask("rm_file", path)
 
         try:
             self.call(work)
@@ -186,7 +224,7 @@ class Remote:
 
     def _exists(self, path: str) -> bool:
         try:
-            self.fs.info(path)
+            self._ask("info", path)
         except FileNotFoundError:
             return False
         return True
@@ -221,25 +259,30 @@ class RemoteStore:
     """A `ChunkStore` of one namespace at a `Remote`. Chunks are uploaded in the background, one at a time.
 
     It answers `in` and lists entries without asking the remote, so it knows of what it uploaded or fetched only. Chunks
-    whose upload fails stay where they are nearer by.
+    whose upload fails stay where they are nearer by. ``beside``: where they are kept nearer by, and what another
+    process forgets there is not uploaded.
     """
 
-    def __init__(self, remote: Remote, namespace: Namespace) -> None:
-        self.remote, self.namespace = remote, namespace
+    def __init__(self, remote: Remote, namespace: Namespace, beside: DiskStore | None = None) -> None:
+        self.remote, self.namespace, self._beside = remote, namespace, beside
         self._known: dict[str, int] = {}
         self._damaged: set[str] = set()
         self._unwanted: set[str] = set()
         self._waiting = 0
+        self._queued: dict[str, bool] = {}
+        """What waits for its upload, and whether it still is to be uploaded."""
         self._stats = StoreStats()
         self._lock = threading.Lock()
-        self._uploads: Background[tuple[str, ChunkKV]] = Background(self._upload)
+        self._uploads: Background[tuple[str, ChunkKV, bytes]] = Background(self._upload)
 
     def get(self, key: str) -> ChunkKV | None:
         if not _is_key(key) or key in self._unwanted:
             self._missed()
             return None
         try:
-            data = self.remote.read(self._name(key))
+            data = self.remote.read(
+                self._name(key), lambda read, status: format.check_file(read, status, self.namespace)
+            )
             chunk = format.load(data, key, self.namespace)
         except format.Rejected as reason:
             log.warning("chunk %s from %s is not served: %s", key[:12], self.remote.url, reason)
@@ -271,7 +314,8 @@ class RemoteStore:
                 self._stats.failed_puts += 1
                 return False
             self._waiting += chunk.nbytes
-        self._uploads.add([(key, chunk)])
+            self._queued[key] = True
+        self._uploads.add([(key, chunk, b"" if self._beside is None else self._beside.forgettings())])
         return False
 
     def delete(self, keys: Collection[str]) -> None:
@@ -281,6 +325,21 @@ class RemoteStore:
             for key in keys:
                 self._known.pop(key, None)
         self._remove_unwanted()
+
+    def known(self) -> set[str]:
+        """The keys that `in` answers for."""
+        with self._lock:
+            return set(self._known)
+
+    def let_go(self, keys: Collection[str]) -> None:
+        """Another process removed these where they are nearer by. They may be there still, since it may have evicted
+        them, but must be asked for, and what waits for its upload is not uploaded.
+        """
+        with self._lock:
+            for key in keys:
+                self._known.pop(key, None)
+                if key in self._queued:
+                    self._queued[key] = False
 
     def entries(self) -> Iterator[Entry]:
         return iter(())
@@ -292,6 +351,18 @@ class RemoteStore:
 
     def vanished(self) -> list[str]:
         return []
+
+    def forgettings(self) -> bytes:
+        return b""
+
+    def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
+        return nullcontext()  # a remote has no cap
+
+    def room(self) -> int | None:
+        return None
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        return len(texts)
 
     def flush(self) -> None:
         """Wait for the uploads, and remove what is still to be removed. Bounded: when the remote is dead, the circuit
@@ -319,14 +390,24 @@ class RemoteStore:
             if reason:
                 self._stats.reject(reason)
 
-    def _upload(self, task: tuple[str, ChunkKV]) -> None:
-        key, chunk = task
+    def _forgotten(self, key: str, then: bytes) -> bool:
+        """Whether another process may have forgotten it since ``then``, when it was given to be uploaded."""
+        near = self._beside
+        if not self._queued.get(key, True):
+            return True
+        # In the index and not in the folder: removed, and not noticed yet. In neither: evicted by this process.
+        return near is not None and not near.holds(key) and (key in near or near.forgettings() != then)
+
+    def _upload(self, task: tuple[str, ChunkKV, bytes]) -> None:
+        key, chunk, then = task
         try:
-            if key not in self._unwanted:
+            if key not in self._unwanted and not self._forgotten(key, then):
                 data = format.dump(key, chunk, self.namespace)
                 self.remote.write(self._name(key), data, again=key in self._damaged)
                 with self._lock:
                     self._damaged.discard(key)
+                    if self._forgotten(key, then):  # while it was written
+                        self._unwanted.add(key)
                     if key not in self._unwanted:
                         self._known[key] = len(data)
         except (OSError, UnicodeEncodeError, MemoryError) as error:
@@ -336,6 +417,7 @@ class RemoteStore:
         finally:
             with self._lock:
                 self._waiting -= chunk.nbytes
+                self._queued.pop(key, None)
         self._remove_unwanted()
 
     def _remove_unwanted(self) -> None:
@@ -348,6 +430,42 @@ class RemoteStore:
             with self._lock:
                 if not self._waiting:  # an upload that is under way would bring it back
                     self._unwanted.discard(key)
+
+
+def _stream(fs: Any) -> Callable[..., Any] | None:
+    """Reads the beginning of a file piece by piece, where the file system is known to send more than it is asked for if
+    the server does: ``await stream(fs, path, size)``.
+    """
+    kinds = {"http": _http_stream, "https": _http_stream, "s3": _s3_stream, "s3a": _s3_stream}
+    names = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+    found = next((kinds[name] for name in names if name in kinds), None)
+    needed = "_call_s3" if found is _s3_stream else "set_session"
+    return found if getattr(fs, "async_impl", False) is True and hasattr(fs, needed) else None
+
+
+async def _http_stream(fs: Any, path: str, size: int) -> bytes:
+    session = await fs.set_session()
+    options = dict(fs.kwargs)
+    headers = {**options.pop("headers", {}), "Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
+    async with session.get(fs.encode_url(path), headers=headers, **options) as response:
+        fs._raise_not_found_for_status(response, path)
+        return await _pieces(response.content.read, size)
+
+
+async def _s3_stream(fs: Any, path: str, size: int) -> bytes:
+    bucket, key, _ = fs.split_path(path)
+    found = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}", **fs.req_kw)
+    try:
+        return await _pieces(found["Body"].read, size)
+    finally:
+        found["Body"].close()
+
+
+async def _pieces(read: Callable[[int], Any], size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size and (piece := await read(min(_PIECE, size - len(data)))):
+        data += piece
+    return bytes(data)
 
 
 def _changed(about: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Looking after a remote from outside: what lies there, whether it is whole, forgetting."""
+"""Administration of a remote, without loading models: listing, verification, forgetting."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
+from ..chunks import Namespace
 from ..errors import StoreError
 from . import files, format
 from .cap import Found
@@ -45,8 +46,8 @@ class RemoteAdministration(Holdings):
     def _head(self, file: Found, size: int) -> bytes:
         return _asking(lambda: self.remote.read_head(_name(file), size))
 
-    def _read(self, file: Found) -> format.Data:
-        return bytearray(self.remote.read(_name(file)))
+    def _read(self, file: Found, namespace: Namespace) -> format.Data:
+        return self.remote.read(_name(file), lambda read, status: format.check_file(read, status, namespace))
 
     def _each(self, work: Callable[[Found], T], found: Iterable[Found]) -> Iterator[T]:
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="cacheclip-heads") as pool:
@@ -87,20 +88,25 @@ class RemoteTexts:
             self._orders.append(_Order(frozenset(wanted), None))
             self._carry_out()
 
-    def forget_in(self, namespaces: Collection[str], wanted: Collection[str]) -> None:
-        """As `forget`, in namespaces of these names; a remote that is away is worth a warning."""
+    def forget_in(self, namespaces: Collection[str], wanted: Collection[str]) -> bool:
+        """As `forget`, in namespaces of these names; a remote that is away is worth a warning. Returns what `go_on`
+        does.
+        """
         with self._lock:
             self._orders.append(_Order(frozenset(wanted), frozenset(namespaces)))
-        self.go_on()
+        return self.go_on()
 
-    def go_on(self) -> None:
-        """Forget what could not be forgotten when that was asked for. Warns when the remote is still away."""
+    def go_on(self) -> bool:
+        """Forget what could not be forgotten when that was asked for. Whether nothing of it is left; warns when the
+        remote is still away.
+        """
         with self._lock:
             try:
                 if self._orders:
                     self._carry_out()
             except StoreError as error:
                 log.warning("what was forgotten may still be at the remote: %s", error)
+            return not self._orders
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
@@ -108,10 +114,16 @@ class RemoteTexts:
         found = {_name(file): file for file in self._place.scan()}
         self._texts = {name: texts for name, texts in self._texts.items() if name in found}
         self._learn([file for file in found.values() if any(order.covers(file) for order in self._orders)])
+        failures = list[StoreError]()
         for name, texts in list(self._texts.items()):
             if any(order.wanted & texts and order.covers(found[name]) for order in self._orders):
-                self._place.remove(found[name])
-                del self._texts[name]
+                try:
+                    self._place.remove(found[name])
+                    del self._texts[name]
+                except StoreError as error:
+                    failures.append(error)
+        if failures:
+            raise StoreError(f"{len(failures)} files could not be removed from the remote: {failures[0]}")
         self._orders.clear()
 
     def _learn(self, found: Iterable[Found]) -> None:

@@ -1,14 +1,17 @@
-"""Tiers of stores as one: the nearest that has a chunk serves it, and the nearer ones take a copy."""
+"""Several stores as tiers of one: the nearest that has a chunk serves it, and those before it keep a copy."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from ..chunks import ChunkKV
 from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
+from .memory import MemoryStore
+from .remote import RemoteStore
 
 
 @dataclass(eq=False)
@@ -33,12 +36,13 @@ class TieredStore:
         self._vanished: set[str] = set()
         self._lock = threading.Lock()
         self._copying = threading.Lock()
+        self._forgettings = self.forgettings()
 
     def get(self, key: str) -> ChunkKV | None:
         if (chunk := self._all[0].get(key)) is not None:
             self._touch(key, 0)
             return chunk
-        read = _Read(key)
+        read, before = _Read(key), self.forgettings() if self.remote is not None else b""
         with self._lock:
             self._reads.append(read)
         try:
@@ -50,7 +54,12 @@ class TieredStore:
                         for nearer in self._all[:level]:
                             nearer.put(key, chunk)
                     self._touch(key, level)
-                    return chunk
+                    if level < len(self.tiers) or self.forgettings() == before:
+                        return chunk
+                    # Another process may have forgotten it, here and at the remote, while it was fetched.
+                    for nearer in self.tiers:
+                        nearer.delete([key])
+                    return None
         finally:
             with self._lock:
                 self._reads.remove(read)
@@ -83,14 +92,34 @@ class TieredStore:
 
     def refresh(self) -> bool:
         """What another process removed from a disk is not served from memory either: it may have been forgotten."""
+        forgettings = self.forgettings()
         changed = any([tier.refresh() for tier in self.tiers])
         for level, tier in enumerate(self.tiers):
-            if gone := tier.vanished():
-                for nearer in self.tiers[:level]:
-                    nearer.delete(gone)
-                with self._lock:
-                    self._vanished.update(gone)
+            self._let_go(tier.vanished(), self.tiers[:level])
+        if forgettings != self._forgettings:
+            # What was forgotten may be here and in no file: not kept by a full disk, or evicted since.
+            *nearer, farthest = self.tiers
+            only_here = {entry.key for tier in nearer for entry in tier.entries() if entry.key not in farthest}
+            if isinstance(self.remote, RemoteStore):
+                only_here |= self.remote.known() - {key for key in self.remote.known() if key in farthest}
+            self._let_go(only_here, nearer)
+            self._forgettings = forgettings
+            changed = True
         return changed
+
+    def _let_go(self, gone: Collection[str], tiers: Sequence[ChunkStore]) -> None:
+        """Another process removed these, and they are not to be served from these tiers, nor uploaded."""
+        if not gone:
+            return
+        with self._copying, self._lock:  # a look-up that has read one already must not bring it back
+            for read in self._reads:
+                read.deleted |= read.key in gone
+        for tier in tiers:
+            tier.delete(gone)
+        if isinstance(self.remote, RemoteStore):
+            self.remote.let_go(gone)
+        with self._lock:
+            self._vanished.update(gone)
 
     @property
     def changes(self) -> int:
@@ -100,6 +129,24 @@ class TieredStore:
         with self._lock:
             gone, self._vanished = self._vanished, set()
         return list(gone)
+
+    def holding(self, keys: Collection[str] = ()) -> AbstractContextManager[None]:
+        """In the tier that keeps what the others evict."""
+        return self._keeper.holding(keys)
+
+    def room(self) -> int | None:
+        return self._keeper.room()
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        return self._keeper.fitting(texts)
+
+    @property
+    def _keeper(self) -> ChunkStore:
+        in_memory = self.remote is not None and isinstance(self.tiers[-1], MemoryStore)
+        return self.remote if self.remote is not None and in_memory else self.tiers[-1]
+
+    def forgettings(self) -> bytes:
+        return self.tiers[-1].forgettings()
 
     def stats(self) -> StoreStats:
         """What is kept and what was not: the farthest tier's, the remote one not counted. A chunk that any of them had

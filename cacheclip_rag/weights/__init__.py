@@ -1,1 +1,1 @@
-"""Model weights by name: fetched, converted, and verified on this machine."""
+"""Model weights by name: download, conversion, and records of verification on this machine."""

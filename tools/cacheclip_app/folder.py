@@ -25,9 +25,13 @@ from llama_index.llms.cacheclip import CacheClipLLM
 from llama_index.readers.file import HTMLTagReader
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
-from cacheclip_rag.chunks import canonical
+from cacheclip_rag import Engine
+from cacheclip_rag.chunks import MIN_CHARS, ChunkKV, canonical
 from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.kv.library import Library as ChunkLibrary
 from cacheclip_rag.store.admin import Administration
+from cacheclip_rag.store.files import make_directory
+from cacheclip_rag.store.format import dump
 from cacheclip_rag.weights.pull import resolve
 
 SUFFIXES = (".pdf", ".md", ".markdown", ".html", ".htm", ".txt", ".rst")
@@ -36,6 +40,15 @@ _COLLECTION = "chunks"
 
 _BATCH = 8
 """Documents that are embedded at a time: what an interruption costs."""
+
+_THE_STORE = "the store "
+"""How a reason begins for which `Engine.ensure` skips a chunk that the store has not kept."""
+
+DISK_BYTES = 32 << 30
+"""An engine's default."""
+
+_SAMPLE = 16
+"""Chunks of which one is measured."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and of how much."""
@@ -47,8 +60,10 @@ class Library:
 
     home: Path
     model: str = "qwen2.5-coder-0.5b-instruct"
-    auxiliary: str | None = "smollm2-135m-instruct"
+    auxiliary: str | None = None
     chunk_size: int = 320
+    disk_bytes: int | None = None
+    """The most that all KV takes; None: an engine's default."""
 
     @classmethod
     def given(cls, home: Path, **settings: Any) -> Library:
@@ -96,10 +111,18 @@ class Library:
 
     def write(self) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "home"}
+        if self.disk_bytes is None:  # versions before know no such setting
+            del settings["disk_bytes"]
         (self.folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     def llm(self, **options: Any) -> CacheClipLLM:
-        return CacheClipLLM(self.model, auxiliary=self.auxiliary, kv_dir=str(self.home), **options)
+        if self.disk_bytes is None:
+            return CacheClipLLM(self.model, auxiliary=self.auxiliary, kv_dir=str(self.home), **options)
+        return CacheClipLLM.from_engine(self.engine(options.get("method")), model_name=self.model, **options)
+
+    def engine(self, method: str | None = None) -> Engine:
+        """One with this cap: whoever opens the store with a smaller one evicts what does not fit."""
+        return Engine(self.model, auxiliary=self.auxiliary, method=method, store=self.home, disk_bytes=_cap(self))
 
     def client(self) -> ClientAPI:
         return chromadb.PersistentClient(str(self.folder / "chroma"), settings=Settings(anonymized_telemetry=False))
@@ -126,16 +149,50 @@ class Ingested:
     """``(beginning of the chunk, reason)``: without KV, so prefilled whenever they are retrieved."""
     disk_bytes: int = 0
     """Of the KV of all chunks, the auxiliary model's included."""
+    passed_over: list[str] = field(default_factory=list)
+    """Links that lead out of the folder, and names that are no text."""
+    kept: int = 0
+    """Chunks whose KV is in the store now."""
+    no_room: int = 0
+    """Chunks without KV because the store is full."""
+    cap_bytes: int = 0
 
 
-def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: Progress = lambda *_: None) -> Ingested:
+@dataclass
+class Plan:
+    """What an ingestion would do, measured on a few chunks on this machine; nothing is written."""
+
+    files: int
+    chunks: int
+    new: int
+    """Chunks that have no KV in the store yet."""
+    tokens: int
+    nbytes: int
+    """Of the KV of all chunks, the auxiliary model's included."""
+    minutes: float
+    """For the model, and the auxiliary one, to read the new chunks."""
+    cap_bytes: int
+    fitting: int
+    """How many of all chunks the cap has room for."""
+    passed_over: list[str] = field(default_factory=list)
+
+
+def ingest(
+    folder: Path,
+    library: Library,
+    embedding: BaseEmbedding,
+    progress: Progress = lambda *_: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Ingested:
     """Bring the library up to date with the folder: new and changed files are read, those that are gone forgotten.
 
-    Interrupting it loses nothing that was finished; the same call goes on from there. Raises `ConfigurationError` for
-    a folder without documents, and what opening the model raises.
+    Where the store has no room for all chunks, those that it has room for are read and the others are not: they would
+    only drive out the first. ``tell`` is called when that is known. Interrupting it loses nothing that was finished;
+    the same call goes on from there. Raises `ConfigurationError` for a folder without documents, and what opening the
+    model raises.
     """
     start = time.perf_counter()
-    files = _files(folder)
+    files, passed_over = _files(folder)
     resolve(library.model)  # a misspelt name is found before an hour of work
     progress("reading files", 0, 0)
     documents = _read(folder, files)
@@ -154,18 +211,153 @@ def ingest(folder: Path, library: Library, embedding: BaseEmbedding, progress: P
     if gone:  # what other models read of them goes, too
         Administration(library.home).forget({canonical(text) for text in gone}.__contains__)
     library.unfinished.unlink()
-    result = engine.ensure(after, lambda done: progress("reading chunks with the model", done, len(after)))
+    kept, encoded, skipped, no_room = _encode(engine, after, progress, tell)
     read = {document.metadata["source"] for document in documents}
-    unread = [name for file in files if (name := _name(folder, file)) not in read]
-    seconds = time.perf_counter() - start
-    size = engine.stats().store.disk_bytes
-    return Ingested(len(read), len(after), result.encoded, len(gone), seconds, unread, result.skipped, size)
+    return Ingested(
+        files=len(read),
+        chunks=len(after),
+        encoded=encoded,
+        removed=len(gone),
+        seconds=time.perf_counter() - start,
+        unread=[name for file in files if (name := _name(folder, file)) not in read],
+        skipped=skipped,
+        disk_bytes=engine.stats().store.disk_bytes,
+        passed_over=passed_over,
+        kept=kept,
+        no_room=no_room,
+        cap_bytes=_cap(library),
+    )
+
+
+def plan(folder: Path, library: Library, progress: Progress = lambda *_: None) -> Plan:
+    """What `ingest` would do. Raises what it raises."""
+    files, passed_over = _files(folder)
+    resolve(library.model)
+    progress("reading files", 0, 0)
+    nodes = _splitter(library)(_read(folder, files))
+    texts = list(dict.fromkeys(text_of(node) for node in nodes))
+    progress("opening the model", 0, 0)
+    with Engine(library.model, auxiliary=library.auxiliary) as engine:  # in memory
+        libraries = _libraries(engine)
+        sizes = [_Sizes.measured(one, _worth(texts), progress) for one in libraries]
+        cap, fitting, nbytes, tokens, seconds, new = _cap(library), 0, 0, 0, 0.0, 0
+        for text in texts:
+            known = [one.namespace.digest[:32] for one in libraries]
+            keys = [one.key(text) for one in libraries]
+            missing = [not (library.home / a / f"{b}.safetensors").exists() for a, b in zip(known, keys, strict=True)]
+            counts = [size.tokens(text) for size in sizes]
+            nbytes += sum(size.nbytes(text, count) for size, count in zip(sizes, counts, strict=True))
+            seconds += sum(
+                size.seconds_per_token * count for size, count, new in zip(sizes, counts, missing, strict=True) if new
+            )
+            tokens, new, fitting = tokens + counts[0], new + missing[0], fitting + (nbytes <= cap)
+    return Plan(len(files), len(texts), new, tokens, nbytes, seconds / 60, cap, fitting, passed_over)
+
+
+class _Sizes:
+    """What chunks take in one model's library: bytes and seconds, by what one of them took."""
+
+    def __init__(self, of: ChunkLibrary, chunk: ChunkKV, seconds: float = 0.0) -> None:
+        self._backbone = of.backbone
+        self._per_token = chunk.nbytes / max(len(chunk), 1)
+        self._fixed = len(dump(of.key(chunk.text), chunk, of.namespace)) - chunk.nbytes - len(_bytes(chunk.text))
+        self.seconds_per_token = seconds / max(len(chunk), 1)
+
+    @classmethod
+    def measured(cls, of: ChunkLibrary, texts: list[str], progress: Progress) -> _Sizes:
+        """By the longest of the first chunks, read twice: the first time is for warming up."""
+        sample = max(texts[:_SAMPLE], key=len, default=" ".join(["word"] * 100))
+        progress("measuring", 0, 0)
+        of.encode(sample)
+        start = time.perf_counter()
+        chunk = of.encode(sample)
+        return cls(of, chunk, time.perf_counter() - start)
+
+    def tokens(self, text: str) -> int:
+        return len(self._backbone.tokenise(canonical(text), plain=True))
+
+    def nbytes(self, text: str, tokens: int) -> int:
+        return int(self._per_token * tokens) + self._fixed + len(_bytes(canonical(text)))
+
+
+def _encode(
+    engine: Engine, texts: list[str], progress: Progress, tell: Callable[[str], None]
+) -> tuple[int, int, list[tuple[str, str]], int]:
+    """Keep the KV of these chunks, as far as there is room: how many are kept, how many were computed now and are kept,
+    what was left out and why, and how many of these for want of room.
+    """
+    libraries = _libraries(engine)
+    there = {text for text in texts if engine.library.keeps(engine.library.key(text))}
+    with contextlib.ExitStack() as holding:
+        for one in libraries:
+            holding.enter_context(one.store.holding([one.key(text) for text in texts]))
+        chosen = _with_room(libraries, texts)
+        if left_out := len(texts) - len(chosen):
+            tell(
+                f"the store has room for {len(chosen):,} of {len(texts):,} chunks: the other {left_out:,} are not "
+                "read, since they would only drive out the first (--cap)"
+            )
+        result = engine.ensure(chosen, lambda done: progress("reading chunks with the model", done, len(chosen)))
+    engine.library.store.refresh()  # another process may have evicted some
+    kept = {text for text in texts if engine.library.keeps(engine.library.key(text))}
+    chosen_texts, said = set(chosen), {beginning for beginning, _ in result.skipped}
+    lost = [text for text in _worth(texts) if text in chosen_texts and text not in kept and text[:40] not in said]
+    skipped = result.skipped + [(text[:40], "evicted again by another process") for text in lost]
+    full = sum(reason.startswith(_THE_STORE) for _, reason in result.skipped)
+    return len(kept), len(kept - there), skipped, left_out + full + len(lost)
+
+
+def _with_room(libraries: list[ChunkLibrary], texts: list[str]) -> list[str]:
+    """Those of the texts, from the first on, that the store has room for beside what it has of them. One chunk is
+    encoded to know what they take.
+    """
+    worth = set(_worth(texts))
+    rooms = [one.store.room() for one in libraries]
+    missing = [text for text in texts if text in worth and not all(one.keeps(one.key(text)) for one in libraries)]
+    if not missing or None in rooms:
+        return texts
+    room = min(room for room in rooms if room is not None)
+    sizes = []
+    for one in libraries:
+        [made] = one.encode_each(missing[:1])
+        if isinstance(made, Exception):
+            return texts  # `ensure` says why
+        sizes.append(_Sizes(one, made))
+    dropped = set[str]()
+    for text in missing:
+        taken = sum(
+            size.nbytes(text, size.tokens(text))
+            for one, size in zip(libraries, sizes, strict=True)
+            if not one.keeps(one.key(text))
+        )
+        if taken > room or dropped:  # a shorter one behind it would make the next run begin elsewhere
+            dropped.add(text)
+        else:
+            room -= taken
+    return [text for text in texts if text not in dropped]
+
+
+def _libraries(engine: Engine) -> list[ChunkLibrary]:
+    return [engine.library, *([] if engine.auxiliary is None else [engine.auxiliary.library])]
+
+
+def _worth(texts: list[str]) -> list[str]:
+    """Those that are long enough for KV to be kept."""
+    return [text for text in texts if len(canonical(text)) >= MIN_CHARS]
+
+
+def _cap(library: Library) -> int:
+    return DISK_BYTES if library.disk_bytes is None else library.disk_bytes
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
 
 
 def _begin(library: Library) -> set[str]:
     """The chunks there were before, those included that an ingestion which was interrupted had still to forget."""
     for folder in (library.home, library.folder):  # the index holds the documents' text: it is its owner's only
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(folder)
     library.folder.chmod(0o700)
     before = {text_of(node) for node in library.vectors().get_nodes(node_ids=None)}
     with contextlib.suppress(OSError, ValueError):
@@ -183,16 +375,48 @@ def text_of(node: BaseNode) -> str:
     return node.get_content(metadata_mode=MetadataMode.LLM)
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The documents, and the names of those that are passed over: who put a link into the folder need not be allowed to
+    read what it leads to. Raises `ConfigurationError` where there are none.
+    """
     if not folder.is_dir():
         raise ConfigurationError(
             f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}: give a folder"
         )
-    hidden = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = [path for path in hidden if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    root, files, passed_over = folder.resolve(), list[Path](), list[str]()
+    for path in sorted(folder.rglob("*")):
+        if _hidden(path.relative_to(folder)):
+            continue
+        document = path.suffix.lower() in SUFFIXES and path.is_file()
+        real = path.resolve()
+        if not document and not (path.is_symlink() and real.is_dir()):
+            continue
+        inside = real.is_relative_to(root) and not _hidden(real.relative_to(root))
+        if inside and document and _is_text(path):
+            files.append(path)
+        elif not inside or document:
+            passed_over.append(_name(folder, path))
     if not files:
-        raise ConfigurationError(f"{folder} holds no documents; those that can be read: {', '.join(SUFFIXES)}")
-    return files
+        links = ", but for links that lead out of it" if passed_over else ""
+        raise ConfigurationError(f"{folder} holds no documents{links}; those that can be read: {', '.join(SUFFIXES)}")
+    return files, passed_over
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the name can be kept: neither vectors nor KV can be stored under bytes that are no UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _splitter(library: Library) -> SentenceSplitter:
+    return SentenceSplitter(chunk_size=library.chunk_size, chunk_overlap=20)
 
 
 def _name(folder: Path, file: Path) -> str:
@@ -234,7 +458,7 @@ def _embed(
         vectors.delete(gone)
         known.delete_document(gone)
     pipeline = IngestionPipeline(
-        transformations=[SentenceSplitter(chunk_size=library.chunk_size, chunk_overlap=20), embedding],
+        transformations=[_splitter(library), embedding],
         docstore=known,
         docstore_strategy=DocstoreStrategy.UPSERTS,
         vector_store=vectors,

@@ -23,6 +23,8 @@ class Reply:
     text: str
     sources: list[str]
     report: Report
+    full_prefill: str | None = None
+    """The answer without reuse, where it was asked for."""
 
 
 class Session:
@@ -41,6 +43,7 @@ class Session:
         """Raises what opening the model raises, `ConfigurationError` for a wrong ratio or method."""
         chosen = {} if method is None else {"method": method}
         self._llm = library.llm(recompute_ratio=ratio, max_new_tokens=tokens, **chosen)
+        self._tokens = tokens
         self._engine = self._llm.engine  # opened now, not at the first question
         self._queries = library.index(embedding).as_query_engine(
             llm=self._llm,
@@ -52,8 +55,8 @@ class Session:
     def ask(self, question: str, show: Callable[[str], None] = lambda _: None, compare: bool = False) -> Reply:
         """Answer, handing pieces to ``show`` as they come. Raises `ConfigurationError` where nothing was retrieved.
 
-        With ``compare``, the same prompt is prefilled in full afterwards, so that the report has a measured time to
-        stand against.
+        With ``compare``, the same prompt is prefilled in full afterwards and answered once more, so that the answer
+        and the report's time have something measured to stand against.
         """
         response = self._queries.query(question)
         if not isinstance(response, StreamingResponse):  # nothing was retrieved, so the model was not asked
@@ -70,9 +73,12 @@ class Session:
             name = found.metadata["source"] + (f", page {page}" if page else "")
             names[self._engine.library.key(text_of(found.node))] = name
         report.sources = names
+        full = None
         if compare and report.token_sources is not None:
-            report.full_prefill = self._engine.prefill(report.token_sources.prompt, method="full").report.ttft
-        return Reply(text.strip(), list(dict.fromkeys(names.values())), report)
+            prompt = report.token_sources.prompt
+            answer = self._engine.generate(prompt, method="full", max_new_tokens=self._tokens)
+            full, report.full_prefill = answer.text.strip(), answer.report.ttft
+        return Reply(text.strip(), list(dict.fromkeys(names.values())), report, full)
 
     def close(self) -> None:
         """Stop background work and let the model's memory go."""

@@ -1,4 +1,4 @@
-"""Quality against full prefill: data, metrics, and a runner that can be stopped and resumed."""
+"""Evaluation of methods against full prefill: data, metrics, a resumable runner, tables and figures."""
 
 from cacheclip_rag.verification import kl
 

@@ -1,4 +1,4 @@
-"""What an evaluation asks of an engine beside answers: who it is, what it keeps, what that takes."""
+"""What an evaluation needs of an engine besides answers: model identity, stored chunks, and their size in bytes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from cacheclip_rag.kv.library import Library
 from cacheclip_rag.methods import Method
 from cacheclip_rag.store.int8 import pack
 
-from .contexts import Gathering, Only
+from .contexts import FusionPlan, Only
 from .data import Item, prompt
 
 _VARIANTS = 64
-"""Of a chunk: those of every system that shares the engine."""
+"""Variants kept of a chunk: enough for all systems that share the engine."""
 
 _ENCODING = {"format", "prefix", "encoder", "tenant", "kv_dtype"}
-"""What chunk KV depends on beside the model."""
+"""Fields of a namespace that do not describe the model."""
 
 
 def version() -> str:
+    """The installed version of the library."""
     try:
         return installed("cacheclip-rag")
     except PackageNotFoundError:  # a checkout that was never installed
@@ -33,15 +34,15 @@ def version() -> str:
 
 
 def identity(namespace: Namespace) -> str:
-    """Sixteen hex digits for the model (weights, configuration, tokenizer, dtype), however chunks are encoded."""
+    """Sixteen hex digits that identify the model (weights, configuration, tokenizer, dtype), whatever the encoding."""
     return Namespace({k: v for k, v in namespace.fields.items() if k not in _ENCODING}).digest[:16]
 
 
 def ensure(engine: Engine, item: Item, method: Method) -> None:
-    """Have the item's passages known as ``method`` wants them.
+    """Make the item's passages available for ``method``.
 
-    Most methods encode them. Those that live on earlier prompts (exact reuse, harvested variants) get one: the same
-    passages, the second half first, and another question. What they keep from the items before stays, too.
+    Most methods encode them. Methods that reuse earlier prompts (prefix caching, harvested variants) get one: the same
+    passages, the second half first, with another question. What they kept of earlier items stays as well.
     """
     engine.ensure([passage.chunk for passage in item.passages], method=method)
     if not method.ahead:
@@ -51,19 +52,20 @@ def ensure(engine: Engine, item: Item, method: Method) -> None:
         engine.prefill(prompt(earlier, engine.backbone), method=method)
 
 
-def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
-    """Have passages fused as gathered, without those too short to be chunks; the method that takes no other variants.
+def fuse(engine: Engine, method: Method, plan: FusionPlan) -> Method:
+    """Fuse passages as planned; returns the method restricted to these variants. Passages too short for a chunk are
+    left out.
 
-    Raises ConfigurationError when some could not be fused: a row must not be about something else than it says.
+    Raises `ConfigurationError` if some could not be fused, so that a row's label is always true.
     """
 
     def known(texts: Iterable[str]) -> tuple[str, ...]:
         return tuple(text for text in dict.fromkeys(texts) if engine.library.key(text) in engine.index)
 
-    groups = [*gathering.neighbours.values(), *gathering.sequences]
+    groups = [*plan.neighbours.values(), *plan.sequences]
     engine.ensure(dict.fromkeys(text for group in groups for text in group), method=method)
-    neighbours = {text: known(context) for text, context in gathering.neighbours.items() if known([text])}
-    sequences = [known(texts) for texts in gathering.sequences]
+    neighbours = {text: known(context) for text, context in plan.neighbours.items() if known([text])}
+    sequences = [known(texts) for texts in plan.sequences]
     done = engine.fuse(neighbours, method=method, variants=_VARIANTS)
     done.skipped += engine.fuse_in_order(sequences, method=method, variants=_VARIANTS).skipped
     if done.skipped:
@@ -75,7 +77,7 @@ def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
     for text, context in pairs:
         if context and not any(kept.key(text, context, in_sequence) in kept.store for in_sequence in (True, False)):
             raise ConfigurationError(
-                f"not fused with all of its context: {text[:40]!r}; if that is too long for the model's window, ask "
+                f"not fused with all of its context: {text[:40]!r}; if that exceeds the model's context length, ask "
                 "for fewer neighbours"
             )
     contexts = {context for _, context in pairs if context}
@@ -83,21 +85,21 @@ def fuse(engine: Engine, method: Method, gathering: Gathering) -> Method:
 
 
 def _others(text: str, texts: Iterable[str]) -> tuple[str, ...]:
-    """The canonical texts beside ``text``, each once: what a variant's context is known by."""
+    """The canonical texts other than ``text``, each once, as in the context of a variant."""
     return tuple(other for other in dict.fromkeys(map(canonical, texts)) if other != canonical(text))
 
 
 def written(engine: Engine, method: Method) -> int:
-    """Bytes that exact reuse has ever kept; 0 for methods of another kind."""
+    """Bytes that the method's prefix cache has written so far; 0 for methods without one."""
     cache = engine.prefix_cache_of(method)
     return 0 if cache is None else cache.written
 
 
 def left(engine: Engine, method: Method, texts: Sequence[str], since: int) -> tuple[int, int] | None:
-    """Like `stored`, for a method that lives on earlier prompts.
+    """Like `stored`, for a method that reuses earlier prompts.
 
-    Of harvested chunks these are the bytes of all their variants. Exact reuse keeps prompts, not chunks: all that it
-    has `written` ``since`` then.
+    For harvested chunks, the bytes of all their variants. Prefix caching keeps prompts and not chunks, so it counts
+    what was `written` ``since``.
     """
     names = {engine.library.key(text): text for text in texts}
     tokens = sum(len(engine.backbone.tokenise(canonical(text), plain=True)) for text in names.values())
@@ -108,8 +110,8 @@ def left(engine: Engine, method: Method, texts: Sequence[str], since: int) -> tu
 
 
 def stored(library: Library, texts: Sequence[str], fit: Fit | None = None) -> tuple[int, int] | None:
-    """Bytes of these chunks' KV, with the variants that ``fit`` may choose from, and the chunks' tokens, each chunk
-    once. None where some chunk is not kept.
+    """The bytes of these chunks' KV, including the variants that ``fit`` may choose, and their tokens, each chunk once.
+    None if some chunk is not stored.
     """
     alone = _kept(library, dict.fromkeys(map(library.key, texts)))
     if None in alone:

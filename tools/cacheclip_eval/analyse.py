@@ -1,4 +1,4 @@
-"""The work of ``cacheclip analyse``: one question, one figure, and the numbers behind it."""
+"""The command ``cacheclip analyse``: one question, one figure, and its numbers as JSONL."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def answer(
     measure: str,
     count: int,
 ) -> Iterator[str]:
-    """Draw ``figure``; yields what there is to say. Numbers go to the same name with ``.jsonl``.
+    """Draw ``figure``, and write its numbers to the same name with ``.jsonl``; yields lines to print.
 
-    Raises ConfigurationError for an unknown question, for missing rows or data, for a figure that cannot be written
-    where it shall be, and for missing matplotlib.
+    Raises `ConfigurationError` for an unknown question, for missing rows or data, for a path that cannot be written
+    to, and for missing matplotlib.
     """
     try:
         figure.parent.mkdir(parents=True, exist_ok=True)
@@ -106,4 +106,4 @@ def _hit_shares(numbers: Sequence[dict[str, Any]]) -> Iterator[str]:
     for method in dict.fromkeys(row["method"] for row in numbers):
         mine = [row for row in numbers if row["method"] == method]
         share = sum(row["found"] for row in mine) / sum(row["prompt_tokens"] for row in mine)
-        yield f"{method}: {share:.1%} of the prompt tokens of {len(mine)} questions were there already"
+        yield f"{method}: {share:.1%} of the prompt tokens of {len(mine)} questions were cached"

@@ -1,7 +1,7 @@
-"""Questions about selection that the papers leave open, answered on any model and data: one row a measurement.
+"""Analyses of selection for any model and data: agreement of attention, and deviation of reused KV by layer and place.
 
-`agreement`: does the auxiliary model look where the primary looks? `deviation`: how wrong is reused KV, where, and does
-one layer's error foretell another's? Rows are JSON-ready; `plots` draws them.
+`agreement`: does the auxiliary model attend to the same tokens as the primary? `deviation`: how wrong is reused KV, and
+where, and does one layer's error predict another's? Rows are JSON-ready; `plots` draws them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .data import Item, prompt
 
 log = logging.getLogger("cacheclip_rag")
 
-EPSILON = 1e-8  # keeps the KL finite where a model pays a token no attention at all
+EPSILON = 1e-8  # keeps the KL finite for tokens without any attention
 
 
 class _ByLayer:
-    """A hook that keeps every layer's scores apart."""
+    """A hook with separate scores for each layer."""
 
     def __init__(self, rows: Tensor, columns: Tensor, layers: Sequence[int]) -> None:
         self.layers = frozenset(layers)
@@ -45,7 +45,7 @@ class _ByLayer:
 def agreement(
     engine: Engine, items: Sequence[Item], auxiliaries: Mapping[str, Auxiliary], ratio: float = 0.2
 ) -> Iterator[dict[str, Any]]:
-    """How well each layer of each model picks the tokens that the primary's last layer picks.
+    """How well the top tokens of each layer of each model agree with those of the primary model's last layer.
 
     The reference is the primary's last-layer attention from the question to the context in a full prefill. For every
     layer of every auxiliary model, on its own reused KV, and of the primary itself, a row holds ``jaccard`` of the two
@@ -97,14 +97,14 @@ def _attention(engine: Engine, full: Prefill, question: str, context: Tensor) ->
     at = layout.prompt.rfind(question)
     rows = ((layout.offsets[:, 0] < at + len(question)) & (layout.offsets[:, 1] > at)).nonzero()[:, 0]
     hook = _ByLayer(rows.to(backbone.device), context.to(backbone.device), backbone.full_layers)
-    # Computing the last rows again changes nothing on the canvas, and shows what they attend to.
+    # Computing the last rows again does not change the canvas, and lets the hook see their attention.
     again = torch.arange(int(rows[0]), len(layout))
     backbone.forward(layout.ids[again], again, full.canvas, logits=0, hooks=[hook])
     return hook.scores()
 
 
 def _mapped(prefill: Prefill, texts: Sequence[str], results: Sequence[Any]) -> Tensor:
-    """``[T]``: the auxiliary model's scores at the primary's tokens."""
+    """``[T]``: the auxiliary model's scores, mapped to the primary's tokens."""
     layout, by_text = prefill.layout, dict(zip(texts, results, strict=True))
     scores = torch.zeros(len(layout))
     for number, span in enumerate(layout.spans):
@@ -122,10 +122,10 @@ def deviation(
 ) -> Iterator[dict[str, Any]]:
     """How far reused keys are from a full prefill's: ``mean_h ||K_full - K_reused||_2``, by layer and place.
 
-    One row for each item and layer: ``mean``, ``by_place`` (means over ``bins`` stretches of the chunks, first to
-    last), ``overlap``: for each selecting layer, the share of this layer's top ``ratio`` tokens that it finds; and
-    ``shared_keys``, ``shared_values``: how much of the squared deviation is the same for all tokens of a chunk, keys
-    turned to one position (None at layer 0, where there is none). It is what `recompute.Carry` can carry.
+    One row per item and layer: ``mean``; ``by_place``, means over ``bins`` equal parts of the chunks, first to last;
+    ``overlap``: for each selecting layer, the share of this layer's top ``ratio`` tokens that it finds; and
+    ``shared_keys``, ``shared_values``: the share of the squared deviation that is common to all tokens of a chunk, keys
+    rotated to one position (None at layer 0, which has no deviation), which is what `recompute.Carry` can remove.
     ``method`` says how the chunks were encoded (one that recomputes nothing: naive, promptcache, link0).
     Source: the study (arXiv 2603.20218), figures 3 and 5.
     """
@@ -157,21 +157,21 @@ def deviation(
                 "mean": float(d.mean()),
                 "by_place": [float(d[place == b].mean()) if bool((place == b).any()) else None for b in range(bins)],
                 "overlap": [len(best[layer] & other) / budget for other in best],
-                "shared_keys": _shared(back(keys, layer), groups) if layer else None,
-                "shared_values": _shared(values, groups) if layer else None,
+                "shared_keys": shared_part(back(keys, layer), groups) if layer else None,
+                "shared_values": shared_part(values, groups) if layer else None,
             }
 
 
 def _change(full: Prefill, stale: Prefill, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[C, Hk, D]`` float32 of a full prefill less the reused ones, at ``rows [C]`` of one layer."""
+    """Keys and values ``[C, Hk, D]`` float32 of a full prefill minus the reused ones, at ``rows [C]`` of one layer."""
     assert full.canvas is not None and stale.canvas is not None
     pairs = zip(full.canvas.placed(layer), stale.canvas.placed(layer), strict=True)
     keys, values = ((whole[rows].float() - reused[rows].float()).cpu() for whole, reused in pairs)
     return keys, values
 
 
-def _shared(change: Tensor, groups: Tensor) -> float:
-    """The share of the squares of ``change [C, Hk, D]`` that is its groups' means'; ``groups [C]`` int64."""
+def shared_part(change: Tensor, groups: Tensor) -> float:
+    """The share of the sum of squares of ``change [C, Hk, D]`` that the means of ``groups [C]`` int64 explain."""
     number = groups.unique(return_inverse=True)[1]
     sums = change.new_zeros(int(number.max()) + 1, *change.shape[1:]).index_add_(0, number, change)
     means = sums / torch.bincount(number)[:, None, None]
@@ -179,7 +179,7 @@ def _shared(change: Tensor, groups: Tensor) -> float:
 
 
 def _place(chunk: Tensor, bins: int) -> Tensor:
-    """``[C]``: which of ``bins`` equal stretches of its chunk a token lies in."""
+    """``[C]``: which of ``bins`` equal parts of its chunk a token is in."""
     place = torch.zeros(len(chunk), dtype=torch.long)
     for number in chunk.unique():
         mine = (chunk == number).nonzero()[:, 0]

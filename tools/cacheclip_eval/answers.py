@@ -1,4 +1,4 @@
-"""One item answered: by full prefill, and by every system, each measured against it."""
+"""Answers one item by full prefill and by every system, and compares each system with full prefill."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def answers(
     references: References,
     own: Auxiliary | None,
 ) -> Iterator[Row]:
-    """The wanted rows of one item, one after another; what fails is a row with ``error``.
+    """The rows of one item, one by one; a failed answer is a row with ``error``.
 
-    ``wanted``: rows so far as they are known beforehand. ``own``: the engine's auxiliary model.
+    ``wanted``: the rows with the fields that are known in advance. ``own``: the engine's auxiliary model.
     """
     first = next((systems[row["system"]] for row in wanted if row["system"] in systems), None)
     if first is not None:
-        # Full prefill, too, must know what is a document, or control tokens written in one would count for it alone.
+        # Full prefill must know the documents as well: otherwise it alone would interpret control tokens in them.
         # If this fails, it fails again below, where it is reported.
         with suppress(Exception):
             engine.ensure([passage.chunk for passage in item.passages], method=first.recipe)
@@ -52,12 +52,12 @@ def answers(
         try:
             if row["system"] == "full":
                 answer = _text(engine, reference.answer)
-                done = row | _scores(item, answer, answer, 0.0) | reference.numbers
+                done = row | scores(item, answer, answer, 0.0) | reference.numbers
                 done |= {"stored_bytes": 0, "stored_tokens": 0, "auxiliary_bytes": 0}
             else:
                 system = systems[row["system"]]
                 engine.auxiliary = system.auxiliary or own
-                done = row | _measure(engine, item, text, system, reference, row["max_new_tokens"])
+                done = row | measure(engine, item, text, system, reference, row["max_new_tokens"])
         except Exception as error:
             done = _failed(row, error)
         yield done
@@ -68,19 +68,19 @@ def _failed(row: Row, error: Exception, where: str = "") -> Row:
     return row | {"error": f"{where}{type(error).__name__}: {error}"}
 
 
-def _measure(
+def measure(
     engine: Engine, item: Item, text: str, system: System, reference: Reference, max_new_tokens: int
 ) -> dict[str, Any]:
     chunks, method = [passage.chunk for passage in item.passages], system.recipe
     before = access.written(engine, method)
     access.ensure(engine, item, method)
-    if system.meet is not None:
-        method = access.fuse(engine, method, system.meet(item))
+    if system.plan is not None:
+        method = access.fuse(engine, method, system.plan(item))
     prefill = engine.prefill(
         text, question=item.question, method=method, recompute_ratio=system.ratio, room=max_new_tokens + 1
     )
     logits = prefill.forced(reference.answer)
-    answer = _text(engine, _decode(engine, prefill, reference.answer, logits, max_new_tokens))
+    answer = _text(engine, decode(engine, prefill, reference.answer, logits, max_new_tokens))
     compared = logits[: len(reference.logits)].bfloat16().cpu()
     if method.ahead:
         size = access.stored(engine.library_of(method), chunks, method.fit)
@@ -89,7 +89,7 @@ def _measure(
     helper = engine.auxiliary if method.select.needs_auxiliary else None
     aside = access.stored(helper.library, chunks) if helper is not None else (0, 0)
     return {
-        **_scores(item, answer, _text(engine, reference.answer), kl(reference.logits, compared)),
+        **scores(item, answer, _text(engine, reference.answer), kl(reference.logits, compared)),
         **measured(prefill.report),
         "stored_bytes": size and size[0],
         "stored_tokens": size and size[1],
@@ -97,10 +97,10 @@ def _measure(
     }
 
 
-def _decode(
+def decode(
     engine: Engine, prefill: Prefill, forced: Sequence[int], logits: Tensor, max_new_tokens: int
 ) -> Sequence[int]:
-    """The greedy answer. As long as it is the forced one, its steps have been taken; later ones write over the rest."""
+    """The greedy answer. While it equals the forced one, the logits are known; later steps overwrite the KV behind."""
     start, same = len(prefill.layout), True
 
     def step(token: Tensor, row: int) -> Tensor:
@@ -122,7 +122,7 @@ def _text(engine: Engine, ids: Sequence[int]) -> str:
 
 
 def score(item: Item, text: str) -> float:
-    """0..1: RULER's containment where the item asks for it, else F1."""
+    """The score of an answer, 0..1: RULER's string match if the item asks for it, else F1."""
     if item.all_answers:
         return metrics.recall(text, item.answers)
     if item.contained:
@@ -130,8 +130,8 @@ def score(item: Item, text: str) -> float:
     return metrics.f1(text, item.answers)
 
 
-def _scores(item: Item, text: str, full: str, distance: float) -> dict[str, Any]:
-    """An answer against the item's answers, and against full prefill's."""
+def scores(item: Item, text: str, full: str, distance: float) -> dict[str, Any]:
+    """The scores of an answer against the item's answers, and against full prefill's answer."""
     return {
         "answer": text,
         "chunks": len(item.passages),

@@ -1,4 +1,4 @@
-"""The work of ``cacheclip eval``: from what was written on the command line to rows and tables."""
+"""The command ``cacheclip eval``: from its arguments to rows and tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.kv.library import KVDtype
 
 from . import rows
-from .contexts import meeting
+from .contexts import planner
 from .data import Item
 from .embedding import mean_pooling
 from .figures import comparison, summary
@@ -32,9 +32,8 @@ FAILED, INTERRUPTED = 1, 130
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. ``items`` of each data set at most; ``length``: tokens of an answer, None for the data set's own.
-
-    ``kv_dtype``: what chunk KV is kept in.
+    """What to run. ``items``: at most, of each data set; ``length``: maximum tokens of an answer, None for the data
+    set's own; ``kv_dtype``: the dtype of stored KV.
     """
 
     sources: Sequence[Source]
@@ -65,10 +64,7 @@ def plan(
     kv_dtype: str = "auto",
     baseline: str | None = None,
 ) -> Plan:
-    """Everything that can be wrong without a model is found here, before one is loaded.
-
-    Raises ConfigurationError.
-    """
+    """Check the arguments, before a model is loaded. Raises `ConfigurationError`."""
     if not data:
         raise ConfigurationError("give at least one data set, before the options: FILE, FOLDER or ruler:TASK:TOKENS")
     if kv_dtype not in get_args(KVDtype):
@@ -96,7 +92,7 @@ def execute(plan: Plan) -> int:
     """
     helped = any(system.recipe.select.needs_auxiliary and not system.helper for system in plan.systems)
     failed = 0
-    # Rows that are there say how long answers may be: with other items the longest right answer is another.
+    # Existing rows decide the maximum length of answers, which depends on the items.
     kept = rows.read(plan.out)
     begun = {data: row["max_new_tokens"] for (data, _, _), row in kept.items() if "max_new_tokens" in row}
     try:
@@ -105,7 +101,7 @@ def execute(plan: Plan) -> int:
             systems = _helped(engine, plan.systems)
             for source in plan.sources:
                 items = source.items(plan.items, engine.backbone)
-                among = _met(systems, source, items)
+                among = _with_plans(systems, source, items)
                 failed += run(
                     engine,
                     items,
@@ -124,24 +120,24 @@ def execute(plan: Plan) -> int:
 
 
 def _helped(engine: Engine, systems: Sequence[System]) -> list[System]:
-    """The systems with their own auxiliary models loaded, each once."""
+    """The systems with their own auxiliary models, each loaded once."""
     loaded = {name: engine.open_auxiliary(name) for name in {s.helper for s in systems if s.helper}}
     return [dataclasses.replace(s, auxiliary=loaded[s.helper]) if s.helper else s for s in systems]
 
 
-def _met(systems: Sequence[System], source: Source, items: Sequence[Item]) -> list[System]:
-    """The systems that fuse passages, told whom with."""
+def _with_plans(systems: Sequence[System], source: Source, items: Sequence[Item]) -> list[System]:
+    """The systems, with planners for those that fuse passages."""
     sought = {(s.context, s.neighbours) for s in systems if s.context}
     if not sought:
         return list(systems)
     corpus, more = source.all() or items, source.corpus()
     embed = _once(mean_pooling()) if any(context == "similar" for context, _ in sought) else _no_embedding
-    meets = {(context, count): meeting(context, count, corpus, more, embed) for context, count in sought}
-    return [dataclasses.replace(s, meet=meets[s.context, s.neighbours]) if s.context else s for s in systems]
+    plans = {(context, count): planner(context, count, corpus, more, embed) for context, count in sought}
+    return [dataclasses.replace(s, plan=plans[s.context, s.neighbours]) if s.context else s for s in systems]
 
 
 def _once(embed: Embed) -> Embed:
-    """Systems that differ in the number of neighbours only have the same passages embedded."""
+    """``embed`` with a cache: systems that differ in the number of neighbours embed the same passages."""
     remembered = functools.cache(lambda texts: embed(list(texts)))
     return lambda texts: remembered(tuple(texts))
 

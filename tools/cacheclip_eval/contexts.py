@@ -1,4 +1,4 @@
-"""Whom a passage is fused with before a run: what resembles it, or what other questions retrieved with it."""
+"""Contexts for fusing passages in an evaluation: similar passages, or those that other questions retrieved together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cacheclip_rag.corpus.neighbours import Embed, similar
+from cacheclip_rag.deprecation import renamed_names
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.kv.fit import Context, Fit, Nearest
 
@@ -14,43 +15,47 @@ from .data import Item
 
 
 @dataclass(frozen=True)
-class Gathering:
-    """What is fused before an item is asked about: chunks with their ``neighbours``, or whole ``sequences``."""
+class FusionPlan:
+    """What to fuse before an item is answered: chunks behind their ``neighbours``, or whole ``sequences``."""
 
     neighbours: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sequences: Sequence[Sequence[str]] = ()
 
 
-Meet = Callable[[Item], Gathering]
+Planner = Callable[[Item], FusionPlan]
+"""Decides what to fuse for an item."""
 
 SOURCES = ("similar", "use", "prompts")
 
 _PROMPTS = 3
-"""Earlier prompts an item's passages may have been in, with ``"prompts"``."""
+"""Prompts of other items that are fused for an item at most, with ``"prompts"``."""
 
 
-def meeting(source: str, count: int, corpus: Sequence[Item], more: Iterable[str], embed: Embed) -> Meet:
-    """How passages get their context, at most ``count`` others each.
+def planner(source: str, count: int, corpus: Sequence[Item], more: Iterable[str], embed: Embed) -> Planner:
+    """The planner that gives each passage a context of at most ``count`` others.
 
-    ``"similar"``: the most similar of all passages of the ``corpus`` of items and ``more`` texts, FusionRAG's way.
-    ``"use"``: those that the other items retrieved with it most often. ``"prompts"``: the other items that have most
-    passages in common with this one, at most three, each fused as the one text that its prompt was. Passages that no
-    other item holds are treated as if their own item had been asked about before, the second half of them first.
-    Raises ConfigurationError for another source.
+    ``"similar"``: the most similar of all passages of the ``corpus`` of items and of ``more`` texts, as in FusionRAG.
+    ``"use"``: those that other items retrieved with it most often. ``"prompts"``: the other items with most passages in
+    common with this one, at most three, each fused as one text in the order of its prompt. Passages that no other item
+    contains are treated as if their own item had been asked before, with the second half of them first.
+    Raises `ConfigurationError` for another source.
     """
     if source == "similar":
         texts = [passage.chunk for item in corpus for passage in item.passages]
         nearest = similar([*texts, *more], embed, count)
-        return lambda item: Gathering({text: nearest[text] for text in _texts(item)})
-    together = _Together(corpus)
+        return lambda item: FusionPlan({text: nearest[text] for text in _texts(item)})
+    retrieved = _Cooccurrence(corpus)
     if source == "use":
-        return lambda item: Gathering({text: together.most(item, text)[:count] for text in _texts(item)})
+        return lambda item: FusionPlan({text: retrieved.most(item, text)[:count] for text in _texts(item)})
     if source == "prompts":
-        return lambda item: Gathering(sequences=together.prompts(item))
+        return lambda item: FusionPlan(sequences=retrieved.prompts(item))
     raise ConfigurationError(f'context is one of {", ".join(SOURCES)}, not "{source}"')
 
 
-class _Together:
+__getattr__ = renamed_names(__name__, {"meeting": (__name__, "planner")})
+
+
+class _Cooccurrence:
     """Which passages were retrieved together, by item."""
 
     def __init__(self, corpus: Sequence[Item]) -> None:
@@ -60,23 +65,26 @@ class _Together:
                 self._items.setdefault(text, []).append(item)
 
     def most(self, item: Item, text: str) -> list[str]:
+        """The passages that other items retrieved with ``text``, the most frequent first."""
         others = [other for other in self._items.get(text, ()) if other.id != item.id]
         if others:
-            met = Counter(t for other in others for t in _texts(other) if t != text)
-            return [t for t, _ in met.most_common()]
-        return [t for t in _turned(item) if t != text]
+            counts = Counter(t for other in others for t in _texts(other) if t != text)
+            return [t for t, _ in counts.most_common()]
+        return [t for t in _rotated(item) if t != text]
 
     def prompts(self, item: Item) -> list[list[str]]:
+        """The passages of the items with most passages in common with ``item``, by item."""
         mine = set(_texts(item))
         others = {
             other.id: other for text in _texts(item) for other in self._items.get(text, ()) if other.id != item.id
         }
         common = sorted(others.values(), key=lambda other: -len(mine & set(_texts(other))))[:_PROMPTS]
-        met = {text for other in common for text in _texts(other)}
-        return [_texts(other) for other in common] + ([] if mine <= met else [_turned(item)])
+        covered = {text for other in common for text in _texts(other)}
+        return [_texts(other) for other in common] + ([] if mine <= covered else [_rotated(item)])
 
 
-def _turned(item: Item) -> list[str]:
+def _rotated(item: Item) -> list[str]:
+    """An item's passages, the second half first."""
     mine = _texts(item)
     half = len(mine) // 2
     return [*mine[half:], *mine[:half]]
@@ -88,7 +96,7 @@ def _texts(item: Item) -> list[str]:
 
 @dataclass(frozen=True)
 class Only:
-    """A `Fit` that knows no other contexts than ``these``: several systems share one store."""
+    """A `Fit` that chooses among ``these`` contexts only, because several systems share one store."""
 
     these: frozenset[Context]
     fit: Fit = field(default_factory=Nearest)

@@ -1,4 +1,4 @@
-"""Question answering data: one JSON object a line, with a question, its answers and the passages to read."""
+"""Question answering data: one JSON object per line, with a question, its answers and its passages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Passage:
-    """``supporting``: whether the answer needs it, as far as the data say."""
+    """One passage of an item. ``supporting``: whether the answer needs it, according to the data."""
 
     title: str
     text: str
@@ -35,7 +35,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``all_answers``: the answer must contain every one of ``answers``, not any."""
+    """One question. ``all_answers``: an answer must contain all of ``answers``, not just one."""
 
     id: str
     question: str
@@ -46,12 +46,12 @@ class Item:
 
     @property
     def contained(self) -> bool:
-        """Whether it is scored by the answers' occurring in the output, as RULER does, and not by F1."""
+        """Whether it is scored by the occurrence of the answers in the output, as in RULER, and not by F1."""
         return "all_answers_required" in self.meta
 
 
 def read(path: str | Path) -> list[Item]:
-    """The items of a JSONL file. A malformed line is reported with its number and left out."""
+    """The items of a JSONL file. Malformed lines are skipped, with a warning that names the line."""
     items: dict[str, Item] = {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -67,7 +67,7 @@ def read(path: str | Path) -> list[Item]:
 
 
 def passages(path: str | Path) -> list[str]:
-    """The passages of a JSONL file of ``{"title", "text"}``, as they stand in prompts. Malformed lines are left out."""
+    """The passages of a JSONL file of ``{"title", "text"}``, as in prompts. Malformed lines are skipped."""
     found = []
     for line in _lines(path):
         try:
@@ -83,7 +83,7 @@ def _lines(path: str | Path) -> list[bytes]:
 
 
 def _item(record: dict[str, Any]) -> Item:
-    """Raises KeyError, TypeError or AttributeError for a record that is no item."""
+    """An item from its JSON record. Raises KeyError, TypeError or AttributeError for a malformed record."""
     meta = record.get("meta") or {}
     passages = tuple(
         Passage(_text(p.get("title") or ""), _text(p["text"]), p.get("is_supporting") is True)
@@ -120,15 +120,15 @@ def _list(value: Any) -> list[Any]:
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """``count`` items spread evenly over the file, so that no run is a run of its first topics."""
+    """``count`` items spread evenly over the file, so that a run does not consist of the first topics only."""
     if count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def shortened(item: Item, count: int | None) -> Item:
-    """The item with at most ``count`` of its passages, in their order: first of all those marked as supporting, then
-    those in which an answer occurs, then the first ones.
+    """The item with at most ``count`` of its passages, in their order. Supporting passages are kept first, then those
+    that contain an answer, then the first ones.
     """
     if count is None or count >= len(item.passages):
         return item

@@ -1,4 +1,4 @@
-"""Embeddings without another library: a sentence-transformers model of the mean-pooling kind, run by transformers."""
+"""Sentence embeddings by mean pooling, with transformers alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = "all-minilm-l6-v2"
 def mean_pooling(name: str = MODEL) -> Callable[[list[str]], npt.NDArray[np.float32]]:
     """``embed(texts) -> [n, d]``: the mean of a text's last hidden states; texts are cut at 256 tokens.
 
-    Raises WeightsError when the model cannot be had.
+    Raises `WeightsError` if the model cannot be loaded.
     """
     path = resolve(name)
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
@@ -36,8 +36,8 @@ def mean_pooling(name: str = MODEL) -> Callable[[list[str]], npt.NDArray[np.floa
             )
             hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
             vectors.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-        together = torch.empty(len(texts), vectors[0].shape[1]) if vectors else torch.empty(0, 0)
-        together[order] = torch.cat(vectors) if vectors else together
-        return together.numpy()
+        result = torch.empty(len(texts), vectors[0].shape[1]) if vectors else torch.empty(0, 0)
+        result[order] = torch.cat(vectors) if vectors else result
+        return result.numpy()
 
     return embed

@@ -1,4 +1,4 @@
-"""Rows to numbers: for every data set and system, and for the difference of two systems."""
+"""Summary statistics of rows: by data set and system, and for the difference of two systems."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .rows import Row
 
 MEASURES = ("score", "agree", "kl")
 NAIVE = "naive"
-"""The label of the system that normalised F1 takes as its zero."""
+"""The label of the system with a normalised F1 of 0."""
 
 
 def summary(path: str | Path) -> list[dict[str, Any]]:
-    """One record for each data set and system, JSON-ready; None for what the rows do not say.
+    """One record per data set and system, JSON-ready; None for values that the rows lack.
 
     ``score``, ``agree``, ``kl``, ``em``: means over the items that full prefill answered as well, with ``..._interval``
-    ``[low, high]`` (bootstrap, 95 %) beside the first three. ``kl_median``: of the same items; a few that full prefill
-    is itself undecided about make up most of the mean. ``adjusted``: the score over the ``solved`` items, those
-    that full prefill scores above 0 on (arXiv 2603.20218). ``normalised``: see `metrics.normalised_f1`, over the items
-    that plain reuse answered too. ``ratio``: realised, where stored KV was placed. ``ttft``: the median over items of
-    seconds to the first token / full prefill's, which were measured when its reference was computed.
-    ``bytes_per_token``: KV kept for a context token, the auxiliary model's included. ``items`` are those counted,
-    ``failed`` those that raised, ``fell_back`` those that reuse was given up for, wholly or for a chunk.
+    ``[low, high]`` (bootstrap, 95 %) beside the first three. ``kl_median``: of the same items, because a few items on
+    which full prefill itself is uncertain dominate the mean. ``adjusted``: the score over the ``solved`` items, which
+    full prefill scores above 0 on (arXiv 2603.20218). ``normalised``: see `metrics.normalised_f1`, over the items that
+    plain reuse answered as well. ``ratio``: as realised, over items with placed KV. ``ttft``: the median over items of
+    time to first token / full prefill's, which was measured when its reference was computed. ``bytes_per_token``:
+    stored KV per context token, including the auxiliary model's. ``items``: those counted; ``failed``: those that
+    raised; ``fell_back``: those on which reuse was given up, for the request or for a chunk.
     """
     records = []
     for dataset, systems in _by_dataset(path).items():
@@ -55,7 +55,7 @@ def summary(path: str | Path) -> list[dict[str, Any]]:
 
 
 def comparison(path: str | Path, baseline: str) -> list[dict[str, Any]]:
-    """Every system minus the one labelled ``baseline``, for each data set, over the items that both answered.
+    """The differences of every system from the one labelled ``baseline``, by data set, over the items both answered.
 
     ``score``, ``adjusted`` (over the items that full prefill scores above 0 on), ``agree`` and ``kl`` are records of
     ``difference``, ``interval``, ``items`` and ``found``, which is False where the interval contains 0 or there are too
@@ -81,6 +81,7 @@ def comparison(path: str | Path, baseline: str) -> list[dict[str, Any]]:
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
+    """The bootstrap interval ``[low, high]`` of the mean; None for fewer than two values."""
     low, high = bootstrap(values)
     return None if math.isnan(low) else [low, high]
 

@@ -1,4 +1,4 @@
-"""What reuse would find over a stream of questions: counted in tokens, without computing any KV."""
+"""Cache hit rates over a stream of questions, in tokens, without computing any KV."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.model.canvas import Canvas
 from cacheclip_rag.prefill.reading import borders_of
-from cacheclip_rag.prompt import ChunkIndex
+from cacheclip_rag.prompt import ChunkIndex, recognise
 
 from .data import Item, prompt
 
 ANYWHERE = "chunks anywhere"
-"""The name of what is not exact: a chunk is found wherever it stands."""
+"""The name of reuse at any position, as opposed to prefix caching."""
 
 BYTES = 2
-"""Bytes a token takes on the stand-in canvas: one for its key, one for its value."""
+"""Bytes per token of the stand-in canvas: one for its key, one for its value."""
 
 
 def hits(
     backbone: Backbone, items: Sequence[Item], methods: Sequence[str] = ("prefix-cache", "ragcache")
 ) -> Iterator[dict[str, Any]]:
-    """One row for each item and exact method, in the order asked: ``prompt_tokens``, and how many of them are ``found``
-    since an earlier prompt left them. A last row an item, `ANYWHERE`: the tokens of chunks that earlier items held.
+    """One row per item and prefix caching method, in order: ``prompt_tokens``, and how many of them are ``found`` in
+    the cache of earlier prompts. The last row of an item, `ANYWHERE`: the tokens of chunks of earlier items.
 
-    Exact methods answer as full prefill does, so what they are worth is how often they hit. The first item finds
-    nothing, of course; capacity is the method's own, at this model's bytes a token, and none for `ANYWHERE`.
+    Prefix caching gives the answers of full prefill, so methods differ in their hit rates only. The first item finds
+    nothing. The capacity is the method's own, at this model's bytes per token; `ANYWHERE` has no limit.
     """
-    index = ChunkIndex()
+    index = ChunkIndex(backbone.quotes)
     per_token = 2 * backbone.layers * backbone.kv_heads * backbone.head_dim * backbone.dtype.itemsize
     caches = {}
     for name in methods:
         recipe: Any = resolve(name).prefix_cache
         if recipe is None:
-            raise ConfigurationError(f'"{name}" is not exact: its prompts are not counted but answered')
+            raise ConfigurationError(f'"{name}" does no prefix caching: measure it with cacheclip eval')
         scaled: PrefixCaching = replace(recipe, capacity_bytes=recipe.capacity_bytes * BYTES // per_token)
         caches[name] = scaled.open()
     seen: set[str] = set()
@@ -48,8 +48,8 @@ def hits(
         for passage in item.passages:
             index.add(passage.chunk, passage.chunk)
         text = prompt(item, backbone)
-        spans = index.find(text)
-        tokens = backbone.tokenise_prompt(text, [(span.start, span.end) for span in spans])
+        recognised = recognise(text, index, backbone)
+        spans, tokens = recognised.spans, backbone.tokenise_prompt(text, recognised.text)
         borders = borders_of(tokens, spans)
         canvas = Canvas(1, 1, 1, len(tokens), dtype=torch.int8, device="cpu")
         canvas.length = len(tokens)

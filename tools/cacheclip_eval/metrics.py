@@ -1,4 +1,4 @@
-"""How good an answer is, and how far a model's distribution has moved."""
+"""Scores of answers (F1, exact match, recall), and paired bootstrap comparisons of systems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def normalise(text: str) -> str:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Token F1 of the normal forms, the best over ``answers``: 0..1. The same number as ROUGE-1 F over normal forms."""
+    """Token F1 of the normal forms, the best over ``answers``: 0..1. It equals ROUGE-1 F over normal forms."""
     return max((_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers), default=0.0)
 
 
@@ -34,25 +34,25 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def recall(prediction: str, answers: Sequence[str]) -> float:
-    """The share of ``answers`` that occur in the prediction, lower-cased (RULER's string_match_all): 0..1.
+    """The share of ``answers`` that occur in the prediction, case-insensitively (RULER's string_match_all): 0..1.
 
-    An empty answer, which occurs in any text, is never found.
+    An empty answer, which occurs in any text, does not count.
     """
     found = [bool(answer.strip()) and answer.lower() in prediction.lower() for answer in answers]
     return sum(found) / max(1, len(found))
 
 
 def normalised_f1(score: float, naive: float, full: float) -> float | None:
-    """How much of the quality that plain reuse loses came back: 0 is plain reuse, 100 full prefill; None without a gap.
+    """The share of plain reuse's loss that is recovered, in percent: 0 is plain reuse, 100 full prefill.
 
-    ``(F1 - F1_naive) / (F1_full - F1_naive) * 100`` of means over the same items, F1 being ROUGE-1 F over normal forms.
-    Source: FusionRAG (arXiv 2601.12904), eq. 11.
+    ``(F1 - F1_naive) / (F1_full - F1_naive) * 100`` of means over the same items, F1 being ROUGE-1 F over normal forms;
+    None if plain reuse loses nothing. Source: FusionRAG (arXiv 2601.12904), eq. 11.
     """
     return (score - naive) / (full - naive) * 100 if full != naive else None
 
 
 LEAST = 6
-"""Items from which on a difference can be told at all: five of the same sign come by chance once in sixteen times."""
+"""Items that a difference needs at least: five of the same sign occur by chance once in sixteen cases."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Paired:
 
     @property
     def found(self) -> bool:
-        """Whether there is a difference: 0 lies outside the interval, and there are enough items to say so."""
+        """Whether there is a difference: 0 is outside the interval, and there are at least `LEAST` items."""
         return self.items >= LEAST and (self.low > 0 or self.high < 0)
 
 
@@ -75,7 +75,7 @@ def bootstrap(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval ``(low, high)`` of the mean; the same for the same arguments.
 
-    NaN twice for fewer than two values, which say nothing about their spread. Source: Efron, 1979.
+    ``(NaN, NaN)`` for fewer than two values. Source: Efron, 1979.
     """
     sample = np.asarray(values, dtype=np.float64)
     if len(sample) < 2:
@@ -93,10 +93,10 @@ def bootstrap(
 def paired(
     a: Sequence[float], b: Sequence[float], resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Paired:
-    """How two systems differ, ``a - b``, on the same items in the same order.
+    """The difference ``a - b`` of two systems on the same items in the same order.
 
-    Pairs are resampled together, so that how hard an item is cancels. No correction for making many comparisons.
-    Raises ValueError for lists of different length or empty ones.
+    Pairs are resampled together, so that the difficulty of items cancels out. There is no correction for multiple
+    comparisons. Raises ValueError for lists of different length and for empty ones.
     """
     if len(a) != len(b) or not len(a):
         raise ValueError(f"pairs are wanted, not {len(a)} and {len(b)} values")

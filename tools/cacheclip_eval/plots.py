@@ -1,4 +1,4 @@
-"""Rows to figures. Needs matplotlib: ``pip install 'cacheclip-rag[plots]'``."""
+"""Figures of rows, with matplotlib: ``pip install 'cacheclip-rag[plots]'``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cacheclip_rag.errors import ConfigurationError
 FORMATS = (".svg", ".png", ".pdf")
 
 _INT8 = "+int8"
-"""What the label of a system ends in whose KV is kept in 8 bits."""
+"""The suffix of labels of systems with int8 KV."""
 
 
 def _axes(columns: int, width: float = 5.0, height: float = 3.6) -> Any:
@@ -29,7 +29,7 @@ def _axes(columns: int, width: float = 5.0, height: float = 3.6) -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    """The same rows give the same file."""
+    """Write the figure reproducibly: the same rows give the same file."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "cacheclip"}):
@@ -37,7 +37,7 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def agreement(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
-    """Jaccard and KL against the primary's last layer, over relative depth, a line a model."""
+    """Jaccard and KL against the primary's last layer, over relative depth, one line per model."""
     rows = list(rows)
     figure, axes = _axes(2)
     for axis, measure, label in zip(axes, ("jaccard", "kl"), ("Jaccard of chosen tokens", "KL, nats"), strict=True):
@@ -54,7 +54,7 @@ def agreement(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
 
 
 def deviation(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
-    """Key deviation by place in the chunk at a few layers, and which layers' choices other layers foretell."""
+    """Key deviation by place in the chunk at a few layers, and how well layers predict each other's top tokens."""
     rows = list(rows)
     figure, axes = _axes(2)
     layers = sorted({row["layer"] for row in rows})
@@ -76,7 +76,7 @@ def deviation(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
 
 
 def hits(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
-    """The share of all prompt tokens so far that were there already, over the questions asked, a line a cache."""
+    """The cumulative share of prompt tokens found in the cache, over the questions asked, one line per cache."""
     rows = list(rows)
     figure, axes = _axes(1)
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -85,13 +85,13 @@ def hits(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
         shares = [found / tokens for found, tokens in zip(there, asked, strict=True)]
         axes[0].plot(range(1, len(mine) + 1), shares, marker=".", label=method)
     axes[0].set_xlabel("questions")
-    axes[0].set_ylabel("share of prompt tokens that were there")
+    axes[0].set_ylabel("share of prompt tokens found")
     axes[0].legend()
     _save(figure, path)
 
 
 def pareto(records: Sequence[dict[str, Any]], path: str | Path, measure: str = "kl") -> None:
-    """Quality against time to first token (as a share of full prefill's), a point a system, a panel a data set."""
+    """Quality against time to first token (relative to full prefill's): a point per system, a panel per data set."""
     datasets = list(dict.fromkeys(record["dataset"] for record in records))
     figure, axes = _axes(max(1, len(datasets)))
     for axis, dataset in zip(axes, datasets, strict=False):
@@ -108,14 +108,16 @@ def pareto(records: Sequence[dict[str, Any]], path: str | Path, measure: str = "
 
 
 def front_of(points: Sequence[tuple[float, float]], lower: bool = True) -> list[bool]:
-    """Which ``(cost, measure)`` no other beats in both; ``lower``: whether a lower measure is better."""
+    """Which points ``(cost, measure)`` are on the Pareto front; ``lower``: whether a lower measure is better."""
     sign = 1.0 if lower else -1.0
     signed = [(cost, sign * value) for cost, value in points]
     return [not any(c <= cost and v <= value and (c, v) != (cost, value) for c, v in signed) for cost, value in signed]
 
 
 def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, measure: str = "kl") -> None:
-    """A measure over one swept parameter, read from labels (``name:parameter=value``), a line a method and data set."""
+    """A measure over one swept parameter, taken from labels (``name:parameter=value``), one line per method and data
+    set.
+    """
     figure, axes = _axes(1)
     lines: dict[str, list[tuple[Any, float]]] = defaultdict(list)
     for record in records:
@@ -126,7 +128,7 @@ def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, m
         raise ConfigurationError(f"no system of these rows has a {parameter}; run with --sweep {parameter}=...")
     for label, points in lines.items():
         if all(isinstance(value, float) for value, _ in points):
-            points.sort()  # rows stand in the order in which they were asked for
+            points.sort()  # rows are in the order in which systems were run
         axes[0].plot(*zip(*points, strict=True), marker="o", label=label)
     axes[0].set_xlabel(parameter)
     axes[0].set_ylabel(measure)
@@ -135,7 +137,7 @@ def sweep(records: Sequence[dict[str, Any]], path: str | Path, parameter: str, m
 
 
 def parameter_of(label: str, parameter: str) -> tuple[str, Any]:
-    """A system's label without a parameter (``"ratio"`` is one), and the parameter's value; None where it has none."""
+    """A system's label without a parameter (``"ratio"`` is one), and the parameter's value, or None."""
     dtype = _INT8 if label.endswith(_INT8) else ""
     head, _, rest = label.removesuffix(_INT8).partition(":")
     name, _, ratio = head.partition("@")
@@ -152,7 +154,7 @@ def parameter_of(label: str, parameter: str) -> tuple[str, Any]:
 
 
 def length(rows: Iterable[dict[str, Any]], path: str | Path, by: str = "prompt_tokens", measure: str = "kl") -> None:
-    """A measure against the length of the prompt (or ``by="chunks"``), a line a system (`quarters`)."""
+    """A measure against the length of the prompt (or ``by="chunks"``), one line per system (`quarters`)."""
     usable = [
         row
         for row in rows
@@ -170,8 +172,8 @@ def length(rows: Iterable[dict[str, Any]], path: str | Path, by: str = "prompt_t
 
 
 def quarters(rows: Sequence[dict[str, Any]], by: str, measure: str) -> dict[str, list[tuple[float, float]]]:
-    """Means of ``(by, measure)`` by system: a point for each value of ``by`` while there are at most six, else for each
-    quarter of the rows, in the order of ``by``; rows of one value stay together.
+    """Means of ``(by, measure)`` by system: one point per value of ``by`` if there are at most six, else one per
+    quarter of the rows, sorted by ``by``; rows with the same value stay together.
     """
     values = sorted({row[by] for row in rows})
     if len(values) > 6:

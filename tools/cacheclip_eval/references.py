@@ -1,4 +1,4 @@
-"""Full prefill's answers, kept: what every system is measured against is computed once."""
+"""Cached answers of full prefill: the references that every system is compared with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cacheclip_rag.store import files
 log = logging.getLogger("cacheclip_rag")
 
 ANSWER_TOKENS = 24
-"""Answer tokens (at most) that the KL is averaged over."""
+"""The maximum number of answer tokens that the KL is averaged over."""
 
 FORMAT = "cacheclip-rag reference/1"
 
@@ -39,16 +39,16 @@ class Reference:
 
 
 class References:
-    """A folder of them, one file (2 V bytes an answer token) for each model, prompt and ``max_new_tokens``.
+    """A folder of references: one file (2 V bytes per answer token) per model, prompt and ``max_new_tokens``.
 
-    Nothing here raises for a bad file or a full disk: such a reference is computed again.
+    A damaged file or a full disk raises nothing: the reference is computed again.
     """
 
     def __init__(self, folder: str | Path, model: str, max_new_tokens: int) -> None:
         self._folder, self._model, self._length = Path(folder), model, max_new_tokens
 
     def of(self, engine: Engine, prompt: str) -> Reference:
-        """The kept reference, or a new one. Raises what `Engine.prefill` raises."""
+        """The cached reference, or a new one. Raises what `Engine.prefill` raises."""
         kept = self.get(prompt)
         if kept is None:
             kept = compute(engine, prompt, self._length)
@@ -79,7 +79,7 @@ class References:
             log.warning("reference not kept: %s", error)
 
     def _load(self, data: bytes, prompt: str) -> Reference:
-        """Raises for anything that is not, bit for bit, what `put` wrote for this prompt."""
+        """The reference in ``data``. Raises unless it is, bit for bit, what `put` wrote for this prompt."""
         length = int.from_bytes(data[:8], "little")
         about = json.loads(data[8 : 8 + length])["__metadata__"]
         tensors = safetensors.torch.load(data)
@@ -104,7 +104,7 @@ def digest(prompt: str) -> str:
 
 
 def compute(engine: Engine, prompt: str, max_new_tokens: int) -> Reference:
-    """Full prefill and greedy decoding, whose own steps give the answer tokens' logits."""
+    """Full prefill and greedy decoding, with the logits of the answer's first tokens."""
     full = engine.prefill(prompt, method="full", room=max_new_tokens + 1)
     seen = [full.logits]
 
@@ -121,7 +121,7 @@ def compute(engine: Engine, prompt: str, max_new_tokens: int) -> Reference:
 
 
 def measured(report: Report) -> dict[str, Any]:
-    """What a row takes from a report. ``ratio`` is None where no stored KV was placed, so that none was recomputed."""
+    """The fields of a row that come from a report. ``ratio`` is None if no stored KV was placed."""
     return {
         "ratio": report.ratio if report.reused + report.recomputed else None,
         "prompt_tokens": report.prompt_tokens,

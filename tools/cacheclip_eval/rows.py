@@ -1,4 +1,4 @@
-"""The file of rows: JSONL, only ever appended to; the newest row of a key is the one that counts."""
+"""The file of rows: append-only JSONL, in which the newest row of a key counts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Key = tuple[str, str, str]
 """Data set, item, system."""
 
 SETTLED = ("method", "auxiliary", "requested_ratio", "prompt", "max_new_tokens")
-"""What a row was made with: a row of another value is not the row that a run wants."""
+"""Fields of a row's configuration: a run does not accept rows with other values."""
 
 
 _MEASURED = ("score", "agree", "kl")
 
 
 def prepare(path: Path) -> None:
-    """Make the file and its folder. Raises ConfigurationError where that cannot be."""
+    """Create the file and its folder. Raises `ConfigurationError` if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
@@ -33,11 +33,11 @@ def prepare(path: Path) -> None:
 
 
 def read(path: str | Path, *, repair: bool = False) -> dict[Key, Row]:
-    """The newest row of every key, in the order in which the keys first came.
+    """The newest row of every key, in the order in which keys first appear.
 
-    A last line without a newline that is no whole row is what a killed run leaves behind: it is left out with a
-    warning, and with ``repair`` cut off the file, so that appending can go on. Raises ConfigurationError for any other
-    line that is no row, with its number, and for a file that cannot be read.
+    An incomplete last line, as a killed run leaves it, is skipped with a warning, and with ``repair`` removed from the
+    file, so that rows can be appended. Raises `ConfigurationError` for any other malformed line, with its number, and
+    for a file that cannot be read.
     """
     try:
         data = Path(path).read_bytes()
@@ -68,7 +68,7 @@ def key(row: Row) -> Key:
 
 
 def differs(row: Row, wanted: Row) -> str | None:
-    """The first field of `SETTLED` in which a row is not what is wanted; rows of older versions lack some of them."""
+    """The first field of `SETTLED` in which a row differs from ``wanted``; rows of older versions lack some of them."""
     return next((name for name in SETTLED if name in row and row[name] != wanted[name]), None)
 
 
@@ -82,7 +82,7 @@ def _row(line: bytes) -> Row | None:
 
 
 def _mend(path: Path, size: int, surplus: int) -> None:
-    """Cut ``surplus`` bytes off the end, or end the last line."""
+    """Remove ``surplus`` bytes at the end, or terminate the last line."""
     if surplus:
         os.truncate(path, size - surplus)
     else:

@@ -1,8 +1,8 @@
-"""Long-context tasks after RULER (hsiehjackson/RULER, arXiv:2404.06654), at any length, from nothing but this file.
+"""Generated long-context tasks after RULER (hsiehjackson/RULER, arXiv:2404.06654), of any length, without data files.
 
-A few needles lie in prose, each in a passage of its own, so that a question about several cannot be answered from one
-chunk. Numbers of needles, wordings and scoring are RULER's. What differs: the prose is of our own making unless the
-caller brings some, and variables are named in consonants only, which no prose holds by chance.
+Needles are hidden in prose, each in a passage of its own, so that a question about several cannot be answered from one
+chunk. Numbers of needles, wordings and scoring are RULER's. Differences: the prose is generated unless the caller
+provides some, and variable names consist of consonants only, so that they do not occur in prose by chance.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ T = TypeVar("T")
 STOPS = ".!?"
 
 TOLERANCE = 0.02
-"""How far an item's length may be from the one asked for, as a share of it."""
+"""The maximum relative error of an item's length."""
 
 LEAST = 150
-"""Characters of the shortest passage: a needle (70 at most), its title, and as much prose."""
+"""Characters of the shortest passage: a needle (at most 70), its title, and as much prose."""
 
 _SHAPES = {  # keys (of vt: variables), values a key, keys asked for
     "niah_single": (1, 1, 1),
@@ -40,8 +40,8 @@ _SHAPES = {  # keys (of vt: variables), values a key, keys asked for
 }
 TASKS: tuple[str, ...] = tuple(_SHAPES)
 
-# No word of a key is prose, and none begins or ends another, so that no key occurs in another.
-_KEYS = (
+# No word of a key occurs in the prose, and none begins or ends another, so that no key occurs in another.
+KEYS = (
     "amber brisk cobalt dusky eager frosty gentle hollow ivory jolly keen lunar mellow nimble opaque placid quaint "
     "rustic silent tender urban velvet wistful young zesty",
     "anchor beacon cactus dolphin ember falcon glacier hammock island jigsaw kettle lagoon magnet nutmeg orchid "
@@ -70,7 +70,7 @@ _SENTENCES = (
 
 @dataclass(frozen=True)
 class _Riddle:
-    """What is asked and what is hidden: the first ``asked`` needles lead to the answers, the others distract."""
+    """A question and its needles: the first ``asked`` needles contain the answers, the others are distractors."""
 
     question: str
     answers: list[str]
@@ -107,7 +107,7 @@ def generate(
         raise ConfigurationError("a haystack is a list of texts, at least one of them not blank")
     least = LEAST * _SHAPES[task][0] * _SHAPES[task][1]
     chars = max(least, 4 * tokens)
-    for _ in range(10):  # tokens are nearly proportional to characters: two or three rounds do
+    for _ in range(10):  # tokens are nearly proportional to characters, so two or three rounds suffice
         item, context = _item(task, tokens, seed, chars, passage_chars, haystack)
         counted = count(context) if count else len(context) // 4
         if abs(counted - tokens) <= TOLERANCE * tokens:
@@ -150,7 +150,7 @@ def write(
 def _item(
     task: str, tokens: int, seed: int, chars: int, passage_chars: int, haystack: Sequence[str] | None
 ) -> tuple[Item, str]:
-    """An item whose passages have ``chars`` characters, to the word, and these passages as ``data.prompt`` has them."""
+    """An item whose passages have ``chars`` characters, up to a word, and these passages as in ``data.prompt``."""
     words = _words(sentences(random.Random(f"prose {task} {tokens} {seed}"), haystack), chars)
     rng = random.Random(f"{task} {tokens} {seed}")  # another, so that the needles stay the same in every round
     text = " ".join(words).lower()
@@ -188,7 +188,7 @@ def _item(
 
 
 def _magic(rng: random.Random, text: str, keys: int, values_each: int, queries: int) -> _Riddle:
-    adjectives, nouns = (words.split() for words in _KEYS)
+    adjectives, nouns = (words.split() for words in KEYS)
     names = _distinct(lambda: f"{_pick(rng, adjectives)}-{_pick(rng, nouns)}", keys, text)
     values = _distinct(lambda: str(1_000_000 + int(rng.random() * 9_000_000)), keys * values_each, text)
     needles = [f"One of the special magic numbers for {names[i // values_each]} is: {v}." for i, v in enumerate(values)]
@@ -217,7 +217,7 @@ def _distinct(draw: Callable[[], str], number: int, text: str) -> list[str]:
 
 
 def _words(texts: Iterator[str], chars: int) -> list[str]:
-    """The words of as many texts as make ``chars`` characters, cut at 24, so that any script can be measured out."""
+    """Words of ``chars`` characters in total; longer ones are split at 24, for scripts without blanks."""
     words: list[str] = []
     while chars > 0:
         for word in next(texts).split():
@@ -227,7 +227,7 @@ def _words(texts: Iterator[str], chars: int) -> list[str]:
 
 
 def sentences(rng: random.Random, haystack: Sequence[str] | None = None) -> Iterator[str]:
-    """Sentences without end: made up, or the haystack's, from a place in it that is drawn."""
+    """An endless sequence of sentences: generated, or the haystack's, from a random place in it on."""
     if haystack is not None:
         yield from islice(cycle(haystack), int(rng.random() * len(haystack)), None)
     while True:
@@ -235,5 +235,5 @@ def sentences(rng: random.Random, haystack: Sequence[str] | None = None) -> Iter
 
 
 def _pick(rng: random.Random, options: Sequence[T]) -> T:
-    # Python promises that `random()` gives the same numbers in every version, but not that `choice` and `sample` do.
+    # Python guarantees reproducible numbers across versions for `random()`, but not for `choice` and `sample`.
     return options[int(rng.random() * len(options))]

@@ -1,4 +1,4 @@
-"""Runs systems over items and appends a row for each to a JSONL file, so that it can stop and go on at any time."""
+"""Runs systems over items, and appends a row for each answer to a JSONL file; it can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -31,38 +31,39 @@ def run(
     max_new_tokens: int = 48,
     references: str | Path | None = None,
 ) -> int:
-    """Answer every item with full prefill and with every system; the number of answers that failed.
+    """Answer every item with full prefill and with every system; returns the number of failed answers.
 
-    Rows of an earlier run are kept and not repeated. A system that raises on an item leaves a row with ``error`` and
-    the run goes on; the next run tries it again. Rows are written one by one, so that whenever a run is stopped, the
-    answer in work is all that is lost.
+    Rows of an earlier run are kept and not repeated. If a system raises on an item, a row with ``error`` is written and
+    the run continues; the next run tries it again. Rows are written one by one, so that stopping a run loses only the
+    answer in progress.
 
-    Full prefill runs once an item and is kept in the folder ``references`` (by default beside the rows); its greedy
-    answer is the text that all systems are teacher-forced on for the KL, both sides rounded to bfloat16.
+    Full prefill runs once per item and is cached in the folder ``references`` (by default beside the rows). All systems
+    are teacher-forced on its greedy answer for the KL, with both sides rounded to bfloat16.
 
-    Raises ConfigurationError for two systems of one label, and for a file whose rows belong to another model or were
-    made with another configuration, prompt or length under the same label.
+    Raises `ConfigurationError` for two systems with one label, and for a file whose rows belong to another model or
+    have another configuration, prompt or length under the same label.
     """
     path = Path(path)
     labels = ["full", *(system.label for system in systems)]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ConfigurationError(f'two systems are called {", ".join(sorted(twice))} ("full" is always there)')
-    if unmet := [system.label for system in systems if system.context and system.meet is None]:
+    if unplanned := [system.label for system in systems if system.context and system.plan is None]:
         raise ConfigurationError(
-            f"{', '.join(unmet)}: give `meet`, as `context.meeting` makes it, or use cacheclip eval"
+            f"{', '.join(unplanned)}: give `plan` (formerly `meet`), as `contexts.planner` makes it, or use "
+            "cacheclip eval"
         )
-    heads = [_head(engine, system, max_new_tokens) | {"dataset": dataset} for system in [None, *systems]]
+    known_fields = [_known_fields(engine, system, max_new_tokens) | {"dataset": dataset} for system in [None, *systems]]
     rows.prepare(path)
     kept = rows.read(path, repair=True)
-    _check_origin(path, kept.values(), heads[0])
+    _check_origin(path, kept.values(), known_fields[0])
     todo = []
     for item in items:
         text = prompt(item, engine.backbone)
         mine = {"id": item.id, "task": item.meta.get("task"), "prompt": digest(text)[:16]}
-        wanted = [{**head, **mine} for head in heads]
+        wanted = [{**fields, **mine} for fields in known_fields]
         if wanted := [row for row in wanted if not _done(path, kept.get(rows.key(row)), row)]:
             todo.append((item, text, wanted))
-    known = References(references or path.parent / "references", heads[0]["model"], max_new_tokens)
+    known = References(references or path.parent / "references", known_fields[0]["model"], max_new_tokens)
     by_label = {system.label: system for system in systems}
     failed, own = 0, engine.auxiliary
     try:
@@ -77,8 +78,8 @@ def run(
     return failed
 
 
-def _head(engine: Engine, system: System | None, max_new_tokens: int) -> Row:
-    """What a row says before anything ran. None stands for full prefill."""
+def _known_fields(engine: Engine, system: System | None, max_new_tokens: int) -> Row:
+    """The fields of a system's rows that are known before it runs; ``system`` None stands for full prefill."""
     method = METHODS["full"] if system is None else system.recipe
     auxiliary = (system and system.auxiliary) or engine.auxiliary if method.select.needs_auxiliary else None
     ratio = None if system is None else system.ratio

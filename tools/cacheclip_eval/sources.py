@@ -1,4 +1,4 @@
-"""Where items come from: files in our format, and sets generated on the spot."""
+"""Sources of items: files in our format, and generated RULER tasks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .data import Item, passages, read, shortened, spread
 class Source:
     """A data set by ``name``: the file ``path``, or the RULER ``task`` at a length of ``tokens``.
 
-    ``only``: keys of the items' ``meta`` and the values they must have, as text. ``passages``: at most so many of an
-    item's (`shortened`).
+    ``only``: keys of the items' ``meta``, and the values they must have, as text. ``passages``: the maximum number of
+    passages per item (`shortened`).
     """
 
     name: str
@@ -30,18 +30,20 @@ class Source:
     passages: int | None = None
 
     def all(self) -> list[Item]:
-        """The set's items as they are asked, none that its conditions leave out; none at all of a generated set."""
+        """All items of the file that meet the conditions, shortened; empty for a generated set."""
         if self.path is None:
             return []
         return [shortened(item, self.passages) for item in read(self.path) if self._wanted(item)]
 
     def corpus(self) -> list[str]:
-        """Passages that stand beside the items, in ``corpus.jsonl``: they are retrieved from, too."""
+        """The passages of ``corpus.jsonl`` beside the file: further passages of the same knowledge base."""
         file = None if self.path is None else self.path.parent / "corpus.jsonl"
         return [] if file is None or not file.is_file() else passages(file)
 
     def items(self, count: int, backbone: Backbone) -> list[Item]:
-        """``count`` items: spread evenly over the file, or of the seeds 0.. with lengths by the model's tokenizer."""
+        """``count`` items: spread evenly over the file, or generated with the seeds 0.. and lengths in the model's
+        tokens. Raises `ConfigurationError` if there are none.
+        """
         if self.path is not None:
             items = spread(self.all(), count)
         else:
@@ -60,8 +62,8 @@ class Source:
 
 
 def max_new_tokens(items: Sequence[Item], backbone: Backbone) -> int:
-    """How long an answer may be: 32 tokens for a question's (CacheBlend's), or what the longest one takes and a few
-    more; 64 for RULER's lists.
+    """The maximum length of an answer: 32 tokens (as in CacheBlend), or 8 more than the longest right answer; 64 for
+    RULER's lists.
     """
     if any(item.contained for item in items):
         return 64
@@ -69,12 +71,12 @@ def max_new_tokens(items: Sequence[Item], backbone: Backbone) -> int:
 
 
 def sources(specs: Sequence[str]) -> list[Source]:
-    """What ``specs`` name: ``[name=]FILE``, ``[name=]FOLDER`` (that holds ``qa.jsonl``), ``ruler:TASK:TOKENS``.
+    """The sources of ``specs``: ``[name=]FILE``, ``[name=]FOLDER`` (that contains ``qa.jsonl``), ``ruler:TASK:TOKENS``.
 
-    A file or folder may be followed by ``?key=value&key=value``: only items whose ``meta`` says so; ``passages=5`` is
-    no such key, but keeps five passages of each item. A file is called by its stem, a folder by its own name.
+    ``?key=value&key=value`` behind a file or folder takes only items with these values in ``meta``; ``?passages=5``
+    keeps five passages of each item. The default name of a file is its stem, of a folder its own name.
 
-    Raises ConfigurationError for what is not there, an unknown task, and two sets of one name.
+    Raises `ConfigurationError` for missing files, an unknown task, and two sets with one name.
     """
     found = [_source(spec) for spec in specs]
     names = [source.name for source in found]

@@ -1,4 +1,4 @@
-"""Systems to compare, and how the command line writes them: ``name[@ratio][:parameter=value,...]``, and sweeps."""
+"""Systems to compare, and their notation on the command line: ``name[@ratio][:parameter=value,...]``, and sweeps."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from functools import cached_property
 from typing import Any
 
 from cacheclip_rag import spec
-from cacheclip_rag.deprecation import warn
+from cacheclip_rag.deprecation import renamed_parameters, warn
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.methods import FUSED, METHODS, Method, check_ratio, resolve
 from cacheclip_rag.methods.auxiliary import Auxiliary
 from cacheclip_rag.methods.table import RENAMED
 
-from .contexts import SOURCES, Meet
+from .contexts import SOURCES, Planner
 
 AUXILIARY, CONTEXT, NEIGHBOURS = "auxiliary", "context", "neighbours"
-"""Parameters of a system and not of its method: the auxiliary model's name, where it is not the engine's own; for a
-method that takes fused variants, whom passages are fused with (see `context.meeting`) and how many at most.
+"""Parameters of a system and not of its method: the name of an auxiliary model other than the engine's; and for a
+method that takes fused variants, which passages are fused (see `contexts.planner`), and how many neighbours at most.
 """
 
 
+@renamed_parameters(meet="plan")
 @dataclass(frozen=True, eq=False)
 class System:
-    """One thing to compare: a method at a ratio, under a ``label`` that names it in rows and tables.
+    """A system to compare: a method at a ratio, with the ``label`` that names it in rows and tables.
 
-    ``auxiliary``: another auxiliary model than the engine's, or its name in ``helper`` until it is loaded.
-    ``parameters``: the method's, by name. ``meet``: whom passages are fused with, or for short in ``context`` and
-    ``neighbours`` until the data are there.
+    ``auxiliary``: an auxiliary model other than the engine's, or its name in ``helper`` until it is loaded.
+    ``parameters``: the method's, by name. ``plan``: which passages are fused for an item; it is made of ``context`` and
+    ``neighbours`` when the data are loaded.
     """
 
     label: str
@@ -40,17 +41,17 @@ class System:
     helper: str = ""
     context: str = ""
     neighbours: int = 10
-    meet: Meet | None = None
+    plan: Planner | None = None
 
     @cached_property
     def recipe(self) -> Method:
-        """Raises ConfigurationError for an unknown method or parameter."""
+        """The method with its parameters. Raises `ConfigurationError` if one of them is unknown."""
         return resolve(self.method, **self.parameters)
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """What was written: parameters still as text."""
+    """A system as written: parameters are still text."""
 
     name: str
     ratio: float | None
@@ -74,30 +75,31 @@ VARIANTS = (
     "auto@0.15:carry=0,fused=False",
     "auto@0.15:fused=False",
 )
-"""What `ALL` compares beside the methods as they stand: options worth a row of their own, and fused chunks."""
+"""Systems that `ALL` compares besides the methods with their defaults: options of interest, and fused chunks."""
 
 ALL = "all"
 
 
 def everything() -> list[str]:
-    """Every registered method that reuses chunks by themselves, and the `VARIANTS`.
+    """Every registered method that reuses isolated or harvested chunks, and the `VARIANTS`.
 
-    Full prefill always runs; prefix caching gives its answers; a method that takes fused variants needs a ``context``.
+    Full prefill always runs, prefix caching gives the same answers, and a method with fused variants needs a
+    ``context``.
     """
     plain = [name for name, m in METHODS.items() if m.strategy in ("compose", "harvest") and m.fit is None]
     return [*plain, *VARIANTS]
 
 
 def parse(specs: Sequence[str], ratio: float | None = None, sweeps: Sequence[str] = ()) -> list[System]:
-    """The systems of ``specs``, labelled as they are written (parameters sorted), each once.
+    """The systems of ``specs``, each once, labelled as written, with sorted parameters.
 
-    ``all`` stands for `everything`. ``ratio`` is for the methods that recompute a share of their own and are not given
-    one; those that find out what a prompt needs go on doing so. A sweep, ``name=value,value,...``, makes one system a
-    value of every method that has the parameter and is not given it; several sweeps multiply. Plain ``full`` is left
-    out: it always runs. Values are Python's, or plain words; a prefix is one of `spec.PREFIXES`, or quoted text.
+    ``all`` stands for `everything`. ``ratio`` applies to methods that recompute a share of tokens and have no ratio in
+    their spec, except those with a fitted ratio. A sweep, ``name=value,value,...``, makes one system per value of every
+    method that has the parameter and no value for it; several sweeps multiply. Plain ``full`` is dropped, because it
+    always runs. Values are Python literals or plain words; a prefix is one of `spec.PREFIXES` or quoted text.
     ``auxiliary=NAME`` takes another auxiliary model.
 
-    Raises ConfigurationError, naming what is valid.
+    Raises `ConfigurationError`, with the valid names.
     """
     named = [text for spec in specs for text in (everything() if spec == ALL else [spec])]
     written = [_spec(text) for text in named]

@@ -1,4 +1,4 @@
-"""Rows to tables."""
+"""Markdown tables of rows: a summary by system, and differences from a baseline."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _DIFFERENCES: dict[str, Callable[[Record], str]] = {
 
 
 def summarise(path: str | Path) -> str:
-    """A Markdown table a data set, of what `figures.summary` says: mean [95 % bootstrap interval]; – for no number.
+    """One Markdown table per data set of `figures.summary`: mean [95 % bootstrap interval]; – for a missing number.
 
-    *adjusted* has the number of items behind it, *normalised* is 0 for plain reuse and 100 for full prefill, *ratio* is
-    realised, *median* the KL's, *TTFT* relative to full prefill. Systems that fell back are named below. The same rows
-    give the same text.
+    *adjusted* has its number of items in brackets, *normalised* is 0 for plain reuse and 100 for full prefill, *ratio*
+    is as realised, *median* is the KL's, *TTFT* is relative to full prefill. Systems that fell back are listed below.
+    The same rows give the same text.
     """
     parts = []
     for dataset, records in _grouped(summary(path)).items():
@@ -50,9 +50,9 @@ def summarise(path: str | Path) -> str:
 
 
 def compare(path: str | Path, baseline: str) -> str:
-    """A Markdown table a data set: each system minus ``baseline`` on the same items, [95 % bootstrap interval].
+    """One Markdown table per data set: each system minus ``baseline`` on the same items, [95 % bootstrap interval].
 
-    "none" stands where the interval contains 0, or the items are too few to tell. Raises ConfigurationError for an
+    "none" means that the interval contains 0 or that there are too few items. Raises `ConfigurationError` for an
     unknown baseline.
     """
     parts = [

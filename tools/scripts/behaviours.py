@@ -1,7 +1,7 @@
-"""The table in docs/frameworks.md: what was tried with each framework, written from a run of the tests that try it.
+"""Writes the table in docs/frameworks.md, of what is tested with each framework, from a run of these tests.
 
     python tools/scripts/behaviours.py          run every test marked `behaviour`, and write the table if all pass
-    python tools/scripts/behaviours.py --check  collect them only, and fail if the table says something else
+    python tools/scripts/behaviours.py --check  collect them only, and fail if the table differs
 
 A test is marked with the framework and a line of the table: ``@pytest.mark.behaviour("LlamaIndex", "router engine")``.
 """
@@ -24,7 +24,7 @@ Cases = dict[str, list[str]]
 
 
 class Behaviours:
-    """A pytest plugin: which marked tests there are, and which of their cases did not pass."""
+    """A pytest plugin that records the marked tests, and which of their cases did not pass."""
 
     def __init__(self) -> None:
         self.lines: dict[str, dict[str, Cases]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))

@@ -1,9 +1,9 @@
-"""The documentation of methods, made from the table of methods: a page for each, and the overview in docs/methods.md.
+"""Generates the documentation of methods from their table: a page per method, and the overview in docs/methods.md.
 
     python tools/scripts/method_pages.py          write the overview
-    python tools/scripts/method_pages.py --check  fail if it says something else than the table of methods
+    python tools/scripts/method_pages.py --check  fail if it differs from the table of methods
 
-The pages are made while the site is built: this is a hook of mkdocs (see mkdocs.yml).
+The pages are generated while the site is built: this is a hook of mkdocs (see mkdocs.yml).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PARTS = {
     "encode": "At ingestion",
     "select": "Which tokens are recomputed",
     "recompute": "How they are recomputed",
-    "attend": "How the context is weighed",
-    "fit": "Which variant is placed",
+    "attend": "How the context is attended to",
+    "fit": "Which variant is used",
     "prefix_cache": "Prefix caching",
 }
 
@@ -29,7 +29,7 @@ BEGIN, END = "<!-- methods: written by tools/scripts/method_pages.py -->", "<!--
 
 
 def overview() -> str:
-    """A row a method: its name, what it does, and the ratio it takes by default."""
+    """One row per method: its name, what it does, and its default ratio."""
     from cacheclip_rag.methods import METHODS
 
     rows = ["| name | what it does (source) | default ratio |", "|---|---|---|"]
@@ -60,7 +60,7 @@ def pages() -> dict[str, str]:
 
 
 def page(method: Any) -> str:
-    """The recipe, then each of its parts: what it does and its parameters, as its docstring and fields say."""
+    """The method, then each of its parts with its docstring and the values of its parameters."""
     lines = [
         f"# {method.name}",
         "",
@@ -75,7 +75,7 @@ def page(method: Any) -> str:
         lines += [f"Positions: {method.positions}.", ""]
     for name, title in PARTS.items():
         part = getattr(method, name)
-        if part is None or (method.prefix_cache is not None and name != "exact"):
+        if part is None or (method.prefix_cache is not None and name != "prefix_cache"):
             continue
         lines += [f"## {title}: {type(part).__name__}", "", inspect.getdoc(type(part)) or "", ""]
         if fields := dataclasses.fields(part):
@@ -88,14 +88,14 @@ def page(method: Any) -> str:
 
 
 def on_config(config: Any) -> Any:
-    """mkdocs calls this: the pages go into the navigation."""
+    """Called by mkdocs: adds the pages to the navigation."""
     methods = next(page["Methods"] for section in config.nav for page in section.get("Inside", []) if "Methods" in page)
     methods += [{name.split("/")[1].removesuffix(".md"): name} for name in pages()]
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs calls this: the pages are files that no folder holds."""
+    """Called by mkdocs: adds the pages as generated files."""
     from mkdocs.structure.files import File
 
     for name, text in pages().items():

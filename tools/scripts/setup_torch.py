@@ -1,9 +1,9 @@
-"""Install torch into this environment: a CPU build unless there is an NVIDIA GPU, never CUDA by accident.
+"""Install torch into this environment: a CPU build unless there is an NVIDIA GPU.
 
     python tools/scripts/setup_torch.py
 
-Where pip would fetch a CUDA build for a machine without a GPU (several GB), `uv` fetches the CPU one, since it knows
-where PyTorch keeps them. Does nothing when torch is there already.
+Where pip would download a CUDA build for a machine without a GPU (several GB), `uv` downloads the CPU build, since it
+knows PyTorch's package indexes. Does nothing if torch is installed.
 """
 
 from __future__ import annotations

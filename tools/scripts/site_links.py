@@ -1,4 +1,4 @@
-"""A hook of mkdocs: what the docs link to in the repository beside themselves is no page of the site, so it is text."""
+"""A hook of mkdocs: links to files outside docs/ become plain text, because these files are not on the site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Offline: ways of computing a chunk's KV once, at ingestion. One encoder a file."""
+"""Encoders: ways to compute a chunk's KV ahead of prompts. One encoder per file."""
 
 from .activations import WithActivations
 from .base import Encoder, Text

@@ -1,4 +1,4 @@
-"""A chunk with the residual stream at one layer, from which recomputation can start half way through the model."""
+"""DroidSpeak's encoder: KV and the residual stream at one layer, so that recomputation can start at that layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WithActivations(Isolated):
-    """`Isolated`, and ``extra["activations"] [n, d]``: the raw residual stream that enters ``transition_layer``.
+    """`Isolated`, and ``extra["activations"] [n, d]``: the residual stream that enters ``transition_layer``.
 
-    That is the last layer but one at most, so that a layer is left to compare. It costs ``d`` numbers a token beside
-    the KV's ``2 Hk D L``. Source: DroidSpeak (arXiv 2411.02820), "E cache", in the study's adaptation to chunks
-    (2603.20218).
+    ``transition_layer`` is capped at the last layer but one, so that a layer is left to compare. The activations take
+    ``d`` numbers per token besides the KV's ``2 Hk D L``. Source: DroidSpeak (arXiv 2411.02820), "E cache", in the
+    study's adaptation to chunks (2603.20218).
     """
 
     prefix: str | None = None

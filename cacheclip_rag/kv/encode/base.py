@@ -1,4 +1,4 @@
-"""What an encoder is."""
+"""The interface of an encoder, and the forward that all of them share."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
     from ...model.backbone import Backbone
 
 Front = tuple[Tensor, Tensor] | None
-"""Keys and values ``[L, Hk, P, D]`` at positions 0.. of what a chunk is encoded behind; None for nothing."""
+"""Keys and values ``[L, Hk, P, D]``, from position 0 on, that a chunk is encoded behind; None for nothing."""
 
 Text = tuple[str, Tokens]
 """A chunk's text and its tokens."""
 
 
 class Encoder(Protocol):
-    """One way of encoding. Frozen dataclasses, so that their fields are part of a chunk's identity."""
+    """Computes chunk KV. Encoders are frozen dataclasses: their fields are part of a chunk's identity."""
 
     def prefix_ids(self, backbone: Backbone) -> Tensor:
-        """The tokens ``[P]`` int64 that chunks are encoded behind."""
+        """The encode prefix: the tokens ``[P]`` int64 that chunks are encoded behind."""
 
     def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
-        """KV of each text behind its own front. The texts do not see each other."""
+        """The KV of each text behind its own front. The texts do not attend to each other."""
 
 
 def encode_behind(
     backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front], activations: int = 0
 ) -> list[ChunkKV]:
-    """``KV(C_i) = prefill(C_i | S_i)`` for every ``C_i``: forward ``[S_1; C_1; S_2; C_2; ...]``, keep the rows of each.
+    """``KV(C_i) = prefill(C_i | S_i)`` for every text ``C_i`` and front ``S_i``, all in one forward.
 
-    One forward over one canvas, where every text has its front's KV before it and sees nothing below: short texts keep
-    the processor busy together, and nothing is padded. With ``activations``, the residual stream that enters this layer
-    is kept too, as ``extra["activations"] [n, d]``.
+    The canvas holds ``[S_1; C_1; S_2; C_2; ...]``. Each text attends to its own front and to itself, so short texts
+    share a forward without padding. With ``activations``, the residual stream that enters this layer is kept as well,
+    as ``extra["activations"] [n, d]``.
     """
     starts = [0 if front is None else front[0].shape[2] for front in fronts]
     lengths = [len(tokens) for _, tokens in texts]

@@ -1,4 +1,4 @@
-"""A chunk behind a few tokens that mean nothing."""
+"""EPIC's zero-overhead linking: chunks encoded behind a few dummy tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blanks:
-    """Link0: ``p = count`` dummy tokens before each chunk take the attention sink; their KV is thrown away.
+    """Link0: ``p = count`` dummy tokens before each chunk absorb the attention sink; their KV is discarded.
 
-    ``token`` is the dummy's text; None takes the model's begin-of-sequence token, or a blank where it has none. A model
-    that opens every sequence with one of its own keeps that in front, as the repository does.
+    ``token`` is the dummy's text; None takes the model's begin-of-sequence token, or a blank if it has none. A model
+    that opens every sequence with a begin-of-sequence token has it before the dummies, as in EPIC's repository.
     Source: EPIC (arXiv 2410.15332), zero-overhead linking; the study (2603.20218) takes blanks, p in 1, 2, 3, 5, 10.
     """
 

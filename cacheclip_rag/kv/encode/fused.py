@@ -1,4 +1,4 @@
-"""Chunks behind the chunks they are likely to meet in a prompt."""
+"""FusionRAG's preprocessing: a chunk's KV computed behind the stored KV of other chunks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def fused(
     contexts: Sequence[Sequence[ChunkKV]],
     prefix: Front,
 ) -> list[ChunkKV]:
-    """``KV(C_i) = prefill(C_i | S, KV(C_a), KV(C_b), ...)``: each encoded anew behind its context, all in one forward.
+    """``KV(C_i) = prefill(C_i | S, KV(C_a), KV(C_b), ...)`` for every chunk ``C_i``, all in one forward.
 
-    ``prefix`` is the KV of S, ``[L, Hk, P, D]``; a context are chunks encoded by themselves behind it, in the order
-    they shall stand in: their KV is taken as it is (one hop), its keys rotated so that positions are contiguous. The
-    results stay at the positions they were computed at; placing rotates them from there, which spares the rounding of a
-    way back. Source: FusionRAG (arXiv 2601.12904), section 3.1, eq. 8 to 10.
+    ``prefix`` is the KV of S, ``[L, Hk, P, D]``. A context is a list of chunks that were encoded in isolation behind S;
+    their KV is not recomputed (one hop), only rotated to contiguous positions. The results keep the positions they were
+    computed at, and are rotated when they are placed, which saves one rounding.
+    Source: FusionRAG (arXiv 2601.12904), section 3.1, eq. 8 to 10.
     """
     texts = [(chunk.text, Tokens(chunk.ids, chunk.offsets)) for chunk in chunks]
     made = encoder.encode(backbone, texts, [joined(backbone, prefix, context) for context in contexts])

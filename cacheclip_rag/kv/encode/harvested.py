@@ -1,4 +1,4 @@
-"""Chunk KV taken from finished prompts, several variants of each chunk, with what it takes to choose among them."""
+"""Cache-Craft's chunk caches: KV variants taken from finished prompts, and the scores that choose among them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Harvested(Isolated):
-    """Cache-Craft: no KV at ingestion; every full prefill leaves a variant of each of its chunks, its context in it.
+    """Cache-Craft: no KV at ingestion; every full prefill leaves a variant of each chunk, contextualised by the chunks
+    before it.
 
-    ``chunks`` and ``variants``: how many chunks are kept, least recently used out first, and how many variants of each,
-    the least used out first. ``alpha`` scales the score that decides what to recompute. Only full
-    prefills are harvested: a variant taken from a repaired prompt would hand on whatever the repair left wrong.
-    HarvestedVariants live in memory. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
+    ``chunks``: how many chunks are kept (the least recently used are evicted); ``variants``: how many variants per
+    chunk (the least used are evicted). ``alpha`` scales the fix-up overhead, which decides how much to recompute. Only
+    full prefills are harvested: a variant from a repaired prompt would carry its remaining error into later prompts.
+    Variants are kept in memory. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
     """
 
     prefix: str | None = None
@@ -49,10 +50,10 @@ class Harvested(Isolated):
 
 @dataclass(eq=False)
 class HarvestedVariant:
-    """One chunk's KV as some prompt left it: ``before`` are the chunks that stood in front of it, in order.
+    """One chunk's KV from a finished prompt; ``before``: the names of the chunks that preceded it, in order.
 
-    ``inter[j]``: the attention mass that its tokens paid to chunk j, mean over layers and heads; ``cci``: its
-    `contextualisation`; ``kv.extra["inter_attention"] [n]``: the mass each token paid to all chunks before.
+    ``inter[j]``: the attention mass from its tokens to chunk j, mean over layers and heads; ``cci``: its
+    `contextualisation`; ``kv.extra["inter_attention"] [n]``: the mass from each token to all preceding chunks.
     """
 
     kv: ChunkKV
@@ -63,7 +64,7 @@ class HarvestedVariant:
 
 
 class HarvestedVariants:
-    """The variants of up to ``recipe.chunks`` chunks, by the chunks' names."""
+    """The variants of up to ``recipe.chunks`` chunks, by the chunks' names in the index."""
 
     def __init__(self, recipe: Harvested) -> None:
         self._recipe = recipe
@@ -72,13 +73,19 @@ class HarvestedVariants:
     def __contains__(self, name: object) -> bool:
         return name in self._kept
 
+    @property
+    def nbytes(self) -> int:
+        return sum(variant.kv.nbytes for variants in list(self._kept.values()) for variant in list(variants))
+
     def of(self, name: str) -> list[HarvestedVariant]:
         return list(self._kept.get(name, ()))
 
     def best(self, name: str, before: Sequence[str]) -> tuple[HarvestedVariant, float] | None:
-        """The variant with the lowest fix-up overhead behind these chunks, and that overhead.
+        """The variant with the lowest fix-up overhead behind the chunks ``before``, and that overhead; None if the
+        chunk has no variant.
 
-        Of equal ones the variant that saw most of them wins: one that had nothing before it always scores 0.
+        Of equal ones, the variant computed behind most of these chunks wins: a variant without any chunk before it
+        always scores 0.
         """
         if name not in self._kept:
             return None
@@ -101,7 +108,7 @@ class HarvestedVariants:
             self._kept.popitem(last=False)
 
     def forget(self, name: str) -> None:
-        """Drop a chunk's variants and everything that was harvested behind it."""
+        """Drop a chunk's variants, and all variants of other chunks that were computed behind it."""
         self._kept.pop(name, None)
         for other, variants in list(self._kept.items()):
             self._kept[other] = [v for v in variants if name not in v.before]
@@ -110,7 +117,7 @@ class HarvestedVariants:
 
 
 def contextualisation(inter: float, intra: float) -> float:
-    """``CCI = 1 / (1 + exp(-a / b))``: attention to other chunks (``a``) over attention to itself (``b``): 0.5..1.
+    """``CCI = 1 / (1 + exp(-a / b))``: a chunk's attention to others (``a``) relative to itself (``b``), 0.5..1.
 
     ``a = sum_j inter(C_i, C_j) / (|C_i| |C_j|)`` and ``b = intra(C_i) / |C_i|^2``, means over layers and heads.
     """
@@ -122,8 +129,8 @@ def fix_overhead(
 ) -> float:
     """``CFO = clip(alpha CCI (1 - beta'), 0, 1)``: the share of a variant's tokens to recompute behind ``new`` chunks.
 
-    ``beta' = beta (1 - gamma)``: ``beta`` is the share of the attention paid to old chunks whose receivers are in front
-    again (1 if there were none), ``gamma`` the share of their pairs that stand in the other order.
+    ``beta' = beta (1 - gamma)``: ``beta`` is the share of the attention to ``old`` chunks that went to chunks which
+    precede it again (1 if there were none), ``gamma`` the share of those chunks' pairs in reverse order.
     """
     common = [name for name in dict.fromkeys(new) if name in inter]
     total = sum(inter.values())
@@ -132,7 +139,7 @@ def fix_overhead(
 
 
 def disorder(old: Sequence[str], new: Sequence[str]) -> float:
-    """``gamma``: of the pairs of what both have, the share that stands in the other order; 0 if there are none."""
+    """``gamma``: the share of the pairs of common names that are in reverse order; 0 without pairs."""
     places = [list(old).index(name) for name in dict.fromkeys(new) if name in old]
     pairs = [(a, b) for i, a in enumerate(places) for b in places[i + 1 :]]
     return sum(a > b for a, b in pairs) / len(pairs) if pairs else 0.0
@@ -140,10 +147,10 @@ def disorder(old: Sequence[str], new: Sequence[str]) -> float:
 
 @dataclass(eq=False)
 class ChunkMass:
-    """A hook that sums, for every row of a full prefill, the attention it pays to each chunk: ``mass [T, chunks]``.
+    """A hook that sums the attention from every row of a full prefill to each chunk: ``mass [T, chunks]`` float32.
 
-    ``groups [T]`` int64: the chunk of every slot, -1 for none. Float32, the mean over heads and the ``layers`` looked
-    at. Rows come in blocks, so that no whole attention matrix exists. ``window``: the layers' sliding window, if any.
+    It is the mean over heads and ``layers``. ``groups [T]`` int64: the chunk of every slot, -1 for none. Rows are
+    processed in blocks, so that no whole attention matrix exists. ``window``: the layers' sliding window in tokens.
     """
 
     groups: Tensor
@@ -153,7 +160,8 @@ class ChunkMass:
     block: int = 128
 
     def __post_init__(self) -> None:
-        self.mass = torch.zeros(len(self.groups), int(self.groups.max()) + 1, device=self.groups.device)
+        size = len(self.groups), int(self.groups.max()) + 1
+        self.mass = torch.zeros(size, dtype=torch.float32, device=self.groups.device)
         self._one_hot = torch.nn.functional.one_hot(self.groups + 1)[:, 1:].float()
 
     def __call__(self, at: LayerInput) -> None:
@@ -168,8 +176,10 @@ class ChunkMass:
 def harvest(
     kv: ChunkKV, number: int, before: Sequence[tuple[str, int]], mass: Tensor, lengths: Tensor
 ) -> HarvestedVariant:
-    """The variant of the chunk ``number``, whose tokens paid ``mass [n, chunks]``; ``before``: names and numbers of the
-    chunks in front of it, in order; ``lengths [chunks]`` in tokens.
+    """The variant of chunk ``number``: its ``kv``, and the statistics of its attention to other chunks.
+
+    ``mass [n, chunks]``: the attention of its tokens to each chunk; ``before``: names and numbers of the preceding
+    chunks, in order; ``lengths [chunks]``: tokens of each chunk.
     """
     inter: dict[str, float] = {}
     for other, j in before:

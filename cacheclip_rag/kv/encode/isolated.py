@@ -1,4 +1,4 @@
-"""A chunk by itself, behind a prefix that all chunks share."""
+"""Chunks encoded in isolation, behind a prefix that all of them share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class Isolated:
     """``KV(C_i) = prefill(C_i | S)``: forward ``[S; C_i]``, keep the rows of ``C_i``.
 
-    ``prefix`` is the text S: None takes what precedes the user's text in the model's chat template, "" encodes the
-    chunk bare (PromptCache). Behind a shared prefix the attention sink is there once, and the prefix's own KV serves
-    every prompt that begins with it. Source: CacheClip (arXiv 2510.10129), also APE and SEL; FusionRAG eq. 5.
+    ``prefix`` is the encode prefix S as text: None takes what precedes the user's text in the model's chat template, ""
+    encodes chunks without a prefix (PromptCache). With a shared prefix there is only one attention sink, and the
+    prefix's own KV serves every prompt that begins with it.
+    Source: CacheClip (arXiv 2510.10129), also APE and SEL; FusionRAG eq. 5.
     """
 
     prefix: str | None = None

@@ -1,4 +1,4 @@
-"""Prefix caching: KV of the very tokens that stood before. One cache a file."""
+"""Prefix caching: reuse of KV behind exactly the same tokens. One kind of cache per file."""
 
 from .base import PrefixCache, PrefixCaching
 from .blocks import PrefixBlocks

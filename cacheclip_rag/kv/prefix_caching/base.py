@@ -1,4 +1,4 @@
-"""What prefix caching is: reuse of KV behind the very same tokens, which changes nothing."""
+"""The interface of prefix caching: reuse of KV behind exactly the same tokens, so that the result does not change."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
 
 class PrefixCache(Protocol):
-    """KV of prompts' beginnings, in memory, under a cap in bytes. Not thread-safe: the engine's turns see to that."""
+    """KV of prompt prefixes, in memory, up to a number of bytes. Not thread-safe: callers hold the engine's lock."""
 
     nbytes: int
     written: int
-    """Bytes that were ever kept, those that have gone since included."""
+    """Bytes written so far, including those evicted since."""
 
     def longest(self, ids: Tensor, borders: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """KV ``[L, Hk, n_i, D]``, piece by piece from row 0 on, of the longest kept beginning of ``ids [T]``.
+        """KV ``[L, Hk, n_i, D]``, piece by piece from row 0 on, of the longest cached prefix of ``ids [T]``.
 
         ``borders``: the rows at which the prompt's documents begin, and where the last one ends, sorted.
         """
 
     def keep(self, ids: Tensor, borders: Sequence[int], canvas: Canvas, seconds_per_token: float) -> None:
-        """Keep what a finished prefill left on ``canvas``, every row of which was computed or came from here."""
+        """Cache the rows of a finished prefill of ``ids [T]``, all of them computed or taken from this cache."""
 
 
 class PrefixCaching(Protocol):
-    """One way of prefix caching: makes a cache. Frozen dataclasses."""
+    """A kind of prefix cache and its parameters; `open` makes one. Frozen dataclasses."""
 
     strategy: ClassVar[str]
 

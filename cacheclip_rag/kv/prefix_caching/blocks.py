@@ -1,4 +1,4 @@
-"""Automatic prefix caching, as vLLM does it."""
+"""Automatic prefix caching in blocks of tokens, as in vLLM."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrefixBlocks:
-    """Full blocks of ``block`` tokens, each named by the hash of itself and of all before it.
+    """Full blocks of ``block`` tokens, each identified by a hash of its tokens and of all blocks before it.
 
-    The tail of up to ``block - 1`` tokens and the prompt's last token are always computed. Least recently used blocks
-    go first, of one prompt the deepest. Source: automatic prefix caching in vLLM.
+    The tail of up to ``block - 1`` tokens and the prompt's last token are always computed. The least recently used
+    blocks are evicted first; of one prompt, the deepest. Source: automatic prefix caching in vLLM.
     """
 
     block: int = 16
@@ -49,7 +49,7 @@ class _Blocks:
             if name not in self._kept:
                 break
             found.append(name)
-        for name in reversed(found):  # the deepest block is the first to go
+        for name in reversed(found):  # the deepest block is evicted first
             self._kept.move_to_end(name)
         return [self._kept[name] for name in found]
 

@@ -1,4 +1,4 @@
-"""A tree of documents, as RAGCache keeps it."""
+"""RAGCache's knowledge tree: prefix caching document by document."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DocumentTree:
-    """Nodes are documents, each with its KV behind the documents on the way to it; the root is the prompt's preamble.
+    """A tree whose nodes are documents: each holds its KV computed behind the documents on the path to it. Below the
+    root is the prompt's preamble.
 
-    Leaves are evicted by PGDSF: ``priority = clock + frequency * seconds`` that a token of the node took to compute;
-    the clock is the priority of what was evicted last, so that old fame fades. Left out: two tiers, speculative
-    prefill. Source: RAGCache (arXiv 2404.12457), knowledge tree and prefix-aware Greedy-Dual-Size-Frequency.
+    Leaves are evicted by PGDSF: ``priority = clock + frequency * seconds per token`` of the node's prefill; the clock
+    is the priority of the last evicted node, which ages frequencies. Not implemented: two tiers, speculative prefill.
+    Source: RAGCache (arXiv 2404.12457), knowledge tree and prefix-aware Greedy-Dual-Size-Frequency.
     """
 
     capacity_bytes: int = 1 << 30
@@ -42,7 +43,7 @@ class _Node:
     parent: _Node | None
     kv: tuple[Tensor, Tensor] | None = None
     frequency: int = 0
-    cost: float = 0.0  # seconds a token
+    cost: float = 0.0  # seconds per token
     priority: float = 0.0
     children: dict[bytes, _Node] = field(default_factory=dict)
 
@@ -100,7 +101,7 @@ class _Tree:
 
 
 def _segments(ids: Tensor, borders: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
-    """The prompt's preamble, then each document with what follows it up to the next: ``(start, stop, token bytes)``."""
+    """The preamble, then each document with the text up to the next one, as ``(start, stop, token bytes)``."""
     for start, stop in pairwise([0, *borders]):
         if stop > start:
             yield start, stop, ids[start:stop].numpy().tobytes()

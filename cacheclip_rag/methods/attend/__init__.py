@@ -1,1 +1,1 @@
-"""Online: how the question, and what is recomputed, weighs the context. One way a file."""
+"""Attention variants of the computed rows, for methods that change how these weigh the context. One per file."""

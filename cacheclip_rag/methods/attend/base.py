@@ -1,4 +1,4 @@
-"""What a way of attending is, and the ordinary one."""
+"""The interface of an attention variant, and plain attention."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..request import Request
 
 
 class Attend(Protocol):
-    """Makes one request's score modification. Frozen dataclasses."""
+    """Makes the score modification of one request. Frozen dataclasses."""
 
     def score_mod(self, request: Request, chosen: Tensor) -> ScoreMod | None:
-        """How rows weigh what they see, now that ``chosen [k]`` rows will be recomputed; None for plain attention."""
+        """The score modification, given the rows ``chosen [k]`` to recompute; None for plain attention."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Softmax over everything a row sees."""
+    """Ordinary attention: softmax over every slot that a row sees."""
 
     def score_mod(self, request: Request, chosen: Tensor) -> ScoreMod | None:
         return None

@@ -1,4 +1,4 @@
-"""Sharper attention into stored context, and less of it."""
+"""APE's attention: a temperature and a scale on the reused context."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..request import Request
 class Scaled:
     """APE: attention to context tokens at ``temperature`` T, their log-sum-exp times ``mass``; see `ScaledContext`.
 
-    The context is every token whose stored KV is used as it is: what is recomputed or fresh is not scaled, as PSR has
-    it; APE recomputes nothing. ``mass=None`` takes S T for the published ``scale`` S, which is what the released code
-    multiplies by (its paper says S). ``rows``: ``"all"`` scales for every computed row, ``"question"``
-    only for those behind the last chunk. ``first``: layers below attend plainly.
+    The context is every token whose stored KV is used unchanged. Recomputed and fresh tokens are not scaled, as in PSR;
+    APE recomputes nothing. ``mass=None`` takes S T for the published ``scale`` S, which is what the released code
+    multiplies by (the paper says S). ``rows``: ``"all"`` scales for every computed row, ``"question"`` only for those
+    behind the last chunk. ``first``: the first layer with scaling; lower ones use plain attention.
     Source: APE (arXiv 2502.05431), PSR (arXiv 2603.20218).
     """
 
@@ -55,12 +55,12 @@ class Scaled:
 
 
 class ScaledContext:
-    """``softmax over [z_C / T + (s - 1) LSE(z_C / T), z_O]``: sharper inside the context, the context lighter overall.
+    """``softmax over [z_C / T + (s - 1) LSE(z_C / T), z_O]``: sharper within the context C, which gets less mass.
 
-    ``context [n]`` bool marks the slots of C, everything else is O; ``temperature`` = T; ``mass`` = s, the factor on
-    the context's log-sum-exp; rows before the slot ``start`` attend plainly. One softmax that equals the published
-    merge of two, since ``sum_j exp(z_Cj + (s - 1) LSE_C) = exp(s LSE_C)``. A row that sees nothing of C is not changed.
-    Source: APE (arXiv 2502.05431), section 4; PSR (arXiv 2603.20218) with C = what was not recomputed.
+    ``context [n]`` bool marks the slots of C, all others are O; ``temperature`` = T; ``mass`` = s, the factor on the
+    context's log-sum-exp; rows before the slot ``start`` use plain attention. This single softmax equals the published
+    merge of two, since ``sum_j exp(z_Cj + (s - 1) LSE_C) = exp(s LSE_C)``. A row that sees no slot of C is unchanged.
+    Source: APE (arXiv 2502.05431), section 4; PSR (arXiv 2603.20218) with C = tokens that were not recomputed.
     """
 
     def __init__(

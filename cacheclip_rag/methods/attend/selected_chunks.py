@@ -1,4 +1,4 @@
-"""The question attends to a few chunks only."""
+"""SEL's attention: the question attends to a few chunks only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..request import Request
 
 @dataclass(frozen=True)
 class SelectedChunks:
-    """SEL: in every layer the question sees the ``keep`` chunks it likes best, and what belongs to no chunk.
+    """SEL: in every layer the question attends to its ``keep`` highest-scoring chunks, and to all text outside chunks.
 
-    ``best``: how many of a chunk's largest probabilities make its score; see `TopChunks`. A question that joins more
-    chunks than ``keep`` cannot be answered. Source: SEL (arXiv 2412.16545), aggregation HT, K = 2.
+    ``best``: how many of a chunk's largest probabilities make up its score; see `TopChunks`. A question that needs more
+    than ``keep`` chunks at once cannot be answered. Source: SEL (arXiv 2412.16545), aggregation HT, K = 2.
     """
 
     keep: int = 2
@@ -38,12 +38,12 @@ class SelectedChunks:
 
 
 class TopChunks:
-    """The question attends to the ``keep`` chunks whose best tokens it likes most, chosen anew in every layer.
+    """The question attends to the ``keep`` chunks with the highest attention scores, chosen anew in every layer.
 
     A chunk's score for a head and row is the sum of its ``best`` largest probabilities; scores are summed over heads
-    and the question's rows (aggregation HT), and every other chunk is hidden from all of them, which renormalises the
-    rest. ``groups [n]`` int64: the chunk of each slot, -1 for none; rows in ``[start, stop)`` are the question, later
-    ones are decoded tokens, which choose each for itself; earlier ones attend plainly.
+    and the question's rows (aggregation HT). All other chunks are masked for all of these rows, which renormalises the
+    rest. ``groups [n]`` int64: the chunk of each slot, -1 for none; rows in ``[start, stop)`` are the question; later
+    ones are decoded tokens, each with a choice of its own; earlier ones use plain attention.
     Source: SEL (arXiv 2412.16545), section 4.
     """
 

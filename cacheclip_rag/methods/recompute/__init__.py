@@ -1,1 +1,1 @@
-"""Online: how the chosen rows are carried through the layers. One way a file."""
+"""Recompute steps: how the chosen rows go through the layers. One per file."""

@@ -1,4 +1,4 @@
-"""What a recompute step is."""
+"""The interface of a recompute step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..request import Request
 
 @dataclass(frozen=True, eq=False)
 class Recomputed:
-    """The ``logits [1, V]`` of the prompt's last token, and what happened to placed rows, each sorted, int64.
+    """The result of a recompute step: ``logits [1, V]`` of the prompt's last token, and which placed rows changed.
 
-    ``rows [k]``: their stored KV was replaced in at least one layer; ``adjusted [m]``: it was changed without being
-    computed.
+    ``rows [k]`` int64, sorted: stored KV was recomputed in at least one layer; ``adjusted [m]`` int64, sorted: stored
+    KV was changed without recomputing it.
     """
 
     logits: Tensor
@@ -26,7 +26,7 @@ class Recomputed:
 
 
 class Recompute(Protocol):
-    """Computes the fresh rows and the chosen ones in the request's workspace. Frozen dataclasses."""
+    """Computes the fresh and the chosen rows of a request. Frozen dataclasses."""
 
     def run(self, request: Request, chosen: Tensor, score_mod: ScoreMod | None) -> Recomputed:
-        """``chosen [k]``: the selector's rows."""
+        """Compute ``request.fresh`` and the selector's rows ``chosen [k]`` in the request's workspace."""

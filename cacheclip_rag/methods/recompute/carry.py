@@ -1,4 +1,4 @@
-"""The same rows in every layer, and what that changed carried over to the rest of their chunks."""
+"""Recompute the same rows in every layer, and adjust the other tokens of their chunks by the mean change."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from .once import Once, compute
 
 @dataclass(frozen=True)
 class Carry:
-    """What recomputing changed on average in a chunk, its other tokens are changed by, too.
+    """Add the mean change of a chunk's recomputed tokens to the KV of its other tokens.
 
-    A chunk encoded by itself lacks what standing behind other text does to it, and much of that is the same for all
-    its tokens (docs/analyses.md): a few recomputed ones tell what it is. In every layer and KV head, after the chosen
+    A chunk encoded in isolation lacks the effect of preceding text on its KV, and much of that effect is the same for
+    all its tokens (docs/analyses.md): a few recomputed tokens estimate it. In every layer and KV head, after the chosen
     rows' K' and V' are computed and before they are attended to, with C_c the chosen rows of chunk c, C those of all
     such chunks, and R(p) the rotation to position p,
 
-        d_i = R(-p_i) (K'_i - K_i)       shortened to at most ``carry`` times the median length of all d
+        d_i = R(-p_i) (K'_i - K_i)       clipped to at most ``carry`` times the median norm of all d
         K_j += R(p_j) (sum_{i in C_c} d_i + w d) / (|C_c| + w)       for every row j of c that was not chosen
 
-    where d, the mean over C, counts for ``weight`` w of them, so that a chunk with few takes the others'
-    word for it. Values likewise, without the rotation. It costs no forward: a sum and an addition a layer.
+    where d is the mean over C with the weight of ``weight`` = w rows, so that chunks with few chosen rows are pulled
+    towards the mean of all chunks. Values likewise, without the rotation. It needs no further forward: one sum and one
+    addition per layer.
 
-    At half the median nearly every d is shortened, so that the mean is one of directions: long where they agree, short
-    where they do not, and none counts for more than another. With the plain mean, few tokens whose KV changes wholly
-    (those that were looked at by default and no longer are) turned some right answers into wrong ones (docs/log.md).
+    At half the median norm nearly every d is clipped, so the mean is one of directions: long if they agree, short if
+    not, and no single token dominates. With the plain mean, a few tokens whose KV changes completely (attention sinks
+    of the isolated chunk) turned some right answers into wrong ones (docs/log.md).
 
-    Fused chunks are left as they are and contribute nothing: the chunks they were computed behind have moved them
-    already. Where all chunks but the first are fused nothing is carried, since only the prompt's prefix stands in front
-    of the first. ``carry=0`` is `Once`. Our own.
+    Fused chunks are not changed and contribute nothing: their context has had its effect already. If all chunks but the
+    first are fused, nothing is adjusted, since only the prompt's preamble precedes the first. ``carry=0`` is `Once`.
+    Our own method.
     """
 
     carry: float = 0.5
@@ -57,7 +58,7 @@ class Carry:
 
 
 class CarryOver:
-    """A hook that moves the rows ``rest [m]`` of each layer by what recomputing changes at ``chosen [k]``."""
+    """A hook that adjusts the rows ``rest [m]`` of each layer by the mean change of the rows ``chosen [k]``."""
 
     layers = None
 
@@ -85,7 +86,7 @@ class CarryOver:
         )
 
     def _mean(self, change: Tensor) -> Tensor:
-        """``[k, Hk, D]`` float32 of the chosen rows to ``[m, Hk, D]`` for the rest: their chunks' means."""
+        """Changes ``[k, Hk, D]`` float32 of the chosen rows to ``[m, Hk, D]`` for the rest: their chunks' means."""
         length = change.norm(dim=-1, keepdim=True)
         most = self._carry * length.median(dim=0, keepdim=True).values
         change = change * (most / length.clamp_min(1e-12)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Fewer rows in the upper layers."""
+"""Cache-Craft's early termination: fewer rows in the upper layers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .base import Recomputed
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """From the relative ``depth`` on, only chunks that the question focuses on are recomputed any further.
+    """From the relative ``depth`` on, recompute only the rows of chunks that the question focuses on.
 
-    These are the fewest chunks that together hold ``share`` of the attention which the question, in the layers so far,
-    paid to context tokens; the chosen rows of all others stop there, and their deeper KV stays as stored. When that is
-    every chunk, nothing stops. Where focus begins is our reading: the paper reports that it shows by layers 10 to 15
-    of 32 for most questions. Source: Cache-Craft (arXiv 2502.15734), adaptive early termination.
+    These are the fewest chunks that together hold ``share`` of the question's attention to context tokens in the layers
+    below; the chosen rows of all other chunks stop there, and their KV above stays as stored. If every chunk is in
+    focus, nothing stops. The default depth is our reading: the paper reports that the focus shows by layers 10 to 15 of
+    32 for most questions. Source: Cache-Craft (arXiv 2502.15734), adaptive early termination.
     """
 
     depth: float = 0.4
@@ -46,7 +46,7 @@ class EarlyStop:
         return Recomputed(logits, chosen)
 
     def _scores(self, request: Request, layer: int) -> AttentionScores | None:
-        """Sums the question's attention below ``layer``; None where it cannot tell chunks apart."""
+        """A hook that sums the question's attention below ``layer``; None if that cannot separate chunks."""
         computer = request.computer
         looked = [i for i in computer.full_layers if i < layer]
         question = request.question_rows if len(request.question_rows) else request.fresh[-1:]
@@ -59,7 +59,7 @@ class EarlyStop:
     def _focus(self, request: Request, scores: Tensor) -> Tensor:
         """The numbers of the chunks in focus."""
         numbers, index = request.groups.unique(return_inverse=True)
-        mass = torch.zeros(len(numbers)).index_add_(0, index, scores)
+        mass = torch.zeros(len(numbers), dtype=torch.float32).index_add_(0, index, scores)
         order = mass.argsort(descending=True)
         held = mass[order].cumsum(dim=0) / mass.sum()
         return numbers[order[: int((held < self.share - 1e-6).sum()) + 1]]

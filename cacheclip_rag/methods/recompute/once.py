@@ -1,4 +1,4 @@
-"""The same rows in every layer."""
+"""Recompute the same rows in every layer, in one forward."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .base import Recomputed
 
 @dataclass(frozen=True)
 class Once:
-    """One forward over the fresh and the chosen rows."""
+    """One forward over the fresh and the chosen rows, through all layers. Source: CacheBlend, EPIC."""
 
     def run(self, request: Request, chosen: Tensor, score_mod: ScoreMod | None) -> Recomputed:
         return Recomputed(compute(request, chosen, score_mod), chosen)
 
 
 def compute(request: Request, chosen: Tensor, score_mod: ScoreMod | None, hooks: Sequence[Hook] = ()) -> Tensor:
-    """The fresh and the chosen rows through all layers: the logits ``[1, V]`` of the prompt's last token."""
+    """Compute the fresh and the chosen rows in all layers; returns the logits ``[1, V]`` of the prompt's last token."""
     part = request.part(merge_rows(request.fresh, chosen), hooks=hooks, score_mod=score_mod)
     [logits] = request.computer.forward([part])
     assert logits is not None

@@ -1,4 +1,4 @@
-"""Other rows from a deeper layer on."""
+"""DroidSpeak's second selection: other rows from a deeper layer on."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .once import Once
 class Reselect:
     """DroidSpeak for chunks: the first selection's rows up to the transition layer, then a new one of the same size.
 
-    The residual stream entering ``transition_layer`` is the fresh one for the rows computed so far and the stored
-    activation (`WithActivations`, of that very layer) for all others. That layer runs over all rows, the next one's
-    keys are compared with the stored ones, and the rows that deviate most go on from there. Comparing stored
-    activations with themselves would always give 0, hence the one dense layer (our reading: docs/methods.md).
+    The residual stream entering ``transition_layer`` is fresh for the rows computed so far, and the stored activation
+    (`WithActivations`, at the same layer) for all others. That layer runs over all rows, the next layer's keys are
+    compared with the stored ones, and the rows that deviate most continue from there. Comparing stored activations with
+    themselves would always give 0, hence the one dense layer (our reading: docs/methods.md).
     Source: the study's adaptation (arXiv 2603.20218) of DroidSpeak (arXiv 2411.02820).
     """
 

@@ -1,1 +1,1 @@
-"""Online: which context tokens are worth recomputing. One selector a file."""
+"""Selectors: which context tokens to recompute. One per file."""

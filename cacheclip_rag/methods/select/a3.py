@@ -1,4 +1,4 @@
-"""The question's layer-0 queries against the context's layer-0 keys."""
+"""A³'s selector: the question's layer-0 queries against the context's layer-0 keys."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .query_guided import question_scores
 class FirstLayer:
     """A³: ``s[t] = sum_{h, q} softmax_t(q_0 K_0^T / sqrt(D))[h, q, t]``, over the context's keys, at layer 0.
 
-    Keys of layer 0 depend on no context, so the stored ones are those that a full prefill computes, and the pass over
-    the question ends before its first attention is finished. Tokens are taken one by one, the best first.
+    Keys of layer 0 do not depend on context, so the stored ones equal those of a full prefill, and the pass over the
+    question ends in its first layer. Single tokens are taken, the highest scores first.
     Source: A³ (arXiv 2511.17560), after the public reimplementation in KVPacket, which computes layer 0 for all rows.
     """
 
@@ -34,5 +34,5 @@ A3 = Method(
     FirstLayer(),
     Isolated(prefix=""),
     recompute_ratio=0.15,
-    about="the question's attention at layer 0, softmax over the context, encoded bare (A³, 2511.17560)",
+    about="the question's attention at layer 0, softmax over the context, encoded without a prefix (A³, 2511.17560)",
 )

@@ -1,4 +1,4 @@
-"""What a selector is."""
+"""The interface of a selector."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..request import Request
 
 
 class Selector(Protocol):
-    """Chooses rows. Frozen dataclasses."""
+    """Chooses the rows to recompute. Frozen dataclasses."""
 
     needs_auxiliary: ClassVar[bool]
 
     def select(self, request: Request, budget: int) -> Tensor:
-        """``[budget]`` (at most) of ``request.rows``, sorted, int64."""
+        """At most ``budget`` of ``request.rows``, sorted, int64."""

@@ -1,4 +1,4 @@
-"""From scores to exactly as many tokens as the budget allows."""
+"""From scores to chosen tokens: top-k, and top-k in groups of neighbours, both of exactly the budget."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from torch import Tensor
 
 
 def top(scores: Tensor, budget: int) -> Tensor:
-    """Indices ``[budget]`` of the highest ``scores [N]``, sorted by index; of equal scores the earlier token wins."""
+    """Indices ``[budget]`` of the highest ``scores [N]``, sorted; of equal scores the earlier token wins."""
     return torch.sort(scores, descending=True, stable=True).indices[:budget].sort().values
 
 
 def top_groups(scores: Tensor, chunks: Tensor, budget: int, size: int = 8, threshold: int = 5) -> Tensor:
-    """Indices ``[budget]``, chosen in groups of neighbours (single refreshed tokens tear numbers and names apart).
+    """Indices ``[budget]`` chosen in groups of adjacent tokens, so that numbers and names are recomputed as a whole.
 
-    ``scores [N]`` float, ``chunks [N]`` int64 (chunk numbers; groups never cross a chunk's border, and the tokens of a
-    chunk are neighbours). Candidates are the ``budget`` best tokens; a group of ``size`` that holds at least
-    ``threshold`` of them is taken whole, best mean score first; what remains of the budget goes to the best single
-    tokens, so that the budget is met exactly. A chunk shorter than a group counts as one.
-    Source: CacheClip's sliding-window grouping; threshold and topping up are our reading (docs/methods.md).
+    ``scores [N]`` float, ``chunks [N]`` int64: the chunk of each token; groups do not cross chunk borders. Candidates
+    are the ``budget`` highest-scoring tokens. A group of ``size`` tokens with at least ``threshold`` candidates is
+    taken as a whole, the highest mean score first; the remaining budget goes to the highest-scoring single tokens, so
+    that it is used up exactly. A chunk shorter than ``size`` is one group.
+    Source: CacheClip's sliding-window grouping; the threshold and the use of the remaining budget are our reading
+    (docs/methods.md).
     """
     count = len(scores)
     if size <= 1 or not 0 < budget < count:
@@ -34,10 +35,10 @@ def top_groups(scores: Tensor, chunks: Tensor, budget: int, size: int = 8, thres
         inside = candidates[members].unfold(0, width, 1).sum(dim=-1)
         mean = scores[members].unfold(0, width, 1).mean(dim=-1)
         mean = mean.masked_fill(inside < min(threshold, width), float("-inf"))
-        # A token's priority is that of the best group it lies in.
+        # A token's priority is that of the best group that contains it.
         padded = F.pad(mean, (width - 1, width - 1), value=float("-inf"))
         priority[members] = padded.unfold(0, width, 1).amax(dim=-1)
-    # Ranks, not sums: attention scores are tiny, and whatever is added to them to lift groups would blur them.
+    # Two stable sorts instead of a sum: a large offset for groups would cost tiny attention scores their precision.
     alone = priority == float("-inf")
     best = torch.where(alone, scores, priority)
     order = torch.sort(best, descending=True, stable=True).indices

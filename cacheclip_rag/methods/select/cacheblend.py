@@ -1,4 +1,4 @@
-"""The tokens whose KV a full prefill would change most."""
+"""CacheBlend's selector: the tokens whose stored keys deviate most from a full prefill's."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Deviation = Literal["keys", "keys squared", "values squared"]
 class KeyDeviation:
     """CacheBlend: ``dK[t] = mean_h || K_fresh[h, t] - K_stored[h, t] ||_2`` at ``check_layer``.
 
-    The layers before it run over the whole prompt up to its last chunk, ``check_layer / L`` of a full prefill's work.
-    The recompute then starts again from layer 0 with the chosen rows: layer 0's KV depends on no context, so for the
-    default 1 (counted from 0) that is the computation that goes on from there.
+    The layers before it run over the whole prompt up to its last chunk: ``check_layer / L`` of a full prefill's work.
+    The recompute then starts again from layer 0 with the chosen rows. KV of layer 0 does not depend on context, so for
+    the default of 1 (counted from 0) this equals continuing from the check layer.
     ``of``: ``"keys"`` is the study's measure (arXiv 2603.20218), ``"keys squared"`` LMCache's (the sum of squares),
-    ``"values squared"`` the released CacheBlend code's. The question never competes, and the budget counts context
-    tokens only (choices of ours: docs/methods.md). Source: CacheBlend (arXiv 2405.16444), one check layer.
+    ``"values squared"`` that of the released CacheBlend code. The question is never a candidate, and the budget counts
+    context tokens only (our choices: docs/methods.md). Source: CacheBlend (arXiv 2405.16444), one check layer.
     """
 
     check_layer: int = 1
@@ -41,7 +41,7 @@ class KeyDeviation:
 
 
 def key_deviation(request: Request, layer: int = 1, of: Deviation = "keys") -> Tensor:
-    """How far the stored KV of every row in ``request.rows`` is from a full prefill's at ``layer``: ``[N]`` float32."""
+    """The deviation of every row in ``request.rows`` from a full prefill's KV at ``layer``: ``[N]`` float32."""
     layer = min(layer, request.computer.layers - 1)
     rows = torch.arange(int(request.rows[-1]) + 1)
     scratch = request.computer.workspace(len(rows), layers=layer + 1)
@@ -51,7 +51,7 @@ def key_deviation(request: Request, layer: int = 1, of: Deviation = "keys") -> T
 
 
 def deviation(request: Request, keys: Tensor, values: Tensor, layer: int, of: Deviation = "keys") -> Tensor:
-    """``[N]`` float32 for the rows that may be chosen, from fresh ``keys``, ``values [T, Hk, D]`` of one layer."""
+    """The deviation ``[N]`` float32 of ``request.rows`` from the fresh ``keys``, ``values [T, Hk, D]`` of a layer."""
     rows = request.rows.to(keys.device)
     stored_keys, stored_values = request.workspace.placed(layer)
     fresh, stored = (values, stored_values) if of == "values squared" else (keys, stored_keys)

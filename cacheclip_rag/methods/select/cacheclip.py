@@ -1,4 +1,4 @@
-"""CacheClip: a small model's attention chooses, in windows."""
+"""CacheClip's selector: an auxiliary model's attention from the question, in groups of tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .budget import top_groups
 class CacheClip:
     """``score[t] = mean_{h, q} A_aux[h, q, t]``: the auxiliary model's attention from the question to the context.
 
-    Its tokens are mapped to the primary model's over character spans, then whole groups of ``group_size`` neighbouring
-    tokens that hold at least ``threshold`` of the best tokens are recomputed. ``layers``: ``"last"`` as published, or
-    ``"upper"``, the mean of the upper half. Where we depart: candidates and groups are counted in the primary's
-    tokens, which meets the budget exactly. Source: CacheClip (arXiv 2510.10129).
+    Scores are mapped to the primary model's tokens over character spans. Then whole groups of ``group_size`` adjacent
+    tokens are recomputed that contain at least ``threshold`` of the highest-scoring tokens. ``layers``: ``"last"`` as
+    published, or ``"upper"``, the mean of the upper half. Unlike in the paper, candidates and groups are counted in
+    tokens of the primary model, so that the budget is used up exactly. Source: CacheClip (arXiv 2510.10129).
     """
 
     group_size: int = 8
@@ -43,7 +43,7 @@ def auxiliary_scores(request: Request, layers: str) -> Tensor:
     """The auxiliary model's score of every row in ``request.rows``: ``[N]`` float32."""
     layout = request.layout
     results = request.auxiliary(layers)
-    scores = torch.zeros(len(request.rows))
+    scores = torch.zeros(len(request.rows), dtype=torch.float32)
     for group in request.groups.unique().tolist():
         members = (request.groups == group).nonzero()[:, 0]
         span = layout.spans[group]

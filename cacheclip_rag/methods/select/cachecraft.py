@@ -1,4 +1,4 @@
-"""The tokens that inter_attention on what is no longer there."""
+"""Cache-Craft's selector: the tokens with most attention to the chunks that preceded them when they were computed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .budget import top
 
 @dataclass(frozen=True)
 class InterAttentionTokens:
-    """Cache-Craft: of every chunk the ``ceil(CFO |C_i|)`` tokens that paid most attention to the chunks then before it.
+    """Cache-Craft: of every chunk the ``ceil(CFO |C_i|)`` tokens with the highest inter-attention, the attention to the
+    chunks that preceded it when its KV was computed.
 
-    ``budget="overhead"``: each chunk's own fix-up overhead says how many, and the ratio says nothing;
-    ``"ratio"``: the ratio says how many, over all chunks together (FusionRAG's simplified rendering of Cache-Craft).
+    ``budget="overhead"``: each chunk's fix-up overhead (CFO) says how many, whatever the ratio; ``"ratio"``: the ratio
+    says how many, over all chunks together (FusionRAG's simplified Cache-Craft).
     Source: Cache-Craft (arXiv 2502.15734), section 4.
     """
 
@@ -27,7 +28,7 @@ class InterAttentionTokens:
     needs_auxiliary: ClassVar[bool] = False
 
     def select(self, request: Request, budget: int) -> Tensor:
-        inter_attention, overhead = torch.zeros(len(request.rows)), torch.zeros(len(request.rows))
+        inter_attention, overhead = torch.zeros(2, len(request.rows), dtype=torch.float32)
         for number in request.groups.unique().tolist():
             chunk, mine = request.chunks[number], request.groups == number
             if chunk is None or "inter_attention" not in chunk.extra:

@@ -1,4 +1,4 @@
-"""The heads of the chunks."""
+"""EPIC's selector: the leading tokens of every chunk."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from .budget import top
 
 @dataclass(frozen=True)
 class LeadingTokens:
-    """EPIC: the first tokens of every chunk, which behaved as attention sinks when it was encoded by itself.
+    """EPIC: the first tokens of every chunk, which acted as attention sinks when it was encoded in isolation.
 
-    ``tokens=k`` takes the first k of each, whatever the ratio (LegoLink-k); None spends the budget evenly, the first
-    ``r |C_i|`` of each, as the study (arXiv 2603.20218) makes it comparable. A chunk whose KV is exact, the one right
-    behind its own prefix, is left alone. Source: EPIC (arXiv 2410.15332), LegoLink; without its repeated
-    begin-of-sequence tokens.
+    ``tokens=k`` takes the first k of each, whatever the ratio (LegoLink-k); None takes the first ``r |C_i|`` of each,
+    as the study (arXiv 2603.20218) does to compare methods at one ratio. A chunk in place (right behind its encode
+    prefix) is not recomputed. Source: EPIC (arXiv 2410.15332), LegoLink; without its repeated begin-of-sequence tokens.
     """
 
     tokens: int | None = None
@@ -38,7 +37,7 @@ class LeadingTokens:
 
 
 def places(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """For tokens of chunks ``groups [N]``: each one's place in its chunk, from 0, and the chunk's length, ``[N]``."""
+    """Each token's index in its chunk, from 0, and the chunk's length, both ``[N]``, for the chunks ``groups [N]``."""
     same = groups[:, None] == groups.unique()[None]
     count = same.cumsum(dim=0)
     place = torch.where(same, count - 1, 0).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Full prefill."""
+"""The selector of full prefill: every context token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..request import Request
 
 @dataclass(frozen=True)
 class Everything:
-    """Recompute every context token: the quality anchor, and the oracle of every other method at ratio 1."""
+    """Recompute every context token: full prefill, which every other method equals at ratio 1."""
 
     needs_auxiliary: ClassVar[bool] = False
     strategy: ClassVar[str] = "full"

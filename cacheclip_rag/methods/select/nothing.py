@@ -1,4 +1,4 @@
-"""Plain reuse."""
+"""The selector of plain reuse: no context token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..request import Request
 
 @dataclass(frozen=True)
 class Nothing:
-    """Recompute no context token: stored KV as it is, moved to its position. Source: PromptCache; "full reuse"."""
+    """Recompute no context token: stored KV is only rotated to its position. Source: PromptCache ("full reuse")."""
 
     needs_auxiliary: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""The question's own attention, in the primary model, chooses."""
+"""Selectors by the primary model's own attention from the question: FusionRAG, ProphetKV, InfoFlow."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from .budget import top_groups
 @renamed_parameters(window="group_size")
 @dataclass(frozen=True)
 class QueryGuided:
-    """``s[t] = mean_{l in layers} mean_{h, q} softmax(q K^T / sqrt(D))[h, q, t]``: one pass of the question over the
-    placed chunks, whose KV is overwritten afterwards.
+    """``s[t] = mean_{l in layers} mean_{h, q} softmax(q K^T / sqrt(D))[h, q, t]``: the question's attention to each
+    token, in one pass of the question over the placed chunks.
 
-    ``layers``: ``"last"``, ``"all"``, or a band of relative depths, ``(0.69, 0.83)``, after which the pass stops.
-    ``normalise``: over which keys the softmax runs (see `AttentionScores`). ``group_size`` and ``threshold``
-    group the choice as CacheClip does; a group size of 1 takes single tokens.
+    The pass's own KV is overwritten by the recompute. ``layers``: ``"last"``, ``"all"``, or a band of relative depths,
+    ``(0.69, 0.83)``, behind which the pass stops. ``normalise``: over which keys the softmax runs (see
+    `AttentionScores`). ``group_size`` and ``threshold`` group the choice as CacheClip does; a group size of 1 takes
+    single tokens.
 
-    FusionRAG (2601.12904): last layer, softmax inside each chunk; its code scores keys at their stored positions, we at
-    their global ones, which InfoFlow measured to be better. ProphetKV (2602.02579): all layers, softmax over the
-    context. InfoFlow (2603.05353): a band of mid-late layers, softmax over the whole row.
+    FusionRAG (2601.12904): last layer, softmax inside each chunk; its code scores keys at their stored positions, ours
+    at their positions in the prompt, which InfoFlow measured to be better. ProphetKV (2602.02579): all layers, softmax
+    over the context. InfoFlow (2603.05353): a band of mid-late layers, softmax over the whole row.
     """
 
     layers: Literal["last", "all"] | tuple[float, float] = "last"
@@ -43,6 +44,11 @@ class QueryGuided:
         at_least(1, group_size=self.group_size, threshold=self.threshold)
         if isinstance(self.layers, tuple) and not 0.0 <= self.layers[0] <= self.layers[1] <= 1.0:
             raise ConfigurationError(f"layers is a band of depths from 0 to 1, as (0.69, 0.83), not {self.layers}")
+
+    @property
+    def passes(self) -> float:
+        """The cost of the question's pass, as a share of a forward over the same rows."""
+        return self.layers[1] if isinstance(self.layers, tuple) else 1.0
 
     def select(self, request: Request, budget: int) -> Tensor:
         scores = question_scores(request, self._layers(request.computer), self.normalise)
@@ -60,14 +66,15 @@ class QueryGuided:
 def question_scores(request: Request, layers: list[int], normalise: Normalise = "row") -> Tensor:
     """Attention from the question to every row in ``request.rows``, in one pass over the placed KV: ``[N]`` float32.
 
-    The pass computes the rows without stored KV (they would be holes otherwise). A question that does not stand behind
-    the last chunk sees nothing of the context where it stands: a copy of it then runs at the end of the prompt.
+    The pass also computes the other rows without stored KV, which the question attends to. If the question does not
+    follow the last chunk, it cannot attend to all chunks from there; a copy of it then runs at the end of the prompt.
     """
     computer, workspace, layout = request.computer, request.workspace, request.layout
     rows, ids, scored = request.fresh, layout.ids[request.fresh], request.question_rows
     positions = request.positions[rows]
     if len(scored) == 0 or int(scored[0]) < int(request.rows[-1]):
-        copy = request.question_ids[: workspace.capacity - len(layout)]
+        room = workspace.capacity - len(layout)
+        copy = request.question_ids[max(0, len(request.question_ids) - room) :]  # its end, where the question is asked
         scored = torch.arange(len(layout), len(layout) + len(copy))
         rows, ids = torch.cat([rows, scored]), torch.cat([ids, copy])
         positions = torch.cat([positions, scored - len(layout) + int(request.positions[-1]) + 1])
@@ -82,5 +89,5 @@ def question_scores(request: Request, layers: list[int], normalise: Normalise = 
     )
     length = workspace.length
     computer.forward([Part(workspace, ids, rows, positions, [scores])], depth=max(layers) + 1, logits=0)
-    workspace.length = length  # the pass leaves nothing behind that the recompute does not overwrite
+    workspace.length = length  # the recompute overwrites all that the pass wrote below it
     return scores.scores

@@ -1,8 +1,8 @@
 """Sparse causal attention: some rows of a prompt as queries, every earlier slot of the canvas as keys.
 
-``transformers`` calls one of the three implementations by its registered name (`SDPA`, `TRITON`, `REFERENCE`). What a
-single forward needs to know travels as one keyword argument, ``cacheclip=SparseRows(...)``, from ``model.forward`` down
-to the attention function; nothing is global, so requests may run side by side.
+transformers calls one of three implementations by its registered name (`SDPA`, `TRITON`, `REFERENCE`). The state of one
+forward is passed from ``model.forward`` to the attention function as a keyword argument, ``cacheclip=SparseRows(...)``.
+Nothing is global, so requests can run in parallel.
 """
 
 from __future__ import annotations

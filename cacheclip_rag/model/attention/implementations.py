@@ -1,4 +1,4 @@
-"""The implementations by the names they have in transformers, and which of them a device gets."""
+"""The attention implementations by their names in transformers, and the choice among them for a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SDPA = "cacheclip_torch"
 REFERENCE = "cacheclip_reference"
 TRITON = "cacheclip_triton"
 NOTING = "cacheclip_noting"
-"""`SDPA`, with a note of each layer's window: to try a model out."""
+"""`SDPA` that records each layer's sliding window, for the checks of `composability`."""
 
 IMPLEMENTATIONS = {
     SDPA: sdpa_attention,
@@ -34,16 +34,16 @@ IMPLEMENTATIONS = {
     NOTING: noting_attention,
 }
 
-# Names that are not registered with transformers' mask interface get no mask from it: ours comes from the rows.
+# transformers builds no mask for names that are not registered with its mask interface; ours follows from the rows.
 for _name, _function in IMPLEMENTATIONS.items():
     AttentionInterface.register(_name, _function)
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """The implementation to use on ``device`` for heads of ``width`` D: ``name``, unless that is `AUTO`.
+    """The implementation to use on ``device`` for heads of dimension ``width``: ``name``, unless that is `AUTO`.
 
-    `AUTO` is `TRITON` on a CUDA (or ROCm) device where triton is installed and the kernel is right, else `SDPA`.
-    Raises `ImportError` for `TRITON` without triton, `ValueError` for it on a device that Triton cannot compile for.
+    `AUTO` is `TRITON` on a CUDA (or ROCm) device with triton installed and a kernel that passes `kernel_is_right`, else
+    `SDPA`. For `TRITON`, raises `ImportError` without triton and `ValueError` on a device it cannot compile for.
     """
     if name == AUTO:
         return (
@@ -61,10 +61,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, width: int) -> s
 
 @cache
 def kernel_is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel gives the oracle's numbers on this device, tried on a few rows; logs why where it does not.
+    """Whether the Triton kernel agrees with the reference on this device, on a few rows; logs a warning if not.
 
-    Triton compiles on first use, which asks for a C compiler and for a GPU that it knows: a failure must show here and
-    not in the middle of a request.
+    Triton compiles on first use, which needs a C compiler and a supported GPU. A failure must show here, and not in the
+    middle of a request.
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.tensor([0, 3, 70, 71, 199])
@@ -80,7 +80,7 @@ def kernel_is_right(device: torch.device, dtype: torch.dtype, width: int) -> boo
         layer = SimpleNamespace(layer_idx=0)
         expected, _ = reference_attention(layer, query, key, value, None, scaling, cacheclip=sparse)
         error = float((ours - expected).float().norm() / expected.float().norm())
-    except Exception as failure:  # compilers fail in many ways, and none of them may keep a model from loading
+    except Exception as failure:  # compilers fail in many ways, and none of them may prevent a model from loading
         log.warning("the Triton kernel does not run on %s (%r): PyTorch's attention is used", device, failure)
         return False
     if not error < 0.02:  # rounding in bfloat16 is a fifth of that

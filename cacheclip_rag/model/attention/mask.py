@@ -1,4 +1,4 @@
-"""What one forward tells the attention function: which keys a row may see, which hooks look on, which scores change."""
+"""The causal mask of one forward: its rows and floors, with the hooks and score modification of their attention."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ...compute import Hook, LayerInput, ScoreMod, Workspace, visible
 from ...errors import ConfigurationError
 
 BLOCK = 128
-"""Rows that are attended to together: few keys beyond a row's own slot are computed in vain."""
+"""Rows per call of the fused kernel: in blocks of this size, few masked keys are computed."""
 
 _KEEP = 1 << 27
-"""Masks of at most this many elements are kept for the layers of a forward, others made anew by each."""
+"""Masks of at most this many elements are cached for all layers of a forward; larger ones are rebuilt by each layer."""
 
 
 class Block(NamedTuple):
     """Rows ``[start, stop)``, the slots of the first and the last of them, and the first slot that they may see.
 
-    Plain numbers, so that no layer waits for the device to tell.
+    Python integers, so that no layer waits for a device synchronisation.
     """
 
     start: int
@@ -32,30 +32,30 @@ class Block(NamedTuple):
     floor: int
 
 
-class HoldsBack(Workspace, Protocol):
-    """A workspace that keeps a layer's new KV back until hooks have seen it."""
+class PendingWorkspace(Workspace, Protocol):
+    """A workspace that buffers a layer's new KV until hooks have seen it."""
 
     def pending(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """The new keys and values ``[1, Hk, S, D]``; None where the layer keeps none."""
+        """The layer's new keys and values ``[1, Hk, S, D]``, or None."""
 
     def write_pending(self, layer: int) -> None:
-        """Write them."""
+        """Write the buffered KV of a layer to its slots."""
 
 
 class SparseRows:
-    """What one forward tells the attention function.
+    """The rows of one forward, with the mask, hooks and score modification of their attention.
 
-    ``rows [S]`` int64, strictly increasing: the canvas slots of the queries. A slot orders keys and defines causality;
-    the RoPE position travels separately, as ``position_ids``. ``floors [S]`` int64, never decreasing, keep texts that
-    share a canvas apart: a row sees nothing below its floor. Hooks and score modifications take one text only.
-    ``canvas`` is where hooks see the KV that is placed, and where a layer's new KV waits for them.
+    ``rows [S]`` int64, strictly increasing: the canvas slots of the queries. Slots order keys and define causality;
+    RoPE positions are passed separately, as ``position_ids``. ``floors [S]`` int64, non-decreasing, separate texts that
+    share a canvas: a row attends to no slot below its floor. Hooks and score modifications need a single text.
+    ``canvas`` holds the placed KV, and the new KV of a layer until its hooks have run.
     """
 
     def __init__(
         self,
         rows: Tensor,
         device: torch.device | str,
-        canvas: HoldsBack | None = None,
+        canvas: PendingWorkspace | None = None,
         hooks: Sequence[Hook] = (),
         score_mod: ScoreMod | None = None,
         floors: Tensor | None = None,
@@ -67,17 +67,17 @@ class SparseRows:
         self.floors = None if floors is None else floors.to(device)
         self.blocks = list(_blocks(slots, [0] * len(slots) if floors is None else floors.tolist()))
         self.dense = floors is None and slots[0] == 0 and slots[-1] == len(slots) - 1
-        """Whether the rows are all slots from 0 on: then the mask is an ordinary triangle."""
+        """Whether the rows are all slots from 0 on, so that the mask is an ordinary triangle."""
         self._canvas, self._hooks = canvas, tuple(hooks)
         self._biases: dict[tuple[int, int, int, int | None], Tensor] = {}
 
     @property
     def hooked(self) -> bool:
-        """Whether layers keep their new KV back until `before_attention` has shown it to hooks."""
+        """Whether there are hooks, for which layers buffer their new KV until `before_attention`."""
         return bool(self._hooks)
 
     def before_attention(self, layer: int, query: Tensor, scaling: float) -> None:
-        """Show hooks what the layer attends with, ``query [1, H, S, D]``, then write its KV."""
+        """Call the hooks of a layer with its ``query [1, H, S, D]`` and its new KV, then write the KV."""
         if not self._hooks or self._canvas is None or (new := self._canvas.pending(layer)) is None:
             return
         key, value = (one[0].transpose(0, 1) for one in new)
@@ -88,15 +88,15 @@ class SparseRows:
         self._canvas.write_pending(layer)
 
     def score_mod_of(self, layer: int) -> ScoreMod | None:
-        """How this layer's rows weigh what they see, or None for plain attention."""
+        """The score modification of this layer, or None for plain attention."""
         return self.score_mod if self.score_mod is not None and layer >= self.score_mod.first_layer else None
 
     def bias(self, start: int, stop: int, keys: slice, groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of rows ``[start, stop)`` over the slots ``keys``: 0 or -inf.
+        """The additive mask (0 or -inf) of the scores of rows ``[start, stop)`` over the slots ``keys``.
 
-        ``[groups * rows, keys]``, the rows once for each of ``groups`` query heads. Layers of one forward share it. It
-        is additive because the CPU's fused kernel turns a boolean mask into this at every call, which takes nearly as
-        long as the attention.
+        ``[groups * rows, keys]``, the rows once per query head of a KV head. Layers of one forward share it. It is
+        additive because the CPU's fused kernel converts a boolean mask at every call, which takes nearly as long as the
+        attention.
         """
         name = (start, keys.start, groups, window)
         if name not in self._biases:
@@ -110,7 +110,7 @@ class SparseRows:
 
 
 def _blocks(slots: list[int], floors: list[int]) -> Iterator[Block]:
-    """At most `BLOCK` rows each, all of one floor."""
+    """Consecutive rows in blocks of at most `BLOCK`, with one floor per block."""
     start = 0
     while start < len(slots):
         stop = min(start + BLOCK, bisect_right(floors, floors[start]))
@@ -119,9 +119,9 @@ def _blocks(slots: list[int], floors: list[int]) -> Iterator[Block]:
 
 
 def trailing(queries: int, keys: int, device: torch.device, texts: int = 1) -> SparseRows:
-    """The newest slots as rows, for a forward that says nothing: any ordinary decoding step.
+    """The newest slots as rows, for a forward without a ``cacheclip`` argument, such as an ordinary decoding step.
 
-    Raises `ConfigurationError` for a batch of several ``texts``, whose padding nothing here knows of.
+    Raises `ConfigurationError` for a batch of several ``texts``, because padding is not supported.
     """
     if texts != 1:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Attention with a score modification: methods that change how rows weigh what they see, instead of what is stored."""
+"""Attention with a score modification, for methods that change attention weights instead of stored KV."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def modified_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]`` as ``score_mod`` weighs it.
+    """Attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]`` with the weights of ``score_mod``.
 
-    Every score of a block of rows is written out in float32: these methods change few rows. Returns ``[1, S, H, D]``.
+    The scores of a block of rows are materialised in float32, since these methods compute few rows.
+    Returns ``[1, S, H, D]`` in the queries' dtype.
     """
     kv_heads = key.shape[1]
     # [Hk, G, S, D] x [Hk, 1, N, D]: the G = H / Hk query heads of a KV head share its keys.

@@ -1,4 +1,4 @@
-"""The Triton kernel of sparse causal attention. Needs triton, so it is imported only where it is going to be used."""
+"""The Triton kernel of sparse causal attention; imported on use only, because it needs triton."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def q_sparse_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """``softmax(q k^T * scaling + mask) v``, row i seeing the slots up to ``rows[i]``; nothing of size S x N is kept.
+    """``softmax(q k^T * scaling + mask) v``, where row i sees the slots up to ``rows[i]``; no S x N matrix is stored.
 
     ``query [1, H, S, D]``, ``key`` and ``value [1, Hk, N, D]`` of one dtype (float32, bfloat16, float16) on one device;
-    ``rows [S]`` int64, strictly increasing, below N, which is not checked: the device would have to be waited for.
+    ``rows [S]`` int64, strictly increasing and below N, which is not checked, to avoid a device synchronisation.
     ``window``: a sliding window's width in tokens. Returns ``[1, S, H, D]`` in the queries' dtype.
-    Source: Q-Sparse-Attn of FusionRAG (arXiv 2601.12904); windows and capped scores are added.
+    Source: Q-Sparse-Attn of FusionRAG (arXiv 2601.12904); sliding windows and soft capping are added.
     """
     _, heads, length, width = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -45,16 +45,16 @@ def q_sparse_attention(
 
 
 def tile_of(width: int, bytes_each: int) -> tuple[int, int]:
-    """Rows and keys that are attended to together, and the width ``D`` padded to a power of two.
+    """The tile size (rows, and keys per step), and the head dimension ``width`` padded to a power of two.
 
-    64, as published, or fewer: a tile of the queries and two stages of keys and values must fit into the shared memory
-    of a small GPU (99 KiB), so that one takes at most 16 KiB.
+    64 as published, or less: a tile of queries and two stages of keys and values must fit into the shared memory of a
+    small GPU (99 KiB), so that a tile takes at most 16 KiB.
     """
     padded = max(16, triton.next_power_of_2(width))  # 16 is the least that `tl.dot` multiplies
     return max(16, min(64, 16384 // (padded * bytes_each))), padded
 
 
-@triton.jit(do_not_specialize=["length"])  # it differs with every request: no kernel of its own for each
+@triton.jit(do_not_specialize=["length"])  # it differs in every request, which would compile a kernel for each
 def kernel(
     query,
     key,
@@ -76,7 +76,7 @@ def kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """A tile of rows of one query head. Arguments are pointers, strides in elements, ``length`` = S."""
+    """Attention of one tile of rows of one query head. Arguments are pointers, strides in elements, ``length`` = S."""
     start, head = tl.program_id(0) * TILE, tl.program_id(1)
     kv_head = (head // GROUPS).to(tl.int64)
     lanes = tl.arange(0, PADDED)

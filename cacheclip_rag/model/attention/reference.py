@@ -1,4 +1,4 @@
-"""The eager oracle: every score written out in float32. It defines what the other implementations must compute."""
+"""The reference implementation: eager attention in float32, which the other implementations must agree with."""
 
 from __future__ import annotations
 

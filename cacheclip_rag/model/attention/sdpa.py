@@ -1,4 +1,4 @@
-"""The default implementation: PyTorch's fused attention over blocks of rows, each against the keys it can see."""
+"""The default implementation: PyTorch's fused attention, block by block of rows, over the keys each block can see."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
 
-    Rows are sorted, so a block of them needs keys only from its floor or its window on, up to its last row's slot. In
+    Rows are sorted, so a block needs only the keys from its floor (or its sliding window) up to its last row's slot. In
     grouped-query models the H / Hk query heads of a KV head are folded into the rows: K and V are not repeated, and the
-    fused kernel gets the long blocks of queries that it is quick with.
+    fused kernel gets long blocks of queries, which it is fast with.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -57,7 +57,7 @@ def sdpa_attention(
     output = torch.empty(1, length, heads, width, dtype=query.dtype, device=query.device)
     for start, stop, first, last, floor in sparse.blocks:
         keys = slice(floor if sliding_window is None else max(floor, first - sliding_window + 1), last + 1)
-        # A single row sees every key that is left.
+        # A single row sees all of these keys and needs no mask.
         bias = sparse.bias(start, stop, keys, groups, sliding_window, query.dtype) if stop - start > 1 else None
         folded = query[:, :, start:stop].reshape(1, kv_heads, groups * (stop - start), width)
         part = F.scaled_dot_product_attention(folded, key[:, :, keys], value[:, :, keys], attn_mask=bias, scale=scaling)

@@ -1,4 +1,4 @@
-"""The implementation for GPUs: our Triton kernel where rows are scattered, PyTorch's fused attention where not."""
+"""The implementation for GPUs: our Triton kernel for scattered rows, PyTorch's fused attention for the rest."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def triton_attention(
 ) -> tuple[Tensor, None]:
     """Sparse causal attention of ``query [1, H, S, D]`` over ``key`` and ``value [1, Hk, N, D]``.
 
-    A whole prompt (an ordinary triangle), a single decoded row, texts kept apart and score modifications go through
-    `sdpa_attention`: the kernel gains by the rows it leaves out, and one row would leave most of its tile empty.
+    A whole prompt (an ordinary triangle), a single decoded row, texts separated by floors, and score modifications go
+    through `sdpa_attention`: the kernel saves the rows that are left out, and one row would leave most of a tile empty.
     Returns ``([1, S, H, D], None)``, equal to `reference_attention` up to rounding.
     """
     sparse = cacheclip or trailing(query.shape[2], key.shape[2], query.device, query.shape[0])

@@ -1,4 +1,4 @@
-"""Which sliding window each layer's attention is given: what decides, for an attention that makes its own mask."""
+"""Records the sliding window that transformers passes to each layer's attention, to check it against the config."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _GIVEN = "_cacheclip_window"
 def noting_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`sdpa_attention` that leaves a note of its window on the layer's module."""
+    """`sdpa_attention` that records its ``sliding_window`` argument on the layer's module."""
     setattr(module, _GIVEN, kwargs.get("sliding_window"))
     return sdpa_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 def windows_given(model: nn.Module) -> dict[int, int | None]:
-    """By layer the window that `noting_attention` was given last, None for none. The notes are taken away."""
+    """By layer, the sliding window that `noting_attention` got last, None for none. The records are removed."""
     given: dict[int, int | None] = {}
     module: Any
     for module in model.modules():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,20 +13,30 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough, run_in_executor
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr
 
-from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.frameworks import EngineHandle, EngineSettings, check_fields, encoding_of, pump, read_options
+from cacheclip_rag.errors import ConfigurationError, PromptError
+from cacheclip_rag.frameworks import (
+    ChatRequest,
+    EngineHandle,
+    EngineSettings,
+    call_options,
+    chat_request,
+    engine_name,
+    in_thread,
+    needed_dialect,
+    pump,
+)
+from cacheclip_rag.frameworks import fields as shared
+from cacheclip_rag.frameworks.messages import render
+from cacheclip_rag.frameworks.structured.formats import choice_of, schema_format
 
-from .grammar import Node
-from .guide import Guide, call_grammar
-from .messages import render, with_instruction
-from .request import Request, choice_of, format_of, json_schema, metadata_of, title_of, usage_of
-from .tools import Parsed, dialect_of
+from .answers import answer_message, last_chunk
+from .messages import conversation
 
 if TYPE_CHECKING:
     import builtins
@@ -39,8 +47,11 @@ if TYPE_CHECKING:
 _METHODS = ("json_schema", "function_calling", "json_mode")
 
 
-_FOREIGN = {"stream", "streaming", "stream_usage", "timeout", "max_retries", "api_key", "strict", "parallel_tool_calls"}
+_FOREIGN = {"stream", "streaming", "stream_usage", "timeout", "max_retries", "api_key", "strict"}
 """What callers pass as a matter of course and what means nothing to a local model."""
+
+_ALSO_CALLED = {"max_new_tokens": "max_tokens", "model_name": "model"}
+"""LlamaIndex's names of fields."""
 
 
 class ChatCacheClip(BaseChatModel):
@@ -54,71 +65,43 @@ class ChatCacheClip(BaseChatModel):
 
     """
 
-    model: str = Field(description="A catalogue name, hub id, folder or GGUF file.")
-    auxiliary: str | None = Field(default=None, description="The small model that selects tokens to recompute.")
-    kv_dir: str | None = Field(default=None, description="The folder that keeps chunk KV; None: in memory only.")
-    method: str | None = Field(
-        default=None, description='How to select tokens, as in "cacheclip:window=16"; None: the engine\'s default.'
-    )
-    recompute_ratio: float | None = Field(
-        default=None, description="Share of chunk tokens to recompute, 0 to 1; None: the method's default."
-    )
+    model: shared.ModelName
+    auxiliary: shared.Auxiliary = None
+    kv_dir: shared.KvDir = None
+    method: shared.Method = None
+    recompute_ratio: shared.RecomputeRatio = None
     max_tokens: int | None = Field(default=None, ge=1, description="The longest answer; None: 256 tokens.")
     temperature: float | None = Field(default=None, ge=0.0, description="None or 0 decodes greedily.")
-    top_p: float | None = Field(default=None, description="For sampling: the likeliest tokens of this mass only.")
-    top_k: int | None = Field(default=None, description="For sampling: the so many likeliest tokens only.")
-    stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
+    top_p: shared.TopP = None
+    top_k: shared.TopK = None
+    stop: shared.Stop = None
     streaming: bool = Field(default=False, description="Let `invoke` stream inside, so that callbacks see tokens.")
-    prefix: str | None = Field(
-        default=None, description="The text chunks are encoded behind; None: what opens the model's chat template."
-    )
-    tenant: str = Field(default="", description="Separates chunk KV of different owners.")
-    dtype: str = Field(default="auto", description='"float32", "bfloat16", ..., or "auto".')
-    device: str = Field(default="auto", description='"cpu", "cuda", ..., or "auto".')
-    max_requests: int = Field(default=16, ge=1, description="In flight at the same time; further ones wait.")
-    fuse_when_idle: bool = Field(
-        default=False,
-        description="While nothing is asked, fuse chunks with those they often come with (`auto` takes them).",
-    )
+    prefix: shared.Prefix = None
+    tenant: shared.Tenant = ""
+    dtype: shared.Dtype = "auto"
+    device: shared.Device = "auto"
+    max_requests: shared.MaxRequests = 16
+    fuse_when_idle: shared.FuseWhenIdle = False
     # A field, because configurable_fields() makes models anew from their fields.
     given: EngineHandle | None = Field(default=None, exclude=True, repr=False, description="See `from_engine`.")
 
     _last_report: Any = PrivateAttr(default=None)
 
-    def __init__(self, model: str, **fields: Any) -> None:
+    def __init__(self, model: str | None = None, **fields: Any) -> None:
         """Raises `ConfigurationError` for a misspelt field, an unknown method, or a value that makes no sense."""
-        if "max_new_tokens" in fields:
-            fields.setdefault("max_tokens", fields.pop("max_new_tokens"))
-        check_fields(fields, type(self).model_fields, _FOREIGN)
-        encoding_of(fields.get("method"))
-        read_options({name: fields.get(name) for name in _PER_CALL})
-        super().__init__(**{"model": model, **fields})
+        fields = fields if model is None else {"model": model, **fields}
+        super().__init__(**shared.checked_fields(fields, type(self).model_fields, _ALSO_CALLED, _FOREIGN))
 
     @classmethod
     def from_engine(cls, engine: Engine, **fields: Any) -> ChatCacheClip:
         """A chat model around an engine that is open already; ``fields`` are those of an answer (``stop``, ...)."""
-        name = fields.pop("model", None) or engine.backbone.model.name_or_path or engine.backbone.config.model_type
+        name = fields.pop("model", None) or fields.pop("model_name", None) or engine_name(engine)
         return cls(name, given=EngineHandle(engine=engine), **fields)
-
-    @field_validator("kv_dir", mode="before")
-    @classmethod
-    def _path(cls, kv_dir: Any) -> Any:
-        return os.fspath(kv_dir) if isinstance(kv_dir, os.PathLike) else kv_dir
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _several(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _name(cls, dtype: Any) -> str:
-        return str(dtype).removeprefix("torch.")
 
     @property
     def handle(self) -> EngineHandle:
         """What stands for the engine, whether it is open or not."""
-        return self.given or EngineHandle(self._settings())
+        return self.given or EngineHandle(EngineSettings.of(self.model, self))
 
     @property
     def engine(self) -> Engine:
@@ -150,7 +133,7 @@ class ChatCacheClip(BaseChatModel):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """Everything that an answer depends on: it is the key of LangChain's answer cache, and what traces show."""
-        names = ("model", "auxiliary", *_PER_CALL, "prefix", "tenant", "dtype")
+        names = ("model", "auxiliary", "max_tokens", *shared.PER_CALL, "prefix", "tenant", "dtype")
         params: builtins.dict[str, Any] = {name: getattr(self, name) for name in names}
         params["stop_sequences"] = params.pop("stop")  # LangChain puts the call's, None for most, in place of "stop"
         if self.given is not None and (engine := self.given.peek()) is not None:
@@ -169,13 +152,21 @@ class ChatCacheClip(BaseChatModel):
         """This model's tokens, unless ``custom_get_token_ids`` says otherwise."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
-        ids: list[int] = self.engine.backbone.tokenise(text).ids.tolist()
-        return ids
+        return self.handle.token_ids(text)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """What ``usage_metadata["input_tokens"]`` will be: the chat template and the tools are counted too."""
+        """What ``usage_metadata["input_tokens"]`` will be: the chat template and the tools are counted too.
+
+        Messages that are no conversation to the template, as `trim_messages` makes them, are counted as LangChain
+        counts: one by one.
+        """
+        if not messages:
+            return 0
         backbone = self.engine.backbone
-        prompt = render(backbone, messages, [convert_to_openai_tool(tool) for tool in tools or ()])
+        try:
+            prompt = render(backbone, conversation(messages), [convert_to_openai_tool(tool) for tool in tools or ()])
+        except PromptError:
+            return super().get_num_tokens_from_messages(messages)
         return len(backbone.tokenise_prompt(prompt))
 
     # ---- tools and structured output --------------------------------------------------------------------------------
@@ -195,8 +186,7 @@ class ChatCacheClip(BaseChatModel):
         Opens the engine, since the template comes with the weights. Raises NotImplementedError for a model whose
         template has no tools, `ConfigurationError` for a choice that is no tool, and what opening an engine raises.
         """
-        if dialect_of(self.engine.backbone) is None:
-            raise NotImplementedError(f"the chat template of {self.model} has no tool calls that can be read")
+        needed_dialect(self.engine)
         offered = [convert_to_openai_tool(tool) for tool in tools]
         choice = choice_of(tool_choice, offered)
         if choice is not None:
@@ -228,7 +218,7 @@ class ChatCacheClip(BaseChatModel):
         if method == "json_mode":
             wanted: dict[str, Any] = {"type": "json_object"}
         else:
-            wanted = {"type": "json_schema", "json_schema": {"name": title_of(schema), "schema": json_schema(schema)}}
+            wanted = schema_format(_json_schema(schema), _title(schema))
         about = {"kwargs": {"method": method}, "schema": schema}
         model = self.bind(response_format=wanted, ls_structured_output_format=about)
         parser: BaseOutputParser[Any] = JsonOutputParser()
@@ -268,11 +258,7 @@ class ChatCacheClip(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        cancel = threading.Event()
-        try:
-            return await run_in_executor(None, self._answer, messages, stop, kwargs, cancel)
-        finally:
-            cancel.set()  # a thread cannot be cancelled; the engine looks at this between two tokens
+        return await in_thread(lambda cancel: self._answer(messages, stop, kwargs, cancel))
 
     async def _astream(
         self,
@@ -294,18 +280,9 @@ class ChatCacheClip(BaseChatModel):
         kwargs: builtins.dict[str, Any],
         cancel: threading.Event | None = None,
     ) -> ChatResult:
-        request = self._request(messages, stop, kwargs)
-        answer = request.engine.generate(request.prompt, cancel=cancel, **request.options)
-        self._last_report = answer.report
-        parsed = request.parse(answer.text)
-        message = AIMessage(
-            content=parsed.text,
-            tool_calls=parsed.calls,
-            invalid_tool_calls=parsed.invalid,
-            usage_metadata=usage_of(answer.report),
-            response_metadata=metadata_of(request.model, answer.report, parsed),
-        )
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        model, request = self._request(messages, stop, kwargs)
+        parsed, self._last_report = request.answer(cancel)
+        return ChatResult(generations=[ChatGeneration(message=answer_message(model, parsed, self._last_report))])
 
     def _chunks(
         self,
@@ -314,78 +291,48 @@ class ChatCacheClip(BaseChatModel):
         kwargs: builtins.dict[str, Any],
         cancel: threading.Event | None = None,
     ) -> Generator[ChatGenerationChunk, None, None]:
-        request = self._request(messages, stop, kwargs)
-        reader = request.reader()
-        with request.engine.stream(request.prompt, cancel=cancel, **request.options) as stream:
+        model, request = self._request(messages, stop, kwargs)
+        with request.stream(cancel) as stream:
             self._last_report = stream.report
-            for delta in stream:
-                text = delta if reader is None else reader.feed(delta)
-                if text:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=text))
-            parsed = Parsed() if reader is None else reader.close()
-            # Counts go into one chunk only, since LangChain adds up those of all.
-            last = AIMessageChunk(
-                content=parsed.text,
-                tool_call_chunks=parsed.chunks,
-                usage_metadata=usage_of(stream.report),
-                response_metadata=metadata_of(request.model, stream.report, parsed),
-                chunk_position="last",
-            )
-            yield ChatGenerationChunk(message=last)
+            for text in stream:
+                yield ChatGenerationChunk(message=AIMessageChunk(content=text))
+            yield ChatGenerationChunk(message=last_chunk(model, stream.rest, stream.report))
 
-    def _request(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]) -> Request:
-        """Raises `ConfigurationError`, `PromptError`, NotImplementedError, and what opening an engine raises."""
-        kwargs = dict(kwargs)
+    def _request(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]
+    ) -> tuple[str, ChatRequest]:
+        """The model's name and what it is asked.
+
+        Raises `ConfigurationError`, `PromptError`, NotImplementedError, and what opening an engine raises.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
         model, tools = kwargs.pop("model", None) or self.model, kwargs.pop("tools", None) or []
-        choice, wanted = kwargs.pop("tool_choice", None), kwargs.pop("response_format", None)
-        options = self._options({**kwargs, "stop": stop if stop is not None else kwargs.get("stop")})
-        engine = (self.handle if model == self.model else EngineHandle(replace(self._settings(), model=model))).engine
-        tools = [convert_to_openai_tool(tool) for tool in tools]
-        choice = choice_of(choice, tools)
-        dialect = None
-        if tools and choice != "none":
-            dialect = dialect_of(engine.backbone)
-            if dialect is None:
-                raise NotImplementedError(f"the chat template of {model} has no tool calls that can be read")
-        grammar: Node | None = None
-        if wanted is not None:
-            grammar, instruction = format_of(wanted)
-            messages = with_instruction(engine.backbone, messages, instruction) if instruction else messages
-        if dialect is not None and choice is not None:
-            grammar = call_grammar(dialect, tools, None if choice == "any" else choice)
-        if grammar is not None:
-            sample = bool(options.get("do_sample", options.get("temperature")))
-            options.update(Guide(engine.backbone, grammar, options["max_new_tokens"], sample).options())
-        prompt = render(engine.backbone, messages, tools if dialect is not None else ())
-        names = frozenset(tool["function"]["name"] for tool in tools)
-        return Request(engine, model, prompt, options, dialect, names)
-
-    def _options(self, kwargs: builtins.dict[str, Any]) -> builtins.dict[str, Any]:
-        """The engine's options for one call: what the call says, then what the fields say."""
-        call = read_options({name: value for name, value in kwargs.items() if not name.startswith("ls_")}, _FOREIGN)
-        own: dict[str, Any] = {"max_new_tokens": self.max_tokens or 256, "stop": self.stop}
-        own.update(top_p=self.top_p, top_k=self.top_k)
-        if "method" not in call:  # the fields' ratio belongs to the fields' method
-            own.update(method=self.method, recompute_ratio=self.recompute_ratio)
-        if self.temperature or not call.get("do_sample"):  # sampling at temperature 0 is no sampling
-            own["temperature"] = self.temperature
-        return {name: value for name, value in {**own, **call}.items() if value is not None}
-
-    def _settings(self) -> EngineSettings:
-        """Fields that need an engine of their own; the others can differ from call to call on one engine."""
-        return EngineSettings(
-            model=self.model,
-            auxiliary=self.auxiliary,
-            kv_dir=None if self.kv_dir is None else os.path.abspath(os.path.expanduser(self.kv_dir)),
-            method=encoding_of(self.method),
-            prefix=self.prefix,
-            tenant=self.tenant,
-            dtype=self.dtype,
-            device=self.device,
-            max_requests=self.max_requests,
-            fuse_when_idle=self.fuse_when_idle,
+        asked = {name: kwargs.pop(name, None) for name in ("tool_choice", "response_format")}
+        parallel = kwargs.pop("parallel_tool_calls", None)
+        own = {name: getattr(self, name) for name in shared.PER_CALL}
+        own["max_new_tokens"] = self.max_tokens or 256
+        options = call_options({**kwargs, "stop": stop if stop is not None else kwargs.get("stop")}, own, _FOREIGN)
+        handle = self.handle if model == self.model else EngineHandle(EngineSettings.of(model, self))
+        return model, chat_request(
+            handle.engine,
+            conversation(messages),
+            options,
+            tools=[convert_to_openai_tool(tool) for tool in tools],
+            parallel_calls=parallel is not False,
+            **asked,
         )
 
 
-_PER_CALL = ("method", "recompute_ratio", "max_tokens", "temperature", "top_p", "top_k", "stop")
-"""Fields that a call can override."""
+def _json_schema(schema: Any) -> dict[str, Any]:
+    """The JSON schema of a pydantic model, a typed dict, a function, or of what is one already."""
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        described: dict[str, Any] = schema.model_json_schema()
+        return described
+    if isinstance(schema, dict) and "function" not in schema and "parameters" not in schema:
+        return schema
+    return convert_to_json_schema(schema)
+
+
+def _title(schema: Any) -> str:
+    """What an answer of this shape is called."""
+    return str(schema.get("title", "answer")) if isinstance(schema, dict) else getattr(schema, "__name__", "answer")

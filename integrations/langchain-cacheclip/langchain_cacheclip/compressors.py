@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,12 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnableLambda, run_in_executor
 from pydantic import ConfigDict, Field
 
-from cacheclip_rag.frameworks import EngineHandle, OnMiss, warm
-
-from .engines import handle_of
+from cacheclip_rag.frameworks import EngineHandle, OnMiss, handle_of, prepare_retrieved
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine
 
     from .chat_models import ChatCacheClip
-
-log = logging.getLogger("cacheclip_rag")
 
 
 class CacheClipCompressor(BaseDocumentCompressor):
@@ -77,10 +72,7 @@ def cacheclip_warm(llm: ChatCacheClip | Engine, *, on_miss: OnMiss = "background
 
 def _prepare(handle: EngineHandle, documents: Sequence[Document], question: str | None, on_miss: OnMiss) -> None:
     """Never raises."""
-    try:
-        warm(handle.engine, [document.page_content for document in documents], question or None, on_miss)
-    except Exception:
-        log.exception("retrieved chunks not prepared; the model prefills what it finds no KV for")
+    prepare_retrieved(handle, [document.page_content for document in documents], question, on_miss)
 
 
 def _documents(value: Any) -> list[Document]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
-from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
-from cacheclip_rag.frameworks import Fuser, Holdings, encode
-
-from .engines import handle_of
+from cacheclip_rag.frameworks import Fuser, HeldIds, OnMiss, StoredChunk, StoreFollower, handle_of
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine
@@ -33,6 +33,27 @@ class _Inner:
         return getattr(VectorStore if instance is None else instance.store, self._name)
 
 
+class _Search(_Inner):
+    """As `_Inner`, and what is found that has no KV will have."""
+
+    def __get__(self, instance: CacheClipVectorStore | None, owner: type) -> Any:
+        method = super().__get__(instance, owner)
+        if instance is None:
+            return method
+
+        def search(query: Any, *args: Any, **kwargs: Any) -> Any:
+            found = method(query, *args, **kwargs)
+            instance._retrieved(query, found)
+            return found
+
+        async def asearch(query: Any, *args: Any, **kwargs: Any) -> Any:
+            found = await method(query, *args, **kwargs)
+            await run_in_executor(None, instance._retrieved, query, found)
+            return found
+
+        return functools.wraps(method)(asearch if inspect.iscoroutinefunction(method) else search)
+
+
 class CacheClipVectorStore(VectorStore):
     """Wraps a vector store: chunks are encoded when they are added and their KV is dropped when they are deleted.
 
@@ -45,33 +66,52 @@ class CacheClipVectorStore(VectorStore):
     cost. Leave it out where documents must not colour one another's KV; collections that must not, of which only some
     are fused, are of different tenants (``ChatCacheClip(tenant=...)``).
 
+    Around a store that is filled already, what is retrieved is encoded in the background, so that the next question is
+    faster; `ensure_all` encodes all of it ahead.
+
     Example:
         ``store = CacheClipVectorStore(Chroma(embedding_function=embeddings), llm)``
 
     """
 
     def __init__(
-        self, store: VectorStore, llm: ChatCacheClip | Engine, *, show_progress: bool = True, fuse: int = 0
+        self,
+        store: VectorStore,
+        llm: ChatCacheClip | Engine,
+        *,
+        show_progress: bool = True,
+        fuse: int = 0,
+        on_miss: OnMiss = "background",
     ) -> None:
-        """``show_progress``: a progress bar, once encoding takes over a second. Raises TypeError for another ``llm``,
-        ValueError for ``fuse`` with a store that has no embeddings, and what `Fuser` raises.
+        """``show_progress``: a progress bar, once encoding takes over a second. ``on_miss``: retrieved chunks without
+        KV are encoded in the background, at once (``"encode"``), or not (``"ignore"``). Raises TypeError for another
+        ``llm``, ValueError for ``fuse`` with a store that has no embeddings, and what `Fuser` raises.
 
         The engine is opened when the first chunks come.
         """
         self.store = store
-        self.show_progress = show_progress
-        self._handle = handle_of(llm)
-        self._held = Holdings()
-        self._fuser: Fuser | None = None
+        self.show_progress, self.on_miss = show_progress, on_miss
+        fuser: Fuser | None = None
         if fuse:
             if (embeddings := store.embeddings) is None:
                 raise ValueError(f"fuse={fuse} needs a store with embeddings; {type(store).__name__} has none")
-            self._fuser = Fuser(fuse, embeddings.embed_documents)
+            fuser = Fuser(fuse, embeddings.embed_documents)
+        self._follower = StoreFollower(handle_of(llm), fuser=fuser)
 
     @classmethod
     def from_texts(cls, texts: list[str], embedding: Embeddings, metadatas: Any = None, **kwargs: Any) -> NoReturn:
         """Always raises NotImplementedError: make a store, then wrap it."""
         raise NotImplementedError("make a store and wrap it: CacheClipVectorStore(store, llm).add_texts(...)")
+
+    def ensure_all(self, documents: Iterable[Document] | None = None) -> int:
+        """Encode what is in the store already, with progress; ``documents``: for a store that cannot list its own. How
+        many chunks were encoded now.
+
+        Begun again, it goes on where it was. Raises what opening an engine raises, and NotImplementedError for a store
+        that cannot list its documents.
+        """
+        listed = _listed(self.store) if documents is None else [(d.id, d.page_content) for d in documents]
+        return self._follower.there([StoredChunk(id_ or "", t, document=id_) for id_, t in listed], self.show_progress)
 
     # ---- what changes the store -------------------------------------------------------------------------------------
 
@@ -79,21 +119,21 @@ class CacheClipVectorStore(VectorStore):
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, **kwargs: Any
     ) -> list[str]:
         texts = list(texts)
-        before = self._before(self._lookup(kwargs.get("ids")))
+        self._note(self._lookup(kwargs.get("ids")))
         ids = self.store.add_texts(texts, metadatas, **kwargs)
-        self._added(ids, texts, before)
+        self._added(ids, texts)
         return ids
 
     def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        before = self._before(self._lookup(_ids_of(documents, kwargs)))
+        self._note(self._lookup(_ids_of(documents, kwargs)))
         ids = self.store.add_documents(documents, **kwargs)
-        self._added(ids, [document.page_content for document in documents], before)
+        self._added(ids, [document.page_content for document in documents])
         return ids
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         """The wrapped store's deletion; of what it deleted by other means than ids, what this object added is known."""
         ids = None if ids is None else list(ids)
-        before = self._before(self._lookup(self._held.ids() if ids is None else ids))
+        before = self._note(self._lookup(self._held.ids() if ids is None else ids))
         result = self.store.delete(ids, **kwargs)
         self._deleted(before if ids is not None else _gone(before, self._lookup(list(before))), ids or ())
         return result
@@ -102,20 +142,20 @@ class CacheClipVectorStore(VectorStore):
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, **kwargs: Any
     ) -> list[str]:
         texts = list(texts)
-        before = self._before(await self._alookup(kwargs.get("ids")))
+        self._note(await self._alookup(kwargs.get("ids")))
         ids = await self.store.aadd_texts(texts, metadatas, **kwargs)
-        await run_in_executor(None, self._added, ids, texts, before)
+        await run_in_executor(None, self._added, ids, texts)
         return ids
 
     async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        before = self._before(await self._alookup(_ids_of(documents, kwargs)))
+        self._note(await self._alookup(_ids_of(documents, kwargs)))
         ids = await self.store.aadd_documents(documents, **kwargs)
-        await run_in_executor(None, self._added, ids, [document.page_content for document in documents], before)
+        await run_in_executor(None, self._added, ids, [document.page_content for document in documents])
         return ids
 
     async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         ids = None if ids is None else list(ids)
-        before = self._before(await self._alookup(self._held.ids() if ids is None else ids))
+        before = self._note(await self._alookup(self._held.ids() if ids is None else ids))
         result = await self.store.adelete(ids, **kwargs)
         gone = before if ids is not None else _gone(before, await self._alookup(list(before)))
         await run_in_executor(None, self._deleted, gone, ids or ())
@@ -124,9 +164,9 @@ class CacheClipVectorStore(VectorStore):
     # Not of LangChain's interface, but Chroma's and others': a store without them says so.
 
     def update_documents(self, ids: list[str], documents: list[Document]) -> None:
-        before = self._before(self._lookup(ids))
+        self._note(self._lookup(ids))
         self.store.update_documents(ids, documents)  # type: ignore[attr-defined]
-        self._added(ids, [document.page_content for document in documents], before)
+        self._added(ids, [document.page_content for document in documents])
 
     def update_document(self, document_id: str, document: Document) -> None:
         self.update_documents([document_id], [document])
@@ -134,12 +174,12 @@ class CacheClipVectorStore(VectorStore):
     def delete_collection(self) -> None:
         """KV goes of what this object has seen in the collection."""
         self.store.delete_collection()  # type: ignore[attr-defined]
-        self._deleted(self._held.texts(self._held.ids()))
+        self._deleted(self._known(self._held.ids()))
 
     def reset_collection(self) -> None:
         """KV goes of what this object has seen in the collection."""
         self.store.reset_collection()  # type: ignore[attr-defined]
-        self._deleted(self._held.texts(self._held.ids()))
+        self._deleted(self._known(self._held.ids()))
 
     # ---- what does not ----------------------------------------------------------------------------------------------
 
@@ -148,23 +188,25 @@ class CacheClipVectorStore(VectorStore):
         return self.store.embeddings
 
     def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
-        return self.store.similarity_search(query, k=k, **kwargs)
+        found = self.store.similarity_search(query, k=k, **kwargs)
+        self._retrieved(query, found)
+        return found
 
     get_by_ids = _Inner()
     aget_by_ids = _Inner()
-    search = _Inner()
-    asearch = _Inner()
-    asimilarity_search = _Inner()
-    similarity_search_with_score = _Inner()
-    asimilarity_search_with_score = _Inner()
-    similarity_search_with_relevance_scores = _Inner()
-    asimilarity_search_with_relevance_scores = _Inner()
-    similarity_search_by_vector = _Inner()
-    asimilarity_search_by_vector = _Inner()
-    max_marginal_relevance_search = _Inner()
-    amax_marginal_relevance_search = _Inner()
-    max_marginal_relevance_search_by_vector = _Inner()
-    amax_marginal_relevance_search_by_vector = _Inner()
+    search = _Search()
+    asearch = _Search()
+    asimilarity_search = _Search()
+    similarity_search_with_score = _Search()
+    asimilarity_search_with_score = _Search()
+    similarity_search_with_relevance_scores = _Search()
+    asimilarity_search_with_relevance_scores = _Search()
+    similarity_search_by_vector = _Search()
+    asimilarity_search_by_vector = _Search()
+    max_marginal_relevance_search = _Search()
+    amax_marginal_relevance_search = _Search()
+    max_marginal_relevance_search_by_vector = _Search()
+    amax_marginal_relevance_search_by_vector = _Search()
     _select_relevance_score_fn = _Inner()
     _similarity_search_with_relevance_scores = _Inner()
     _asimilarity_search_with_relevance_scores = _Inner()
@@ -206,50 +248,51 @@ class CacheClipVectorStore(VectorStore):
             return {document.id: document.page_content for document in read() if document.id is not None}
         except Exception as error:  # not every store can be asked; then only what was added here is known
             log.debug("%s cannot be asked for ids: %s", type(self.store).__name__, error)
-            return self._held.texts(wanted)
+            return self._known(wanted)
 
-    def _before(self, found: dict[str, str]) -> dict[str, str]:
-        """Remember what the store had before it changes, whoever put it there."""
-        self._held.hold(found)
+    @property
+    def _held(self) -> HeldIds:
+        return self._follower.held
+
+    def _known(self, ids: Iterable[str]) -> dict[str, str]:
+        return {chunk.id: chunk.text for chunk in self._held.get(ids)}
+
+    def _note(self, found: dict[str, str]) -> dict[str, str]:
+        """Remember what the store has before it changes, whoever put it there."""
+        self._held.hold(_chunks(found.items()))
         return found
 
-    def _added(self, ids: Sequence[str], texts: Sequence[str], before: dict[str, str]) -> None:
-        self._held.hold(dict(zip(ids, texts, strict=False)))
-        try:
-            engine = self._handle.engine
-            if self._fuser is not None:
-                self._fuser.follow(engine)
-            engine.documents.note(zip(ids, texts, strict=False))
-            for id_, text in zip(ids, texts, strict=False):
-                if id_ in before and before[id_].strip() != text.strip():
-                    engine.documents.discard(id_, [before[id_]])
-            encode(engine, texts, self.show_progress)
-        except Exception:
-            log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
-        self._forget(before)  # before fusing: what was fused with a text that goes would go with it
-        if self._fuser is not None:
-            try:
-                self._fuser(self._handle.engine, self.show_progress)
-            except Exception:
-                log.exception("chunks not fused; they are used as they are")
+    def _retrieved(self, query: Any, found: Iterable[Document | tuple[Document, float]]) -> None:
+        documents = [item[0] if isinstance(item, tuple) else item for item in found]
+        question = query if isinstance(query, str) else None
+        texts = [document.page_content for document in documents if isinstance(document, Document)]
+        self._follower.retrieved(texts, question, self.on_miss)
+
+    def _added(self, ids: Sequence[str], texts: Sequence[str]) -> None:
+        self._follower.added(_chunks(zip(ids, texts, strict=False)), self.show_progress)
 
     def _deleted(self, gone: dict[str, str], ids: Iterable[str] = ()) -> None:
-        self._held.release(gone)
-        try:
-            self._handle.engine.forget_document(*{*gone, *ids})
-        except Exception:
-            log.exception("the KV of deleted chunks was not dropped")
-        self._forget(gone)
+        self._follower.deleted(_chunks(gone.items()), {*gone, *ids})
 
-    def _forget(self, texts: dict[str, str]) -> None:
-        """Drop the KV of those of these texts that no id has any more. Never raises."""
-        unused = self._held.unused(texts.values())
-        if unused:
-            try:
-                engine = self._handle.engine
-                engine.forget(engine.documents.unheld(unused))
-            except Exception:
-                log.exception("the KV of deleted chunks was not dropped")
+
+def _chunks(texts: Iterable[tuple[str, str]]) -> list[StoredChunk]:
+    """By id: LangChain knows no documents beyond, so each entry is one."""
+    return [StoredChunk(id_, text, document=id_) for id_, text in texts]
+
+
+def _listed(store: VectorStore) -> list[tuple[str | None, str]]:
+    """The ids and texts of a store of a kind that can tell them; LangChain has no method for it."""
+    if isinstance(store, InMemoryVectorStore):
+        return [(id_, entry["text"]) for id_, entry in store.store.items()]
+    entries: Any = getattr(getattr(store, "docstore", None), "_dict", None)  # FAISS
+    if isinstance(entries, Mapping):
+        return [(id_, document.page_content) for id_, document in entries.items()]
+    try:
+        found: Any = store.get(include=["documents"])  # type: ignore[attr-defined]  # Chroma
+        return list(zip(found["ids"], found["documents"], strict=True))
+    except (AttributeError, TypeError, KeyError) as error:
+        name = type(store).__name__
+        raise NotImplementedError(f"{name} cannot list its documents; give them: ensure_all(documents)") from error
 
 
 def _ids_of(documents: Sequence[Document], kwargs: dict[str, Any]) -> list[str | None]:

@@ -5,36 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from langchain_cacheclip import ChatCacheClip
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from tiny import PASSAGES, SHAPE, TEMPLATE, byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from recording import Calls, record, script
+from tiny import PASSAGES, TEMPLATE, two_layers
 
-from cacheclip_rag import Backbone, Engine, TextStream
-
-TOOLS_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
-    "You may call these functions:\n<tools>{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n</tools><|im_end|>\n"
-    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{% if m.role == 'tool' %}"
-    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
-    "{% elif m.role != 'system' or not loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}"
-    '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Offers tools and writes calls as Qwen2.5's and Hermes' templates do."""
+from cacheclip_rag import Backbone, Engine
 
 
 class Words(Embeddings):
@@ -49,63 +30,6 @@ class Words(Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return [self.embed_query(text) for text in texts]
-
-
-@dataclass
-class Calls:
-    """Every request an engine got: its prompt and its stream, whose report is complete once the request is over."""
-
-    prompts: list[str] = field(default_factory=list)
-    streams: list[TextStream] = field(default_factory=list)
-    closed: threading.Event = field(default_factory=threading.Event)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def keys(self, containing: str = "") -> list[str]:
-        """Chunks with reused KV, in the order of requests and, within one, of the prompt."""
-        return [
-            use.key
-            for prompt, stream in zip(self.prompts, self.streams, strict=True)
-            if containing in prompt
-            for use in stream.report.chunks
-            if use.missing is None and use.whole
-        ]
-
-    def clear(self) -> None:
-        self.prompts.clear()
-        self.streams.clear()
-
-
-def record(engine: Engine) -> Calls:
-    """From now on, note every request to this engine."""
-    calls, stream = Calls(), engine.stream
-
-    def recorded(prompt: str, **options: Any) -> TextStream:
-        result = stream(prompt, **options)
-        close = result.close
-
-        def closing() -> None:
-            close()
-            calls.closed.set()
-
-        result.close = closing  # type: ignore[method-assign]
-        calls.prompts.append(prompt)
-        calls.streams.append(result)
-        return result
-
-    engine.stream = recorded  # type: ignore[method-assign]
-    return calls
-
-
-def script(engine: Engine, *answers: str) -> None:
-    """From now on, the engine's model writes these answers, one a request; the prefill is its own."""
-    waiting = list(answers)
-
-    def generate(*args: Any, max_new_tokens: int, **options: Any) -> Iterator[int]:
-        yield from engine.backbone.tokenise(waiting.pop(0), plain=True).ids.tolist()[:max_new_tokens]
-
-    engine.backbone.generate = generate  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")
@@ -157,30 +81,21 @@ def documents_of() -> Callable[..., list[Document]]:
     return make
 
 
-def make_backbone(template: str | None = TOOLS_TEMPLATE, window: int = 4096, seed: int = 0) -> Backbone:
-    """Two layers, and one token a byte."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 2, "max_position_embeddings": window})
-    return Backbone(LlamaForCausalLM(config).float(), tokenizer)
-
-
 @pytest.fixture(scope="session")
 def backbone_of() -> Callable[..., Backbone]:
-    return make_backbone
+    return two_layers
 
 
 @pytest.fixture(scope="session")
 def tiny_backbone() -> Backbone:
-    return make_backbone()
+    return two_layers()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in a folder, for what has to open engines by name."""
     folder = tmp_path_factory.mktemp("tiny")
-    backbone = make_backbone()
+    backbone = two_layers()
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
     return folder
@@ -202,7 +117,7 @@ def informed(engine: Engine) -> Engine:
 @pytest.fixture
 def plain_engine() -> Iterator[Engine]:
     """Its chat template knows no tools."""
-    with Engine(make_backbone(TEMPLATE), method="query_guided") as engine:
+    with Engine(two_layers(TEMPLATE), method="query_guided") as engine:
         yield engine
 
 

@@ -19,6 +19,7 @@ from langchain_core.messages import (
     RemoveMessage,
     SystemMessage,
     ToolMessage,
+    trim_messages,
 )
 from langchain_core.runnables import ConfigurableField
 from tiny import PASSAGES
@@ -239,13 +240,13 @@ async def test_a_prompt_beyond_the_window_is_an_error_and_the_next_one_is_served
         llm, long = ChatCacheClip.from_engine(engine, max_tokens=4), "word " * 60
         expected = llm.invoke("Hello.").text
         tokens = Tokens()
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             llm.invoke(long, {"callbacks": [tokens]})
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             list(llm.stream(long, {"callbacks": [tokens]}))
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             await llm.ainvoke(long, {"callbacks": [tokens]})
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             [_ async for _ in llm.astream(long, {"callbacks": [tokens]})]
         assert len(tokens.errors) == 4
         assert llm.with_fallbacks([ChatCacheClip.from_engine(engine, max_tokens=4).bind(stop=["x"])]).invoke("Hello.")
@@ -353,3 +354,25 @@ def test_control_tokens_in_a_document_are_text(engine: Engine, recorder: Any) ->
         and use.reused > 0.5 * len(hostile)
         and calls.keys() == [engine.library.key(hostile)]
     )
+
+
+STRICT = (  # as Mistral's, Gemma's and Llama 2's
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+)
+
+
+def test_histories_are_trimmed_by_the_models_count(backbone_of: Any) -> None:
+    history = [HumanMessage("Hi."), AIMessage("Hello."), HumanMessage("Keys? " * 20), AIMessage("They are rotated.")]
+    with Engine(backbone_of(), method="query_guided") as loose, Engine(backbone_of(STRICT)) as engine:
+        llm, strict = ChatCacheClip.from_engine(loose), ChatCacheClip.from_engine(engine)
+        assert llm.get_num_tokens_from_messages([]) == strict.get_num_tokens_from_messages([]) == 0
+        whole = [HumanMessage("word " * 50)]
+        options: Any = {"strategy": "last", "token_counter": llm}
+        assert len(trim_messages(whole, max_tokens=200, allow_partial=True, **options)) <= 1
+        assert strict.get_num_tokens_from_messages(history[1:2]) == len(strict.get_token_ids("AI: Hello."))
+        options["token_counter"] = strict
+        assert trim_messages(history, max_tokens=60, **options) == history[3:]
+        kept = trim_messages([SystemMessage("Be terse."), *history], max_tokens=60, include_system=True, **options)
+        assert [message.text for message in kept] == ["Be terse.", "They are rotated."]

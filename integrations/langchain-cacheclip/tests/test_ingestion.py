@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -284,19 +286,15 @@ def test_chunks_are_fused_with_the_most_similar(tiny_backbone: Backbone, embeddi
     store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine, fuse=2, show_progress=False)
     ids = store.add_texts([text(1), text(2)])
     store.add_texts([text(3)])
-    fused = engine._encodings.reuse(engine.method.encode).fused
-    assert {frozenset(context) for context in fused.of(text(3))} == {
-        frozenset(),
-        frozenset({text(1).strip(), text(2).strip()}),
-    }
+    assert {frozenset(context) for context in engine.fused(text(3))} == {frozenset({text(1).strip(), text(2).strip()})}
     store.delete(ids[:1])
-    assert not any(text(1).strip() in context for number in (2, 3) for context in fused.of(text(number)))
+    assert not any(text(1).strip() in context for number in (2, 3) for context in engine.fused(text(number)))
 
     def contexts(*numbers: int) -> list[int]:
-        return [len(fused.of(text(number))) - 1 for number in numbers]
+        return [len(engine.fused(text(number))) for number in numbers]
 
     store.add_texts([text(4)], ids=ids[1:])  # what was fused with the old text goes, and is made anew with the new
-    assert contexts(3, 4) == [1, 1] and not any(text(2).strip() in context for context in fused.of(text(3)))
+    assert contexts(3, 4) == [1, 1] and not any(text(2).strip() in context for context in engine.fused(text(3)))
 
     made = engine.fuse
 
@@ -330,3 +328,63 @@ def test_what_is_asked_about_together_is_fused_while_nothing_is_asked(tiny_folde
             assert llm.engine.fused(text(2)) == ([(text(1).strip(),)] if allowed else [])
         finally:
             llm.close()
+
+
+@pytest.mark.behaviour("LangChain", "ingestion: a store that was filled before it was wrapped")
+async def test_a_store_that_was_filled_before(inner: VectorStore, engine: Engine) -> None:
+    inner.add_documents([document(1), document(2), document(3)], ids=["a", "b", "c"])
+    store = CacheClipVectorStore(inner, engine, show_progress=False)
+    llm = ChatCacheClip.from_engine(engine, max_tokens=2)
+    llm.invoke(f"Context information is below, as it was found.\n{text(1)}\n\nWhat does it say?")
+    assert "nothing reused: no chunk in this prompt has stored KV" in str(llm.last_report())
+    assert [found.id for found in store.as_retriever(search_kwargs={"k": 1}).invoke(text(1))] == ["a"]
+    engine.flush()
+    assert known(engine, 1, 2, 3) == [1]
+    await store.asimilarity_search_with_score(text(2), k=1)
+    engine.flush()
+    assert known(engine, 1, 2, 3) == [1, 2]
+    assert store.ensure_all() == 1 and known(engine, 3) == [3] and store.ensure_all() == 0
+    store.delete(["c"])
+    assert known(engine, 1, 2, 3) == [1, 2]
+
+
+class Unlisted(VectorStore):
+    def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
+        return []
+
+    @classmethod
+    def from_texts(cls, texts: list[str], embedding: Any, metadatas: Any = None, **kwargs: Any) -> Unlisted:
+        return cls()
+
+
+def test_a_store_that_cannot_be_listed(engine: Engine) -> None:
+    hidden = CacheClipVectorStore(Unlisted(), engine, show_progress=False)
+    with pytest.raises(NotImplementedError, match="Unlisted cannot list"):
+        hidden.ensure_all()
+    assert hidden.ensure_all([document(1)]) == 1 and known(engine, 1) == [1]
+
+
+def test_a_search_does_not_open_a_model(inner: VectorStore, tiny_folder: Path) -> None:
+    inner.add_documents([document(1)], ids=["a"])
+    llm = ChatCacheClip(str(tiny_folder), max_tokens=2, tenant="search")
+    store = CacheClipVectorStore(inner, llm, show_progress=False)
+    try:
+        store.similarity_search(text(1), k=1)
+        assert llm.handle.peek() is None
+        llm.invoke("Hello.")
+        store.similarity_search_by_vector([0.0] * 255 + [1.0], k=1)
+        llm.engine.flush()
+        assert known(llm.engine, 1) == [1]
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_duplicates_of_a_store(engine: Engine, embedding: Any, duplicate: Any) -> None:
+    store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine, show_progress=False, fuse=1)
+    store.add_documents([document(1), document(2)], ids=["a", "b"])
+    twin = duplicate(store)
+    assert twin.store is not store.store and twin.similarity_search(text(1), k=1)[0].id == "a"
+    twin.delete(["a"])
+    twin.add_documents([document(3)], ids=["c"])
+    assert known(engine, 1, 2, 3) == [2, 3] and store.get_by_ids(["a"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,10 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.schema import MetadataMode, TextNode
 from llama_index.llms.cacheclip import CacheClipLLM
+from recording import Calls, record, script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cacheclip_rag import Backbone, Engine, TextStream
+from cacheclip_rag import Backbone, Engine
 from cacheclip_rag.weights.pull import resolve
 
 PASSAGES = {
@@ -59,63 +58,6 @@ class MiniLM(BaseEmbedding):
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
         return self._get_text_embedding(query)
-
-
-@dataclass
-class Calls:
-    """Every request an engine got: its prompt and its stream, whose report is complete once the request is over."""
-
-    prompts: list[str] = field(default_factory=list)
-    streams: list[TextStream] = field(default_factory=list)
-    closed: threading.Event = field(default_factory=threading.Event)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def keys(self, containing: str = "") -> list[str]:
-        """Chunks with reused KV, in the order of requests and, within one, of the prompt."""
-        return [
-            use.key
-            for prompt, stream in zip(self.prompts, self.streams, strict=True)
-            if containing in prompt
-            for use in stream.report.chunks
-            if use.missing is None and use.whole
-        ]
-
-    def clear(self) -> None:
-        self.prompts.clear()
-        self.streams.clear()
-
-
-def record(engine: Engine) -> Calls:
-    """From now on, note every request to this engine."""
-    calls, stream = Calls(), engine.stream
-
-    def recorded(prompt: str, **options: Any) -> TextStream:
-        result = stream(prompt, **options)
-        close = result.close
-
-        def closing() -> None:
-            close()
-            calls.closed.set()
-
-        result.close = closing  # type: ignore[method-assign]
-        calls.prompts.append(prompt)
-        calls.streams.append(result)
-        return result
-
-    engine.stream = recorded  # type: ignore[method-assign]
-    return calls
-
-
-def script(engine: Engine, *answers: str) -> None:
-    """From now on, the engine's model writes these answers, one a request; the prefill is its own."""
-    waiting = list(answers)
-
-    def generate(*args: Any, max_new_tokens: int, **options: Any) -> Iterator[int]:
-        yield from engine.backbone.tokenise(waiting.pop(0), plain=True).ids.tolist()[:max_new_tokens]
-
-    engine.backbone.generate = generate  # type: ignore[method-assign]
 
 
 def wanted(engine: Engine, response: Any) -> list[str]:

@@ -132,7 +132,7 @@ def test_errors_of_a_query(
         llm = CacheClipLLM.from_engine(engine, max_new_tokens=4, context_window=3000)
         expected = llm.complete("Hello.").text
         query_engine = passages_index.as_query_engine(llm=llm, streaming=streaming, similarity_top_k=6)
-        with pytest.raises(PromptError, match="window"):
+        with pytest.raises(PromptError, match="context length"):
             response = query_engine.query("Who?")
             list(response.response_gen)  # the stream is opened here at the latest
         assert llm.complete("Hello.").text == expected

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core import MockEmbedding, StorageContext, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import TextNode
-from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform
+from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, CacheClipVectorStore
 from llama_index.postprocessor.cacheclip import CacheClipPostprocessor
 
 from cacheclip_rag import ConfigurationError, Engine
@@ -31,7 +35,7 @@ def by_name(tiny_folder: Path) -> Iterator[CacheClipLLM]:
 
 def test_making_an_llm_loads_nothing() -> None:
     llm = CacheClipLLM(model_name="there-is-no-such-model", kv_dir=Path("kv"), stop="\n")
-    assert llm.kv_dir == "kv" and llm.stop == ["\n"] and llm._handle.peek() is None
+    assert llm.kv_dir == "kv" and llm.stop == ["\n"] and llm.handle.peek() is None
 
 
 @pytest.mark.behaviour("LlamaIndex", "objects with equal fields share one engine")
@@ -70,7 +74,7 @@ def test_threads_open_an_engine_once(tiny_folder: Path, monkeypatch: pytest.Monk
         assert len(opened) == 1
     finally:
         llms[0].close()
-    assert llms[0]._handle.peek() is None
+    assert llms[0].handle.peek() is None
     assert llms[0].engine is llms[1].engine and len(opened) == 2  # the next use opens it again
     llms[0].close()
 
@@ -84,11 +88,32 @@ def test_duplicates_work(llm: CacheClipLLM, by_name: CacheClipLLM, duplicate: An
         assert twin is not original and twin.engine is original.engine and twin.model_dump() == original.model_dump()
         assert twin.complete("Hello.").text == expected
         postprocessor = duplicate(CacheClipPostprocessor(original, on_miss="encode"))
-        assert postprocessor.on_miss == "encode" and postprocessor._handle.engine is original.engine
+        assert postprocessor.on_miss == "encode" and postprocessor.handle.engine is original.engine
         transform = duplicate(CacheClipTransform(original, show_progress=False))
-        assert not transform.show_progress and transform._handle.engine is original.engine
+        assert not transform.show_progress and transform.handle.engine is original.engine
         transform([TextNode(text=f"{duplicate!r} " * 9)])
         assert original.engine.knows(f"{duplicate!r} " * 9)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_duplicates_of_what_holds_them(llm: CacheClipLLM, duplicate: Any) -> None:
+    texts = [f"{duplicate!r} {number} " * 9 for number in range(2)]
+    store = CacheClipVectorStore(SimpleVectorStore(), llm, show_progress=False)
+    context = StorageContext.from_defaults(vector_store=store)
+    VectorStoreIndex([TextNode(text=texts[0], id_="0")], storage_context=context, embed_model=MockEmbedding(4))
+    twin = duplicate(context.vector_store)
+    assert isinstance(twin, CacheClipVectorStore) and twin.store is not store.store
+    twin.add([TextNode(text=texts[1], id_="1", embedding=[1.0, 0.0, 0.0, 0.0])])
+    twin.delete_nodes(["0"])
+    twin.flush()
+    assert [llm.engine.knows(text) for text in texts] == [False, True]
+    if duplicate is copy.deepcopy:
+        assert duplicate(context).vector_store is not store
+    count = duplicate(llm.tokenizer_fn)
+    assert count("two words") == llm.tokenizer_fn("two words")
+    assert SentenceSplitter(tokenizer=count).split_text("two words") == ["two words"]
+    memory = ChatMemoryBuffer.from_defaults(token_limit=100, tokenizer_fn=llm.tokenizer_fn)
+    assert duplicate(memory).get("two words") == [] and memory.model_copy(deep=True).get() == []
 
 
 def test_fields_are_plain_data(by_name: CacheClipLLM) -> None:
@@ -100,11 +125,11 @@ def test_fields_are_plain_data(by_name: CacheClipLLM) -> None:
 WORKER = """
 import json, pickle, sys
 llm, postprocessor, transform, nodes = pickle.load(open(sys.argv[1], "rb"))
-from cacheclip_rag.integration import engines
+from cacheclip_rag.frameworks import engines
 returned = transform(nodes)
 deferred = returned is nodes and not engines._engines and "torch" not in sys.modules
 answer = llm.complete("Hello.").text
-print(json.dumps([deferred, answer, postprocessor._handle.engine is llm.engine]))
+print(json.dumps([deferred, answer, postprocessor.handle.engine is llm.engine]))
 """
 
 
@@ -130,10 +155,10 @@ def test_a_given_engine_cannot_follow_into_another_process(engine: Engine, tmp_p
 
 
 def test_a_forked_process_does_not_use_its_parents_engines(by_name: CacheClipLLM) -> None:
-    assert by_name.engine is by_name._handle.peek()
+    assert by_name.engine is by_name.handle.peek()
     before = dict(engines._engines)
     try:
         engines._forget_all()  # what a fork does in the child
-        assert by_name._handle.peek() is None
+        assert by_name.handle.peek() is None
     finally:
         engines._engines.update(before)

@@ -373,3 +373,34 @@ def test_what_another_process_ingested_stays_with_its_document(tiny_backbone: Ba
         assert known(engine, 1, 2) == [1]
         engine.forget_document("b")
         assert known(engine, 1) == []
+
+
+@pytest.mark.behaviour("LlamaIndex", "ingestion: a store that was filled before it was wrapped")
+def test_a_store_that_was_filled_before(inner: BasePydanticVectorStore, engine: Engine) -> None:
+    nodes = [node(1), node(2), node(3)]
+    inner.add(nodes)
+    store = CacheClipVectorStore(inner, engine, show_progress=False, grace=0)
+    if not inner.stores_text:
+        with pytest.raises(NotImplementedError, match="SimpleVectorStore cannot list"):
+            store.ensure_all()
+    assert store.ensure_all(None if inner.stores_text else nodes) == 3
+    assert known(engine, 1, 2, 3) == [1, 2, 3]
+    store.delete_nodes(["a1"])
+    assert known(engine, 1, 2, 3) == [2, 3]
+
+
+def test_a_document_of_an_earlier_process_goes_with_its_deletion(
+    inner: BasePydanticVectorStore, engine: Engine
+) -> None:
+    """Whether the wrapped store can be asked or not: whose chunks these are is kept beside the KV."""
+    CacheClipVectorStore(inner, engine, show_progress=False).add([node(1), node(2), node(2, document="b")])
+    CacheClipVectorStore(inner, engine, show_progress=False, grace=0).delete("a")
+    assert known(engine, 1, 2) == [2]
+
+
+def test_a_text_that_two_documents_had_goes_with_the_second(store: CacheClipVectorStore, engine: Engine) -> None:
+    store.add([node(1), node(1, document="b")])
+    store.delete_nodes(["a1"])
+    assert known(engine, 1) == [1]
+    store.delete_nodes(["b1"])
+    assert known(engine, 1) == []

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -21,30 +19,52 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_validator
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.instrumentation.span import active_span_id
-from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.program.utils import get_program_for_llm
+from llama_index.core.types import PydanticProgramMode
 
-from cacheclip_rag.frameworks import EngineHandle, EngineSettings, check_fields, encoding_of, pump, read_options
+from cacheclip_rag.frameworks import (
+    ChatRequest,
+    EngineHandle,
+    EngineSettings,
+    call_options,
+    chat_request,
+    engine_name,
+    guided,
+    in_thread,
+    pump,
+)
+from cacheclip_rag.frameworks import fields as shared
+from cacheclip_rag.frameworks.structured.calls import Call, Parsed
+from cacheclip_rag.frameworks.structured.dialect import dialect_of
+from cacheclip_rag.frameworks.structured.formats import format_of, schema_format
 
 from .closing import closes_its_stream, noted
-from .engines import restore
+from .copies import restore
 from .events import tell
-from .prompts import ChatTemplate, UserTurn
+from .prompts import ChatTemplate, UserTurn, conversation
+from .tools import answer_message, offered, selections
 
 if TYPE_CHECKING:
+    from llama_index.core.tools.types import BaseTool
+
     from cacheclip_rag.engine import Engine
+    from cacheclip_rag.frameworks.request import AnswerStream
     from cacheclip_rag.report import Report
-    from cacheclip_rag.serving.decoding import TextStream
 
 R = TypeVar("R")
-Respond: TypeAlias = "Callable[[str, str | None, Report], R]"
-"""Makes a response of the text so far, what is new of it, and the report."""
+Respond: TypeAlias = "Callable[[str, str | None, Sequence[Call], Report], R]"
+"""Makes a response of the text so far, what is new of it, the tool calls, and the report."""
+
+_ALSO_CALLED = {"max_tokens": "max_new_tokens", "model": "model_name"}
+"""LangChain's names of fields."""
 
 
-class CacheClipLLM(CustomLLM):
+class CacheClipLLM(FunctionCallingLLM):
     """A local model that reads a document chunk once and keeps its KV.
 
     Chunks are recognised by their text in the final prompt, so query engines, chat engines and agents work unchanged.
@@ -55,45 +75,42 @@ class CacheClipLLM(CustomLLM):
 
     """
 
-    model_name: str = Field(description="A catalogue name, hub id, folder or GGUF file.")
-    auxiliary: str | None = Field(default=None, description="The small model that selects tokens to recompute.")
-    kv_dir: str | None = Field(default=None, description="The folder that keeps chunk KV; None: in memory only.")
-    method: str | None = Field(default=None, description="How to select tokens; None: the engine's default.")
-    recompute_ratio: float | None = Field(
-        default=None, description="Share of chunk tokens to recompute, 0 to 1; None: the method's default."
-    )
+    model_name: shared.ModelName
+    auxiliary: shared.Auxiliary = None
+    kv_dir: shared.KvDir = None
+    method: shared.Method = None
+    recompute_ratio: shared.RecomputeRatio = None
     max_new_tokens: int = Field(default=256, ge=1, description="The longest answer.")
     temperature: float = Field(default=0.0, ge=0.0, description="0 decodes greedily.")
-    stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
+    top_p: shared.TopP = None
+    top_k: shared.TopK = None
+    stop: shared.Stop = None
     context_window: int | None = Field(default=None, gt=0, description="None: the model's own.")
-    prefix: str | None = Field(
-        default=None, description="The text chunks are encoded behind; None: what opens the model's chat template."
-    )
-    tenant: str = Field(default="", description="Separates chunk KV of different owners.")
-    dtype: str = Field(default="auto", description='"float32", "bfloat16", ..., or "auto".')
-    device: str = Field(default="auto", description='"cpu", "cuda", ..., or "auto".')
-    max_requests: int = Field(default=16, ge=1, description="In flight at the same time; further ones wait.")
-    fuse_when_idle: bool = Field(
-        default=False,
-        description="While nothing is asked, fuse chunks with those they often come with (`auto` takes them).",
+    prefix: shared.Prefix = None
+    tenant: shared.Tenant = ""
+    dtype: shared.Dtype = "auto"
+    device: shared.Device = "auto"
+    max_requests: shared.MaxRequests = 16
+    fuse_when_idle: shared.FuseWhenIdle = False
+    pydantic_program_mode: PydanticProgramMode = Field(
+        default=PydanticProgramMode.LLM,
+        description="How structured output is asked for: LLM as JSON, FUNCTION as a tool's arguments.",
     )
 
     _handle: EngineHandle = PrivateAttr()
     _last_report: Report | None = PrivateAttr(default=None)
 
-    def __init__(self, model_name: str, **fields: Any) -> None:
-        """Raises `ConfigurationError` for a misspelt field, an unknown method, or a ratio outside 0..1."""
-        check_fields(fields, type(self).model_fields)
-        encoding_of(fields.get("method"))
-        read_options({"recompute_ratio": fields.get("recompute_ratio")})
-        super().__init__(model_name=model_name, **fields)
-        self._attach(EngineHandle(self._settings()))
+    def __init__(self, model_name: str | None = None, **fields: Any) -> None:
+        """Raises `ConfigurationError` for a misspelt field, an unknown method, or a value that makes no sense."""
+        fields = fields if model_name is None else {"model_name": model_name, **fields}
+        super().__init__(**shared.checked_fields(fields, type(self).model_fields, _ALSO_CALLED))
+        self._attach(EngineHandle(EngineSettings.of(self.model_name, self)))
 
     @classmethod
     def from_engine(cls, engine: Engine, **fields: Any) -> CacheClipLLM:
         """An LLM around an engine that is open already; ``fields`` are those of an answer (``temperature``, ...)."""
-        fields.setdefault("model_name", engine.backbone.model.name_or_path or engine.backbone.config.model_type)
-        llm = cls(**fields)
+        name = fields.pop("model_name", None) or fields.pop("model", None) or engine_name(engine)
+        llm = cls(name, **fields)
         llm._attach(EngineHandle(engine=engine))
         return llm
 
@@ -101,20 +118,10 @@ class CacheClipLLM(CustomLLM):
     def class_name(cls) -> str:
         return "CacheClipLLM"
 
-    @field_validator("kv_dir", mode="before")
-    @classmethod
-    def _path(cls, kv_dir: Any) -> Any:
-        return os.fspath(kv_dir) if isinstance(kv_dir, os.PathLike) else kv_dir
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _several(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _name(cls, dtype: Any) -> str:
-        return str(dtype).removeprefix("torch.")
+    @property
+    def handle(self) -> EngineHandle:
+        """What stands for the engine, whether it is open or not."""
+        return self._handle
 
     @property
     def engine(self) -> Engine:
@@ -128,14 +135,14 @@ class CacheClipLLM(CustomLLM):
             context_window=self.context_window or backbone.context_length,
             num_output=self.max_new_tokens,
             is_chat_model=bool(backbone.tokenizer.chat_template),
-            is_function_calling_model=False,
+            is_function_calling_model=self._has_own_template and dialect_of(backbone) is not None,
             model_name=self.model_name,
         )
 
     @property
     def tokenizer_fn(self) -> Callable[[str], list[int]]:
         """For ``Settings.tokenizer``, so that LlamaIndex packs prompts by this model's tokens and not by another's."""
-        return partial(_token_ids, self.engine)
+        return self._handle.token_ids
 
     def last_report(self) -> Report | None:
         """What happened in this object's latest finished call; each response carries its own in ``raw``."""
@@ -149,68 +156,121 @@ class CacheClipLLM(CustomLLM):
         self._handle.release()
 
     # ---- LlamaIndex calls these -------------------------------------------------------------------------------------
-    # All eight are overridden: CustomLLM's chat calls its complete, which would count every request twice, and its
-    # async methods run the model on the event loop.
+    # All eight are overridden: a request is counted once, and the async ones do not run the model on the event loop.
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return self._answer(self._completion_prompt(prompt, formatted), kwargs, _completion)
+        return self._answer(self._completion_request(prompt, formatted, kwargs), _completion)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return self._answer(self._chat_prompt(messages), kwargs, _chat)
+        return self._answer(self._chat_request(messages, kwargs), _chat)
 
     @closes_its_stream
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        return noted(self._stream(self._completion_prompt(prompt, formatted), kwargs, _completion))
+        return noted(self._stream(self._completion_request(prompt, formatted, kwargs), _completion))
 
     @closes_its_stream
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        return noted(self._stream(self._chat_prompt(messages), kwargs, _chat))
+        return noted(self._stream(self._chat_request(messages, kwargs), _chat))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return await self._aanswer(lambda: self._completion_prompt(prompt, formatted), kwargs, _completion)
+        return await self._aanswer(lambda: self._completion_request(prompt, formatted, kwargs), _completion)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return await self._aanswer(lambda: self._chat_prompt(messages), kwargs, _chat)
+        return await self._aanswer(lambda: self._chat_request(messages, kwargs), _chat)
 
     @closes_its_stream
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        return noted(await self._astream(lambda: self._completion_prompt(prompt, formatted), kwargs, _completion))
+        return noted(await self._astream(lambda: self._completion_request(prompt, formatted, kwargs), _completion))
 
     @closes_its_stream
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        return noted(await self._astream(lambda: self._chat_prompt(messages), kwargs, _chat))
+        return noted(await self._astream(lambda: self._chat_request(messages, kwargs), _chat))
+
+    # ---- tools ------------------------------------------------------------------------------------------------------
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """Raises ValueError where there is no call, as LlamaIndex expects."""
+        return selections(response, error_on_no_tool_call)
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """``tool_choice``: ``"auto"``, ``"any"``, ``"none"`` or a tool's name."""
+        asked = [ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg] if user_msg else []
+        return {
+            "messages": [*(chat_history or ()), *asked],
+            "tools": offered(tools),
+            "tool_choice": tool_choice or ("any" if tool_required else None),
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    # ---- structured output ------------------------------------------------------------------------------------------
+    # LlamaIndex's, with decoding that can write nothing but JSON of the class.
+
+    def structured_predict(
+        self, output_cls: type[BaseModel], prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        return super().structured_predict(output_cls, prompt, _constrained(output_cls, llm_kwargs), **prompt_args)
+
+    async def astructured_predict(
+        self, output_cls: type[BaseModel], prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        llm_kwargs = _constrained(output_cls, llm_kwargs)
+        return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+
+    def _structured_stream_call(
+        self, output_cls: type[BaseModel], prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        program = get_program_for_llm(output_cls, prompt, self, self.pydantic_program_mode, tool_choice="any")
+        return program.stream_call(llm_kwargs=_constrained(output_cls, llm_kwargs), **prompt_args)
+
+    async def _structured_astream_call(
+        self, output_cls: type[BaseModel], prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        program = get_program_for_llm(output_cls, prompt, self, self.pydantic_program_mode, tool_choice="any")
+        return await program.astream_call(llm_kwargs=_constrained(output_cls, llm_kwargs), **prompt_args)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _answer(
-        self, prompt: str, kwargs: dict[str, Any], respond: Respond[R], cancel: threading.Event | None = None
-    ) -> R:
-        answer = self.engine.generate(prompt, cancel=cancel, **self._options(kwargs))
-        self._over(answer.report, active_span_id.get())
-        return respond(answer.text, None, answer.report)
+    def _answer(self, request: ChatRequest, respond: Respond[R], cancel: threading.Event | None = None) -> R:
+        parsed, report = request.answer(cancel)
+        self._over(report, active_span_id.get())
+        return respond(parsed.text + _unread(parsed), None, parsed.calls, report)
 
     def _stream(
-        self, prompt: str, kwargs: dict[str, Any], respond: Respond[R], cancel: threading.Event | None = None
+        self, request: ChatRequest, respond: Respond[R], cancel: threading.Event | None = None
     ) -> Generator[R, None, None]:
         """Wrong options raise here, not at the first ``next``."""
-        stream = self.engine.stream(prompt, cancel=cancel, **self._options(kwargs))
-        return self._responses(stream, respond, active_span_id.get())
+        return self._responses(request.stream(cancel), respond, active_span_id.get())
 
-    def _responses(self, stream: TextStream, respond: Respond[R], span: str | None) -> Generator[R, None, None]:
+    def _responses(self, stream: AnswerStream, respond: Respond[R], span: str | None) -> Generator[R, None, None]:
         text = ""
         try:
             for delta in stream:
                 text += delta
-                yield respond(text, delta, stream.report)
-            yield respond(text, "", stream.report)  # only now are the token counts and the finish reason known
+                yield respond(text, delta, (), stream.report)
+            # only now are the tool calls, the token counts and the finish reason known
+            delta = stream.rest.text + _unread(stream.rest)
+            yield respond(text + delta, delta, stream.rest.calls, stream.report)
         finally:
             stream.close()
             self._over(stream.report, span)
@@ -219,50 +279,53 @@ class CacheClipLLM(CustomLLM):
         self._last_report = report
         tell(self.model_name, report, span)
 
-    async def _aanswer(self, prompt: Callable[[], str], kwargs: dict[str, Any], respond: Respond[R]) -> R:
+    async def _aanswer(self, request: Callable[[], ChatRequest], respond: Respond[R]) -> R:
+        return await in_thread(lambda cancel: self._answer(request(), respond, cancel))
+
+    async def _astream(self, request: Callable[[], ChatRequest], respond: Respond[R]) -> AsyncGenerator[R, None]:
         cancel = threading.Event()
-        try:
-            return await asyncio.to_thread(lambda: self._answer(prompt(), kwargs, respond, cancel))
-        finally:
-            cancel.set()  # a thread cannot be cancelled; the engine looks at this between two tokens
+        return pump(await asyncio.to_thread(lambda: self._stream(request(), respond, cancel)), cancel)
 
-    async def _astream(
-        self, prompt: Callable[[], str], kwargs: dict[str, Any], respond: Respond[R]
-    ) -> AsyncGenerator[R, None]:
-        cancel = threading.Event()
-        return pump(await asyncio.to_thread(lambda: self._stream(prompt(), kwargs, respond, cancel)), cancel)
+    def _completion_request(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> ChatRequest:
+        grammar, instruction = format_of(kwargs.pop("response_format", None))
+        options = self._options(kwargs)
+        if not formatted:
+            prompt = f"{instruction}\n\n{prompt}" if instruction else prompt
+            prompt = prompt if self.completion_to_prompt is None else self.completion_to_prompt(prompt)
+        return ChatRequest(self.engine, prompt, guided(self.engine, grammar, options))
 
-    def _completion_prompt(self, prompt: str, formatted: bool) -> str:
-        return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
-
-    def _chat_prompt(self, messages: Sequence[ChatMessage]) -> str:
+    def _chat_request(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> ChatRequest:
+        tools = offered(kwargs.pop("tools", None) or ())
+        choice, parallel = kwargs.pop("tool_choice", None), kwargs.pop("parallel_tool_calls", None)
+        wanted = kwargs.pop("response_format", None)
+        options = self._options(kwargs)
+        if self._has_own_template:
+            return chat_request(
+                self.engine,
+                conversation(messages),
+                options,
+                tools=tools,
+                tool_choice=choice,
+                response_format=wanted,
+                parallel_calls=parallel is not False,
+            )
+        if tools and choice != "none":
+            raise NotImplementedError("messages_to_prompt is your own, and has no place for tools")
+        grammar, instruction = format_of(wanted)
+        told = [ChatMessage(instruction, role=MessageRole.SYSTEM)] if instruction else []
         assert self.messages_to_prompt is not None
-        return self.messages_to_prompt(messages)
+        prompt = self.messages_to_prompt([*told, *messages])
+        return ChatRequest(self.engine, prompt, guided(self.engine, grammar, options))
+
+    @property
+    def _has_own_template(self) -> bool:
+        """Whether prompts are written by the model's chat template, and not by a function that somebody chose."""
+        return isinstance(self.messages_to_prompt, ChatTemplate)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The engine's options for one call: what the call says, then what the fields say."""
-        call = read_options(kwargs)
-        own: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
-        if "method" not in call:  # the fields' ratio belongs to the fields' method
-            own.update(method=self.method, recompute_ratio=self.recompute_ratio)
-        if self.temperature or not call.get("do_sample"):  # sampling at temperature 0 is no sampling
-            own["temperature"] = self.temperature
-        return {name: value for name, value in {**own, **call}.items() if value is not None}
-
-    def _settings(self) -> EngineSettings:
-        """Fields that need an engine of their own; the others can differ from call to call on one engine."""
-        return EngineSettings(
-            model=self.model_name,
-            auxiliary=self.auxiliary,
-            kv_dir=None if self.kv_dir is None else os.path.abspath(os.path.expanduser(self.kv_dir)),
-            method=encoding_of(self.method),
-            prefix=self.prefix,
-            tenant=self.tenant,
-            dtype=self.dtype,
-            device=self.device,
-            max_requests=self.max_requests,
-            fuse_when_idle=self.fuse_when_idle,
-        )
+        """The engine's options for one call."""
+        names = ("max_new_tokens", *shared.PER_CALL)
+        return call_options(kwargs, {name: getattr(self, name) for name in names})
 
     def _attach(self, handle: EngineHandle) -> None:
         self._handle = handle
@@ -280,20 +343,25 @@ def _is_default(function: Any, default: Any) -> bool:
     return function is default or isinstance(function, (ChatTemplate, UserTurn))
 
 
-def _completion(text: str, delta: str | None, report: Report) -> CompletionResponse:
+def _completion(text: str, delta: str | None, calls: Sequence[Call], report: Report) -> CompletionResponse:
     return CompletionResponse(text=text, delta=delta, raw=_raw(report))
 
 
-def _chat(text: str, delta: str | None, report: Report) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-    return ChatResponse(message=message, delta=delta, raw=_raw(report))
+def _chat(text: str, delta: str | None, calls: Sequence[Call], report: Report) -> ChatResponse:
+    return ChatResponse(message=answer_message(text, calls), delta=delta, raw=_raw(report))
+
+
+def _unread(parsed: Parsed) -> str:
+    """Tool calls that cannot be read are text to LlamaIndex, which has no place for them."""
+    return "".join(call.text for call in parsed.invalid)
+
+
+def _constrained(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of a call that asks for JSON of this class; LlamaIndex's programs tell the model its schema."""
+    wanted = schema_format(output_cls.model_json_schema(), output_cls.__name__, told=True)
+    return {"response_format": wanted, **(llm_kwargs or {})}
 
 
 def _raw(report: Report) -> dict[str, Any]:
     """``usage`` is where token counters look."""
     return {"usage": report.usage, "cacheclip": report.as_dict()}
-
-
-def _token_ids(engine: Engine, text: str) -> list[int]:
-    ids: list[int] = engine.backbone.tokenise(text).ids.tolist()
-    return ids

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from jinja2.exceptions import TemplateError
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
+from llama_index.core.base.llms.types import ChatMessage, TextBlock, ToolCallBlock
 
-from cacheclip_rag.errors import PromptError
 from cacheclip_rag.frameworks import EngineHandle
+from cacheclip_rag.frameworks.messages import check_text_only, message, render, render_text
 
-_ROLES = {
-    MessageRole.DEVELOPER: "system",
-    MessageRole.CHATBOT: "assistant",
-    MessageRole.MODEL: "assistant",
-    MessageRole.FUNCTION: "tool",
-}  # the others go by the names that chat templates use
+from .tools import tool_calls
 
 
 class ChatTemplate:
@@ -28,11 +23,7 @@ class ChatTemplate:
         """Raises `PromptError` for a message that holds something other than text, and for a conversation that the
         template refuses.
         """
-        written = [{"role": _ROLES.get(m.role, m.role.value), "content": _text(m)} for m in messages]
-        try:
-            return self._handle.engine.backbone.chat(written)
-        except TemplateError as error:
-            raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
+        return render(self._handle.engine.backbone, conversation(messages))
 
 
 class UserTurn:
@@ -42,16 +33,23 @@ class UserTurn:
         self._handle = handle
 
     def __call__(self, prompt: str) -> str:
-        backbone = self._handle.engine.backbone
-        if not backbone.tokenizer.chat_template:
-            return prompt
-        return backbone.chat([{"role": "user", "content": prompt}])
+        return render_text(self._handle.engine.backbone, prompt)
 
 
-def _text(message: ChatMessage) -> str:
-    """The message's text. What an answer holds beside it (tool calls, reasoning) is not said again."""
-    answer = _ROLES.get(message.role, message.role.value) == "assistant"
-    for block in message.blocks:
-        if not isinstance(block, TextBlock) and not answer and type(block).__name__ != "CachePoint":
-            raise PromptError(f"the model reads text only, and a message holds a {type(block).__name__}")
-    return message.content or ""
+def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Raises `PromptError` for a message that holds something other than text."""
+    return [_written(message) for message in messages]
+
+
+def _written(given: ChatMessage) -> dict[str, Any]:
+    role = given.role.value
+    others = [block.block_type for block in given.blocks if not isinstance(block, (TextBlock, ToolCallBlock))]
+    check_text_only(role, (block for block in others if block != "cache"))
+    details = given.additional_kwargs
+    return message(
+        role,
+        given.content or "",
+        calls=tool_calls(given),
+        tool_call_id=details.get("tool_call_id") if role in ("tool", "function") else None,
+        name=details.get("name") if role in ("tool", "function") else None,
+    )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import uuid
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,9 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.embeddings import BaseEmbedding, resolve_embed_model
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
-from cacheclip_rag.frameworks import EngineHandle, Fuser, encode
+from cacheclip_rag.frameworks import EngineHandle, Fuser, handle_of, ingested
 
-from .engines import handle_of, restore
+from .copies import restore
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine
@@ -26,12 +24,6 @@ if TYPE_CHECKING:
     from .base import CacheClipLLM
 
 log = logging.getLogger("cacheclip_rag")
-
-Keys = dict[tuple[str, str], frozenset[str]]
-"""By transform and document, the chunks it had at its latest ingestion."""
-
-_documents: weakref.WeakKeyDictionary[Engine, Keys] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 class CacheClipTransform(TransformComponent):
@@ -79,6 +71,11 @@ class CacheClipTransform(TransformComponent):
     def class_name(cls) -> str:
         return "CacheClipTransform"
 
+    @property
+    def handle(self) -> EngineHandle:
+        """What stands for the engine, whether it is open or not."""
+        return self._handle
+
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         try:
             engine = self._handle.peek() if self._handle.travelled else self._handle.engine
@@ -86,47 +83,21 @@ class CacheClipTransform(TransformComponent):
                 log.info("%d chunks are not encoded in this worker process, but when they are first used", len(nodes))
             else:
                 texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
-                if self._fuser is not None:
-                    self._fuser.follow(engine)
-                # Whose chunks these are, so that engine.forget_document(ref_doc_id) finds them.
-                engine.documents.note((n.ref_doc_id, t) for n, t in zip(nodes, texts, strict=True) if n.ref_doc_id)
-                encode(engine, texts, self.show_progress)
-                self._forget_replaced(engine, nodes, texts)
-                if self._fuser is not None:
-                    vectors = {text.strip(): n.embedding for n, text in zip(nodes, texts, strict=True) if n.embedding}
-                    self._fuser(
-                        engine,
-                        self.show_progress,
-                        vectors=vectors if self._embedded_before else {},
-                        without=_replaced(engine, nodes, texts),
-                    )
+                vectors = {text.strip(): n.embedding for n, text in zip(nodes, texts, strict=True) if n.embedding}
+                ingested(
+                    engine,
+                    self._name,
+                    [(node.ref_doc_id, text) for node, text in zip(nodes, texts, strict=True)],
+                    fuser=self._fuser,
+                    vectors=vectors if self._embedded_before else {},
+                    show_progress=self.show_progress,
+                )
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         return await asyncio.to_thread(self, nodes, **kwargs)
-
-    def _forget_replaced(self, engine: Engine, nodes: Sequence[BaseNode], texts: Sequence[str]) -> None:
-        """Drop chunks that their document had at an earlier call of this object and that no document has now."""
-        if not engine.composable:
-            return
-        now: dict[str, set[str]] = {}
-        for node, text in zip(nodes, texts, strict=True):
-            if node.ref_doc_id is not None:
-                now.setdefault(node.ref_doc_id, set()).add(engine.library.key(text))
-        with _lock:
-            known = _documents.setdefault(engine, {})
-            gone: set[str] = set()
-            for document, keys in now.items():
-                replaced = known.get((self._name, document), frozenset()) - keys
-                engine.documents.discard(document, filter(None, map(engine.index.text, replaced)))
-                gone |= replaced
-                known[self._name, document] = frozenset(keys)
-            if gone:
-                gone.difference_update(*known.values())
-        # Another process may have ingested a document that has such a text, too.
-        engine.forget(engine.documents.unheld(old for key in gone if (old := engine.index.text(key)) is not None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore(self, state)
@@ -143,14 +114,6 @@ class _Embed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Embed:
         return self  # a model's weights are not there twice
-
-
-def _replaced(engine: Engine, nodes: Sequence[BaseNode], texts: Sequence[str]) -> list[str]:
-    """What only these nodes' documents had, perhaps in an earlier process, and no longer have: it may soon be gone."""
-    now = set(map(engine.documents.text, texts))
-    before = engine.documents.only({n.ref_doc_id for n in nodes if n.ref_doc_id}) - now
-    known = engine.index.texts() if before else []
-    return [text for text in known if engine.documents.text(text) in before]
 
 
 def _embedding_model(given: BaseEmbedding | str | None) -> BaseEmbedding:

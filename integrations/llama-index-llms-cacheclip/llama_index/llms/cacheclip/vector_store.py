@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, SerializeAsAny
@@ -18,10 +18,9 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
-from cacheclip_rag.frameworks import EngineHandle, Holdings, encode
+from cacheclip_rag.frameworks import StoredChunk, StoreFollower, handle_of
 
-from .engines import handle_of
-from .forgetting import Forgetting
+from .copies import restore
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -39,7 +38,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     Everything else is the wrapped store's. Encoding never raises, and comes after the store has the chunk: one without
     KV only costs time. KV belongs to a text, so it stays as long as any node has that text; nodes that were added
     before this process started are seen when they are deleted, if the wrapped store keeps text and can be asked, or if
-    `CacheClipTransform` ingested them and their whole document is deleted.
+    their whole document is deleted.
 
     LlamaIndex changes a document by deleting all of it and adding the new version. So KV of deleted nodes is dropped
     with the next `add`, which may bring their text back, or ``grace`` seconds later, or when the process ends.
@@ -53,19 +52,14 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     show_progress: bool = Field(default=True, description="A progress bar, once encoding takes over a second.")
     grace: float = Field(default=300.0, ge=0.0, description="The longest that KV outlives its last node, in seconds.")
 
-    _handle: EngineHandle = PrivateAttr()
-    _held: Holdings = PrivateAttr()
-    _documents: dict[str, str | None] = PrivateAttr(default_factory=dict)
-    _forgetting: Forgetting = PrivateAttr()
+    _follower: StoreFollower = PrivateAttr()
 
     def __init__(self, store: BasePydanticVectorStore, llm: CacheClipLLM | Engine, **fields: Any) -> None:
         """The engine is opened when the first chunks come. Raises TypeError for another ``llm``."""
         handle = handle_of(llm)
         own = {"stores_text": store.stores_text, "is_embedding_query": store.is_embedding_query}
         super().__init__(store=store, **{**own, **fields})
-        self._handle, self._held = handle, Holdings()
-        self._forgetting = Forgetting(handle, self._held, self.grace)
-        weakref.finalize(self, self._forgetting.at_the_end)
+        self._follower = StoreFollower(handle, grace=self.grace)
 
     @classmethod
     def class_name(cls) -> str:
@@ -73,7 +67,21 @@ class CacheClipVectorStore(BasePydanticVectorStore):
 
     def flush(self) -> None:
         """Drop the KV of deleted nodes now."""
-        self._forgetting.now()
+        self._follower.flush()
+
+    def ensure_all(self, nodes: Iterable[BaseNode] | None = None) -> int:
+        """Encode what is in the store already, with progress; ``nodes``: for a store that cannot list its own (then,
+        for instance, ``index.docstore.docs.values()``). How many chunks were encoded now.
+
+        Begun again, it goes on where it was. Raises what opening an engine raises, and NotImplementedError for a store
+        that cannot list its nodes.
+        """
+        try:
+            listed = self.store.get_nodes(None, None) if nodes is None else list(nodes)
+        except (NotImplementedError, ValueError) as error:
+            name = type(self.store).__name__
+            raise NotImplementedError(f"{name} cannot list its nodes; give them: ensure_all(nodes)") from error
+        return self._follower.there(_chunks(listed), self.show_progress)
 
     # ---- what changes the store -------------------------------------------------------------------------------------
 
@@ -85,7 +93,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         gone = self._ask(None, _of(ref_doc_id))
         self.store.delete(ref_doc_id, **delete_kwargs)
-        self._gone(gone, self._nodes_of(ref_doc_id), ref_doc_id)
+        self._gone(gone, self._ids_of(ref_doc_id), ref_doc_id)
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -97,7 +105,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     def clear(self) -> None:
         gone = self._ask(None, None)
         self.store.clear()
-        self._gone(gone, self._held.ids())
+        self._gone(gone, self._follower.held.ids())
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         ids = await self.store.async_add(nodes, **kwargs)
@@ -107,7 +115,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         gone = await self._aask(None, _of(ref_doc_id))
         await self.store.adelete(ref_doc_id, **delete_kwargs)
-        await asyncio.to_thread(self._gone, gone, self._nodes_of(ref_doc_id), ref_doc_id)
+        await asyncio.to_thread(self._gone, gone, self._ids_of(ref_doc_id), ref_doc_id)
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -119,7 +127,7 @@ class CacheClipVectorStore(BasePydanticVectorStore):
     async def aclear(self) -> None:
         gone = await self._aask(None, None)
         await self.store.aclear()
-        await asyncio.to_thread(self._gone, gone, self._held.ids())
+        await asyncio.to_thread(self._gone, gone, self._follower.held.ids())
 
     # ---- what does not ----------------------------------------------------------------------------------------------
 
@@ -154,32 +162,23 @@ class CacheClipVectorStore(BasePydanticVectorStore):
                 raise
             return getattr(self.store, name)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)
+
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _added(self, nodes: Sequence[BaseNode]) -> None:
-        texts = _texts(nodes)
-        before = self._held.texts(texts)
-        replaced = [(self._documents.get(id_), text) for id_, text in before.items()]
-        self._held.hold(texts)
-        self._documents.update((node.node_id, node.ref_doc_id) for node in nodes)
-        self._forgetting.back({node.ref_doc_id for node in nodes})
-        try:
-            encode(self._handle.engine, texts.values(), self.show_progress)
-        except Exception:
-            log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
-        self._forgetting.later(replaced)
-        self._forgetting.now()
+        self._follower.added(_chunks(nodes), self.show_progress)
 
     def _gone(self, asked: Sequence[BaseNode], ids: Iterable[str] | None, document: str | None = None) -> None:
         """Nodes left the store: those it told of before, and those that are known here; all of a ``document``."""
-        gone = {**_texts(asked), **self._held.texts(ids or ())}
-        of = {node.node_id: node.ref_doc_id for node in asked}
-        self._held.release(gone)
-        texts = [(self._documents.pop(id_, None) or of.get(id_) or document, text) for id_, text in gone.items()]
-        self._forgetting.later(texts, document)
+        told = [chunk if chunk.document else replace(chunk, document=document) for chunk in _chunks(asked)]
+        known = self._follower.held.get(ids or ())
+        gone = {chunk.id: chunk for chunk in (*told, *known)}
+        self._follower.deleted(list(gone.values()), [document] if document else ())
 
-    def _nodes_of(self, ref_doc_id: str) -> list[str]:
-        return [id_ for id_, document in list(self._documents.items()) if document == ref_doc_id]
+    def _ids_of(self, ref_doc_id: str) -> list[str]:
+        return [chunk.id for chunk in self._follower.held.of(ref_doc_id)]
 
     def _ask(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> Sequence[BaseNode]:
         """The nodes that are about to be deleted, as far as the store can tell."""
@@ -203,9 +202,9 @@ class CacheClipVectorStore(BasePydanticVectorStore):
         return []
 
 
-def _texts(nodes: Iterable[BaseNode]) -> dict[str, str]:
-    """By node id, what response synthesizers will put into the prompt."""
-    return {node.node_id: node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes}
+def _chunks(nodes: Iterable[BaseNode]) -> list[StoredChunk]:
+    """What response synthesizers will put into the prompt."""
+    return [StoredChunk(n.node_id, n.get_content(metadata_mode=MetadataMode.LLM), n.ref_doc_id) for n in nodes]
 
 
 def _of(ref_doc_id: str) -> MetadataFilters:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
-from llama_index.llms.cacheclip.engines import handle_of, restore
+from llama_index.llms.cacheclip.copies import restore
 
-from cacheclip_rag.frameworks import EngineHandle, OnMiss, warm
+from cacheclip_rag.frameworks import EngineHandle, OnMiss, handle_of, prepare_retrieved
 
 if TYPE_CHECKING:
     from llama_index.llms.cacheclip import CacheClipLLM
 
     from cacheclip_rag.engine import Engine
-
-log = logging.getLogger("cacheclip_rag")
 
 
 class CacheClipPostprocessor(BaseNodePostprocessor):
@@ -42,16 +39,18 @@ class CacheClipPostprocessor(BaseNodePostprocessor):
     def class_name(cls) -> str:
         return "CacheClipPostprocessor"
 
+    @property
+    def handle(self) -> EngineHandle:
+        """What stands for the engine, whether it is open or not."""
+        return self._handle
+
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        try:
-            # MetadataMode.LLM is what response synthesizers put into the prompt
-            texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
-            question = None if query_bundle is None else query_bundle.query_str
-            warm(self._handle.engine, texts, question, self.on_miss)
-        except Exception:
-            log.exception("retrieved chunks not prepared; the LLM prefills what it finds no KV for")
+        # MetadataMode.LLM is what response synthesizers put into the prompt
+        texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+        question = None if query_bundle is None else query_bundle.query_str
+        prepare_retrieved(self._handle, texts, question, self.on_miss)
         return nodes
 
     def __setstate__(self, state: dict[str, Any]) -> None:

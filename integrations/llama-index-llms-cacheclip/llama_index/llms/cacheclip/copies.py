@@ -1,24 +1,10 @@
-"""The engine behind LlamaIndex's objects."""
+"""LlamaIndex's components and the engine behind them, when they are copied or sent elsewhere."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llama_index.core.bridge.pydantic import BaseModel
-
-from cacheclip_rag.frameworks import EngineHandle
-
-
-def handle_of(source: Any) -> EngineHandle:
-    """The handle behind a `CacheClipLLM`, or a new one around an `Engine`."""
-    from cacheclip_rag.engine import Engine
-
-    if isinstance(source, Engine):
-        return EngineHandle(engine=source)
-    handle = getattr(source, "_handle", None)
-    if isinstance(handle, EngineHandle):
-        return handle
-    raise TypeError(f"a CacheClipLLM or a cacheclip_rag.Engine is wanted, not {type(source).__name__}")
 
 
 def restore(component: BaseModel, state: dict[str, Any]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from langchain_cacheclip.grammar import Follower, Literal, any_object, json_grammar
-from langchain_cacheclip.guide import Guide
+from tiny import two_layers
 
 from cacheclip_rag import Backbone
+from cacheclip_rag.frameworks.structured.grammar import Follower, Literal, any_object, json_grammar
+from cacheclip_rag.frameworks.structured.guide import Guide
 
 TREE = {
     "$defs": {
@@ -91,6 +92,11 @@ def test_what_must_end_and_what_may() -> None:
     assert follower.complete(state) and not follower.finished(state)
     follower = Follower(Literal("ab"))
     assert follower.finished(follower.run(follower.start, b"ab")) and not follower.finished(follower.start)
+
+
+@pytest.fixture(scope="module")
+def tiny_backbone() -> Backbone:
+    return two_layers()
 
 
 @pytest.mark.parametrize("sample", [False, True])

@@ -1,4 +1,4 @@
-"""Decoding that can only write what a grammar allows: forced tool calls and structured output."""
+"""Decoding constrained by a grammar, for forced tool calls and structured output."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .dialect import Dialect
 from .grammar import Either, Follower, Literal, Node, State, json_grammar
 from .grammar import Sequence as InOrder
-from .tools import Dialect
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cacheclip_rag.model.backbone import Backbone
+    from ...model.backbone import Backbone
 
 _FIRST_LOOK = 64
 """The likeliest tokens, among which nearly always one is allowed."""
