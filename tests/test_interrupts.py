@@ -170,11 +170,13 @@ def test_an_interrupt_leaves_pytorch_in_its_mode(backbone: Backbone, mode: Any) 
         engine.ensure(PASSAGES[:2])
         expected = engine.generate(PROMPT, max_new_tokens=3).ids
         sys.settrace(trace)
+        kept = None  # as interactive shells keep the last error, and all that it holds with it
         try:
             engine.generate(PROMPT, max_new_tokens=3)
-        except KeyboardInterrupt:
-            pass
+        except KeyboardInterrupt as error:
+            kept = error
         finally:
             sys.settrace(None)
+        assert (kept is not None) is (mode is torch.no_grad)  # the other one is not used at all
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert engine.generate(PROMPT, max_new_tokens=3).ids == expected

@@ -182,7 +182,7 @@ def test_an_engine_that_requires_it_takes_verified_models_only(
     ):
         Engine(model, **options)
     done = run(model, "--dtype", "float32")
-    assert done.exit_code == 0 and done.stdout.count("\n") == 9, done.output
+    assert done.exit_code == 0 and done.stdout.count("\n") == 10, done.output
     assert done.stdout.splitlines()[-1] == f"{model} may be trusted with reuse: 8 checks passed"
     Engine(model, **options).close()
     with pytest.raises(ConfigurationError, match="not verified"):  # another dtype is another model

@@ -126,7 +126,8 @@ def verify(
     from ..weights import verified
 
     found = tried(Backbone.load(resolve(model), dtype=dtype, device=device), store)
-    threads = f"{torch.get_num_threads()} threads; this process may use {allowance()}"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'' if count == 1 else 's'}; this process may use {allowance()}"
     if found.identity:
         try:
             verified.write(found.identity, found.record)
@@ -137,11 +138,11 @@ def verify(
             json.dumps({"model": model, **found.record, "identity": found.identity, "threads": threads}, indent=1)
         )
     else:
+        typer.echo(f"computing with {threads}")
         for check in found.checks:
             verdict = "ok" if check.passed else "FAILED"
             typer.echo(f"{verdict:6}  {check.name}: {check.found:.2g} (limit {check.limit:.2g})")
         typer.echo(f"{model} {found.line}")
-        typer.echo(f"It computes with {threads}.")
     if not found.trusted:
         raise typer.Exit(1)
 
