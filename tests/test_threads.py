@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,13 +94,3 @@ def test_verify_says_how_many(stand_in: str, tmp_path: Path, monkeypatch: pytest
     result = CliRunner().invoke(app, ["verify", stand_in, "--dtype", "float32", "--device", "cpu"])
     count = torch.get_num_threads()
     assert f"computing with {count} thread{'s' * (count > 1)}; this process may use {allowance()}\n" in result.output
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_of_the_command_line_wait_without_spinning(given: str | None, expected: str) -> None:
-    """OpenMP reads it when torch is imported, so it has to be set before."""
-    script = "import os, sys, cacheclip_rag.cli; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({} if given is None else {"OMP_WAIT_POLICY": given})
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.stdout == f"{expected} False\n", done.stderr
