@@ -55,6 +55,11 @@ class Ensured:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """``(beginning of the text, reason)`` of chunks without KV; prompts with them are prefilled as usual."""
 
+    @property
+    def not_kept(self) -> int:
+        """How many of the skipped chunks the store did not keep."""
+        return sum(reason in (_NOT_KEPT, _FULL, _EVICTED) for _, reason in self.skipped)
+
     def skip(self, texts: Iterable[str], reason: str) -> None:
         self.skipped += [(text[:40], reason) for text in texts]
 

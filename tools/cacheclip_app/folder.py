@@ -41,9 +41,6 @@ _COLLECTION = "chunks"
 _BATCH = 8
 """Documents that are embedded at a time: what an interruption costs."""
 
-_THE_STORE = "the store "
-"""How a reason begins for which `Engine.ensure` skips a chunk that the store has not kept."""
-
 DISK_BYTES = 32 << 30
 """An engine's default."""
 
@@ -298,13 +295,8 @@ def _encode(
                 "read, since they would only drive out the first (--cap)"
             )
         result = engine.ensure(chosen, lambda done: progress("reading chunks with the model", done, len(chosen)))
-    engine.library.store.refresh()  # another process may have evicted some
     kept = {text for text in texts if engine.library.keeps(engine.library.key(text))}
-    chosen_texts, said = set(chosen), {beginning for beginning, _ in result.skipped}
-    lost = [text for text in _worth(texts) if text in chosen_texts and text not in kept and text[:40] not in said]
-    skipped = result.skipped + [(text[:40], "evicted again by another process") for text in lost]
-    full = sum(reason.startswith(_THE_STORE) for _, reason in result.skipped)
-    return len(kept), len(kept - there), skipped, left_out + full + len(lost)
+    return len(kept), len(kept - there), result.skipped, left_out + result.not_kept
 
 
 def _with_room(libraries: list[ChunkLibrary], texts: list[str]) -> list[str]:
