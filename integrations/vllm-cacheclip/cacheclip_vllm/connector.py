@@ -209,6 +209,8 @@ class CacheClipConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         work = self._get_connector_metadata()
         assert isinstance(work, Work)
+        if self._obstacle:
+            return
         for request in work.dropped:
             self._loads.pop(request, None)
             self._chunks.pop(request, None)

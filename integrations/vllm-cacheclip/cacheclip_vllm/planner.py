@@ -91,7 +91,9 @@ class Planner:
         """Plans of requests that are part of the step being scheduled."""
         self._busy = 0
         self._spare: list[int] = []
-        self._closing = self._libraries.model.tokenise(self._libraries.model.closing).ids.numpy()
+        self._model = libraries.model
+        self._closing = self._model.tokenise(self._model.closing).ids.numpy()
+        self._turn = self._model.turn()
         self.known("").follow(default.encode)
 
     def known(self, tenant: str) -> Known:
@@ -152,7 +154,7 @@ class Planner:
             prefix=len(prefix) if np.array_equal(ids[: len(prefix)], prefix) else 0,
             places=places,
             question=rows,
-            question_ids=ids[rows][-COPY:],
+            question_ids=self._copy(ids[rows]),
             report=asked.report,
         )
         plan.head = self._head(plan, len(prefix))
@@ -183,17 +185,22 @@ class Planner:
 
     def _question(self, ids: np.ndarray, matches: Sequence[Match]) -> np.ndarray:
         """The question's rows: behind the last chunk without the template's closing, or, where nothing is said there,
-        before the first (see `prompt.find_question`).
+        before the first, from the user's turn on (see `prompt.find_question`).
         """
-        last = matches[-1].row + matches[-1].length
-        stop = len(ids)
-        closing = self._closing
-        if len(closing) and len(ids) - last >= len(closing) and np.array_equal(ids[-len(closing) :], closing):
-            stop -= len(closing)
-        for rows in (np.arange(last, stop), np.arange(0, matches[0].row)):
-            if any(character.isalnum() for character in self._libraries.model.say(ids[rows])):
+        last, first, stop = matches[-1].row + matches[-1].length, matches[0].row, len(ids)
+        if len(self._closing) and np.array_equal(ids[max(last, stop - len(self._closing)) :], self._closing):
+            stop -= len(self._closing)
+        turns = [row for row in range(first) if np.array_equal(ids[row : row + len(self._turn)], self._turn)]
+        begin = turns[-1] + len(self._turn) if turns and len(self._turn) else 0
+        for rows in (np.arange(last, stop), np.arange(begin, first)):
+            if any(character.isalnum() for character in self._model.say(ids[rows])):
                 return rows
         return np.arange(0)
+
+    def _copy(self, question: np.ndarray) -> np.ndarray:
+        """The question's tokens where it is asked once more behind the prompt: its end, if it is long."""
+        tokens = self._model.tokenise("\n\n" + self._model.say(question).strip(), plain=True)
+        return tokens.ids.numpy()[-COPY:]
 
     def _encoding(self, request: Any, asked: Options) -> Plan | str:
         """The plan of a request that computes a chunk: its prompt is the encode prefix, the chunk's context, the chunk,

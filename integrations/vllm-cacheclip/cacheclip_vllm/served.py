@@ -55,6 +55,12 @@ class ServedModel(PromptTokenizer):
         """What identifies this model in the namespace of its stored KV."""
         return dict(self._identity)
 
+    def turn(self) -> np.ndarray:
+        """The tokens that open the user's turn in the chat template, from the last control token on; empty without."""
+        ids = self.tokenise(self.opening).ids
+        control = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids)).nonzero()
+        return ids[int(control[-1]) :].numpy() if len(control) else ids[:0].numpy()
+
     def say(self, ids: np.ndarray) -> str:
         """The text of these tokens, without control tokens."""
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))

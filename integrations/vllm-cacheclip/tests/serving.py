@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ class Served:
             "kv_cache_memory_bytes": 1 << 28,
             "enable_prefix_caching": True,
             "seed": 0,
+            "disable_log_stats": False,
+            "max_logprobs": -1,
             **connector,
             **options,
         }
@@ -101,16 +104,51 @@ class Served:
 
     def ask(self, prompts: list[list[int]], tokens: int = 12, **options: Any) -> list[tuple[list[int], dict[str, Any]]]:
         """Greedy answers' token ids, and the reports, of requests at once; ``options`` are the connector's."""
-        params = SamplingParams(
-            max_tokens=tokens,
-            temperature=0,
-            ignore_eos=True,
-            extra_args={"kv_transfer_params": {FIELD: {"report": True, **options}}},
-        )
-        return self._generate(prompts, [params] * len(prompts))
+        return self.ask_each([(ids, options) for ids in prompts], tokens)
+
+    def ask_each(
+        self, jobs: list[tuple[list[int], dict[str, Any]]], tokens: int = 12, **sampling: Any
+    ) -> list[tuple[list[int], dict[str, Any]]]:
+        """As `ask`, each prompt with options of its own."""
+        params = [asking(options, max_tokens=tokens, **sampling) for _, options in jobs]
+        return self._generate([ids for ids, _ in jobs], params)
+
+    def cached(self, prompts: list[list[int]], **options: Any) -> list[int]:
+        """How many tokens of each prompt vLLM's own prefix cache had."""
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(requests, asking(options, max_tokens=1), use_tqdm=False)
+        return [output.num_cached_tokens for output in outputs]
+
+    def first_token(self, ids: list[int], **options: Any) -> torch.Tensor:
+        """The log probabilities ``[V]`` of an answer's first token."""
+        params = asking(options, max_tokens=2, logprobs=-1)
+        [output] = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        logprobs = output.outputs[0].logprobs[0]
+        return torch.tensor([logprobs[token].logprob for token in range(len(logprobs))])
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block of the KV cache."""
+        return self.llm.llm_engine.vllm_config.cache_config.block_size
+
+    def preemptions(self) -> int:
+        """How often a running request was preempted."""
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+    def close(self) -> None:
+        """Free the model and its KV cache, so that another one can be opened in this process."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
 
     def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[tuple[list[int], dict]]:
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [
             (list(output.outputs[0].token_ids), (output.kv_transfer_params or {}).get(FIELD, {})) for output in outputs
         ]
+
+
+def asking(options: dict[str, Any], **sampling: Any) -> SamplingParams:
+    """Greedy sampling with the connector's ``options``, and a report."""
+    extra = {"kv_transfer_params": {FIELD: {"report": True, **options}}}
+    return SamplingParams(temperature=0, ignore_eos=True, extra_args=extra, **sampling)
