@@ -31,11 +31,11 @@ def encode_request(
     stored chunks to compute it behind (fusion). Only processes of the server can make such a request.
     """
     encoder = method.encode if isinstance(method, Method) else _method(method).encode
-    text = canonical(text)
+    text, context = canonical(text), [canonical(other) for other in context]
     pieces = [encoder.prefix_ids(model), *(model.tokenise(piece, plain=True).ids for piece in (*context, text))]
     ids = torch.cat([*pieces, torch.zeros(1, dtype=torch.long)]).tolist()
     name = method.name if isinstance(method, Method) else method
-    encode = {"text": text, "context": list(context), "in_sequence": in_sequence}
+    encode = {"text": text, "context": context, "in_sequence": in_sequence}
     return ids, {FIELD: {"method": name, "tenant": tenant, "encode": encode, "proof": os.environ.get(PROOF)}}
 
 

@@ -214,7 +214,7 @@ class Planner:
         text, in_sequence = canonical(asked.encode["text"]), bool(asked.encode.get("in_sequence", False))
         context: list[Place] = []
         row = len(library.prefix_ids)
-        for number, other in enumerate(asked.encode.get("context", ())):
+        for number, other in enumerate(map(canonical, asked.encode.get("context", ()))):
             length = len(self._libraries.model.tokenise(other, plain=True).ids)
             before = tuple(place.text for place in context) if in_sequence and number else ()
             context.append(Place(other, library.key(other, before, in_sequence and bool(before)), ((row, 0, length),)))

@@ -82,6 +82,7 @@ class Served:
             **connector,
             **options,
         }
+        self.store = store
         self.llm = LLM(str(model), dtype=dtype, **options)
         self.model = ServedModel(self.llm.llm_engine.vllm_config)
 

@@ -16,7 +16,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(folder, tmp_path_factory.mktemp("store"))
+    made = Served(
+        folder, tmp_path_factory.mktemp("store"), extra={"memory_bytes": 0}
+    )  # every chunk comes from its file
     for method in ("auto", "cacheblend", "link0"):  # one of each encoding
         made.encode(PASSAGES, method)
     yield made
