@@ -16,13 +16,15 @@ try:
 except ImportError as error:  # it comes with both frameworks
     raise ImportError("ChunkClient needs httpx: pip install 'cacheclip-rag[serve]'") from error
 
-_BATCH = 8 << 20
-"""Bytes of texts in one request of `add`; servers refuse bodies above 32 MB."""
+_BATCH = 2 << 20
+"""Characters of texts in one request of `add`: each has twelve bytes at most, and servers refuse bodies above 32 MB."""
 
 _TIMEOUT = httpx.Timeout(10, read=None)
 """Chunks take as long as the model takes to read them."""
 
-Call = tuple[str, str, "dict[str, Any] | None"]
+_STATS = ("GET", "/chunks/stats", b"")
+
+Call = tuple[str, str, bytes]
 """Method, path, body."""
 
 
@@ -43,19 +45,19 @@ class ChunkClient:
 
     def replace(self, document: str, texts: Iterable[str]) -> Replaced:
         """Let the document have these chunks and no others."""
-        answer = self._ask(_document("PUT", document, {"texts": list(texts)}))
+        answer = self._ask(_document("PUT", document, {"texts": _listed(texts)}))
         return Replaced(**vars(_added(answer)), removed=answer["removed"])
 
     def forget(self, texts: Iterable[str]) -> None:
         """Delete the KV of these chunks, whatever documents they are parts of."""
-        self._ask(("POST", "/chunks/forget", {"texts": list(texts)}))
+        self._ask(_forgetting(texts))
 
     def forget_document(self, document: str) -> None:
         """Delete the document's chunks, except those that another document has as well."""
         self._ask(_document("DELETE", document))
 
     def stats(self) -> ChunkStats:
-        return ChunkStats(**self._ask(("GET", "/chunks/stats", None)))
+        return ChunkStats(**self._ask(_STATS))
 
     def close(self) -> None:
         self._client.close()
@@ -69,7 +71,7 @@ class ChunkClient:
     def _ask(self, call: Call) -> dict[str, Any]:
         method, path, body = call
         try:
-            return _answer(self._client.request(method, self._base + path, json=body, headers=self._headers))
+            return _answer(self._client.request(method, self._base + path, content=body, headers=self._headers))
         except httpx.HTTPError as error:
             raise _unreachable(self._base, error) from error
 
@@ -85,17 +87,17 @@ class AsyncChunkClient:
         return _sum([_added(await self._ask(call), start) for start, call in _adding(texts, document)])
 
     async def replace(self, document: str, texts: Iterable[str]) -> Replaced:
-        answer = await self._ask(_document("PUT", document, {"texts": list(texts)}))
+        answer = await self._ask(_document("PUT", document, {"texts": _listed(texts)}))
         return Replaced(**vars(_added(answer)), removed=answer["removed"])
 
     async def forget(self, texts: Iterable[str]) -> None:
-        await self._ask(("POST", "/chunks/forget", {"texts": list(texts)}))
+        await self._ask(_forgetting(texts))
 
     async def forget_document(self, document: str) -> None:
         await self._ask(_document("DELETE", document))
 
     async def stats(self) -> ChunkStats:
-        return ChunkStats(**await self._ask(("GET", "/chunks/stats", None)))
+        return ChunkStats(**await self._ask(_STATS))
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -111,7 +113,7 @@ class AsyncChunkClient:
     async def _ask(self, call: Call) -> dict[str, Any]:
         method, path, body = call
         try:
-            return _answer(await self._client.request(method, self._base + path, json=body, headers=self._headers))
+            return _answer(await self._client.request(method, self._base + path, content=body, headers=self._headers))
         except httpx.HTTPError as error:
             raise _unreachable(self._base, error) from error
 
@@ -122,28 +124,40 @@ def _root(base_url: str) -> str:
 
 
 def _key(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    return {"Content-Type": "application/json", **key}
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode()  # in ASCII: a text that is no Unicode is refused by the server, in words
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise ConfigurationError("chunks are given as several texts, not as one: [text]")
+    return list(texts)
 
 
 def _document(method: str, document: str, body: dict[str, Any] | None = None) -> Call:
     if document in ("", ".", ".."):
         raise ConfigurationError(f"a document's id cannot be {document!r}: no path ends with it")
-    return method, f"/documents/{quote(document, safe='')}", body
+    return method, f"/documents/{quote(document, safe='')}", b"" if body is None else _json(body)
+
+
+def _forgetting(texts: Iterable[str]) -> Call:
+    return "POST", "/chunks/forget", _json({"texts": _listed(texts)})
 
 
 def _adding(texts: Iterable[str], document: str | None) -> Iterator[tuple[int, Call]]:
     """The requests, each with the place of its first text among all."""
-    if isinstance(texts, str):
-        raise ConfigurationError("chunks are given as several texts, not as one: [text]")
     start, batch, size = 0, list[str](), 0
-    for text in texts:
-        if batch and size + len(text) > _BATCH // 4:  # a character has four bytes at most
-            yield start, ("POST", "/chunks", {"texts": batch, "document": document})
+    for text in [*_listed(texts), None]:
+        if batch and (text is None or size + len(text) > _BATCH):
+            yield start, ("POST", "/chunks", _json({"texts": batch, "document": document}))
             start, batch, size = start + len(batch), [], 0
-        batch.append(text)
-        size += len(text)
-    if batch:
-        yield start, ("POST", "/chunks", {"texts": batch, "document": document})
+        if text is not None:
+            batch.append(text)
+            size += len(text)
 
 
 def _added(answer: dict[str, Any], start: int = 0) -> Added:

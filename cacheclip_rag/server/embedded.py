@@ -104,8 +104,8 @@ class Chunks:
 
 def _added(texts: Sequence[str], result: Ensured) -> Added:
     """Raises `StoreError` if the store has kept none of these chunks."""
-    if result.not_kept and not result.keys and result.not_kept == len(result.skipped):
-        raise StoreError(f"none of {len(texts):,} chunks is stored: {result.skipped[0][1]}")
+    if result.not_kept and not result.keys:
+        raise StoreError(f"no chunk is stored: {'; '.join(dict.fromkeys(result.reasons.values()))}")
     places = {text: index for index, text in reversed(list(enumerate(texts)))}
     skipped = sorted((places[text], reason) for text, reason in result.reasons.items())
     stored = len({canonical(text) for text in texts} - {canonical(text) for text in result.reasons})

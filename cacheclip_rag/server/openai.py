@@ -200,7 +200,9 @@ def options_of(body: Asked, longest: int | None) -> dict[str, Any]:
     options = read_options(
         {name: given[name] for name in _OPTIONS if given.get(name) not in _NEUTRAL.get(name, (None,))}
     )
-    about: dict[str, Any] = {name: body.cacheclip[name] for name in ("method", "recompute_ratio") if name in body.cacheclip}
+    about: dict[str, Any] = {
+        name: body.cacheclip[name] for name in ("method", "recompute_ratio") if name in body.cacheclip
+    }
     if body.cacheclip.get("reuse") is False:
         about = {"method": "full"}
     return {**options, **about, "max_new_tokens": longest or LONGEST}
