@@ -70,7 +70,7 @@ def serve(
         raise ConfigurationError(f"no such option: {' '.join(ctx.args)} (vLLM's need vllm-cacheclip installed)")
     try:
         from ..server.access import read_keys
-        from ..server.app import app, run
+        from ..server.app import run
         from ..server.embedded import Engines
     except ImportError as error:
         raise ConfigurationError(f"{error}; serve needs FastAPI: pip install 'cacheclip-rag[serve]'") from error
@@ -105,7 +105,7 @@ def serve(
         engines = Engines(opened, method or ("cacheclip" if helper else "auto"))
         for tenant in tenants:  # what is wrong with the store is said now
             engines.of(tenant)
-    run(app(engines, model, keys), host, port)
+    run(engines, model, keys, host, port)
 
 
 def serve_vllm(model: str, flags: Sequence[str]) -> NoReturn:

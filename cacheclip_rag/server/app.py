@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -21,7 +22,7 @@ from .problems import problem, problem_of
 log = logging.getLogger("cacheclip_rag")
 
 _PATIENCE = 10
-"""Seconds that requests have to end once the server is to stop."""
+"""Seconds that answers have to end once the server is to stop."""
 
 
 def app(engines: Engines, model: str, keys: Mapping[str, str] | None = None, limit: int = LIMIT) -> Access:
@@ -51,8 +52,15 @@ def app(engines: Engines, model: str, keys: Mapping[str, str] | None = None, lim
     return Access(inner, keys=keys, check_method=engines.check_method, limit=limit)
 
 
-def run(application: Access, host: str, port: int) -> None:
+def run(engines: Engines, model: str, keys: Mapping[str, str] | None, host: str, port: int) -> None:
     """Serve until it is told to stop by SIGINT or SIGTERM. Paths are not logged: document ids stand in them."""
-    uvicorn.run(
-        application, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=_PATIENCE
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            engines.closing.set()  # ingestion ends now, streams may end by themselves
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app(engines, model, keys), host=host, port=port, access_log=False, timeout_graceful_shutdown=_PATIENCE
     )
+    Server(config).run()

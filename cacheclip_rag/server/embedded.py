@@ -11,7 +11,7 @@ from typing import TypeVar
 from ..chunks import canonical
 from ..corpus.corpus import Ensured
 from ..engine import Engine
-from ..errors import CacheClipError, ConfigurationError, StoreError
+from ..errors import ConfigurationError, ServerError, StoreError
 from ..kv.encode import Harvested
 from ..methods import METHODS, Method, resolve
 from ..spec import parse
@@ -99,7 +99,7 @@ class Chunks:
 
     def _progress(self, done: int) -> None:
         if self._engines.closing.is_set():
-            raise CacheClipError("the server is stopping: repeat the request when it runs again")
+            raise ServerError("the server is stopping: repeat the request when it runs again", 503)
 
 
 def _added(texts: Sequence[str], result: Ensured) -> Added:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import CacheClipError, ConfigurationError, PromptError, StoreError
+from ..errors import CacheClipError, ConfigurationError, PromptError, ServerError, StoreError
 from .service import TenantRefused
 
 _TYPES = {
@@ -28,6 +28,8 @@ _STATUS: dict[type[BaseException], int] = {
 
 def status_of(error: BaseException) -> int:
     """The status code that this error is answered with; 500 for one that is nobody's fault but ours."""
+    if isinstance(error, ServerError) and error.status is not None:
+        return error.status
     return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
 
 
