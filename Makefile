@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check docs bench bench-store quality results unseen recipe neighbours \
+.PHONY: setup demo test behaviours torture check docs wheels bench bench-store quality results unseen recipe neighbours \
 	analyses sensitivity clean
 
 setup: $(VENV)/.ready
@@ -44,6 +44,11 @@ check: setup  ## style, types, and that nothing imports upward
 docs: setup  ## the documentation's site, into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+DISTRIBUTIONS = . integrations/langchain-cacheclip integrations/llama-index-llms-cacheclip
+wheels: setup  ## wheels and source distributions of all packages, into dist/
+	@rm -rf dist
+	@for folder in $(DISTRIBUTIONS); do $(RUN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
 
 bench: setup  ## exactness, then speed with quality beside it (about forty minutes on two cores)
 	@$(RUN)/python benchmarks/exact.py --model qwen2.5-coder-0.5b-instruct
@@ -134,4 +139,4 @@ sensitivity: setup  ## DATA=folder: what hangs on the ratio, the prefix and the 
 	@$(RUN)/python benchmarks/analyses.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache site .import_linter_cache .hypothesis dist

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from cacheclip_rag.cli import main as cli
@@ -75,3 +78,34 @@ def test_brackets_in_help_are_shown() -> None:
     """Typer takes what stands in brackets for markup."""
     shown = " ".join(runner.invoke(cli.app, ["eval", "--help"], env={"COLUMNS": "200"}).stdout.split())
     assert "[name=]FILE.jsonl" in shown and "name[@ratio][:param=value,...]" in shown
+
+
+def _commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, one in getattr(command, "commands", {}).items():
+        yield from _commands(one, (*words, name))
+    if not hasattr(command, "commands"):
+        yield words, command
+
+
+_COMMANDS = list(_commands(get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words, command", _COMMANDS, ids=[" ".join(words) for words, _ in _COMMANDS])
+def test_help_names_every_option_s_default(words: tuple[str, ...], command: Any) -> None:
+    """But for switches, which are off."""
+    shown = runner.invoke(cli.app, [*words, "--help"], env={"COLUMNS": "300"}).stdout.splitlines()
+    for option in command.params:
+        if option.param_type_name != "option" or (option.is_flag and not option.secondary_opts):
+            continue
+        [line] = [line for line in shown if line.strip("│* ").startswith(f"{option.opts[0]} ")]
+        assert "[required]" in line or "[default: " in line, option.name
+        if option.default not in (None, "", ...) and not option.is_flag:
+            assert f"[default: {option.default}]" in line
+
+
+def test_the_defaults_that_help_writes_out_are_those_of_the_code() -> None:
+    folder = pytest.importorskip("cacheclip_app.folder")
+    default = folder.Library(Path("home"))
+    shown = runner.invoke(cli.app, ["ingest", "--help"], env={"COLUMNS": "300"}).stdout
+    for value in (default.model, default.chunk_size, f"{folder.DISK_BYTES >> 30}GiB", str(default.auxiliary).lower()):
+        assert f"[default: (last time's, else {value})]" in shown

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import METHODS, Engine
+from cacheclip_rag.methods import table
+from cacheclip_rag.store.admin import Administration
+from cacheclip_rag.weights.catalogue import CATALOGUE
+from cacheclip_rag.weights.pull import resolve
 
 ROOT = Path(__file__).parent.parent
 PATTERNS = ("*.md", "docs/*.md", "integrations/*/README.md", "examples/**/*.md")
@@ -64,61 +73,188 @@ def test_every_promise_of_the_store_names_the_tests_that_prove_it() -> None:
             assert len(found) == 1, f"P{number}: {len(found)} tests are called {name}"
 
 
+# ---- snippets, exactly as they are printed --------------------------------------------------------------------------
+
+
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a document about keys in docs/, to run snippets in."""
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: str) -> Path:
+    """A folder with a document about keys in docs/, where a small random model goes by the names of the language models
+    in the catalogue. The sentence embeddings are the real ones.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     text = "Signing keys are rotated every ninety days by the operator who is on duty that week. "
     (tmp_path / "docs" / "keys.txt").write_text(text * 12)
+    models = tmp_path / "home" / "models"
+    models.mkdir(parents=True)
+    for name in CATALOGUE:
+        if name == "all-minilm-l6-v2":
+            (models / name).symlink_to(resolve(name))
+        else:
+            shutil.copytree(stand_in, models / name)
+            (models / name / "cacheclip.json").write_text("{}")
+    monkeypatch.setenv("CACHECLIP_HOME", str(tmp_path / "home"))
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/with-llama-index.md", "docs/with-langchain.md"])
-def test_snippets_run(name: str, desk: Path, stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand, one after the other, with a small model in the place of those they name."""
+def run_snippets(page: str, **names: Any) -> dict[str, Any]:
+    """One after the other, with what a page takes for granted under the ``names`` that it uses; what they leave."""
+    found = snippets(ROOT / page)
+    assert found
+    names["__name__"] = "snippet"
+    for snippet in found:
+        exec(compile(snippet, page, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/with-llama-index.md", "integrations/llama-index-llms-cacheclip/README.md"]
+)
+def test_snippets_with_llama_index_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     core = pytest.importorskip("llama_index.core")
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(core.Settings, "_embed_model", None)
+    llm = run_snippets(page)["llm"]
+    assert llm.last_report().prompt_tokens > 0 and llm.last_report().fallbacks == []
+    llm.handle.release()
+
+
+def test_snippets_with_langchain_run(desk: Path) -> None:
     vectors = pytest.importorskip("langchain_core.vectorstores")
     from langchain_core.embeddings import DeterministicFakeEmbedding
 
-    monkeypatch.setattr(core.Settings, "_embed_model", core.MockEmbedding(embed_dim=8))
-    found = snippets(ROOT / name)
-    assert found
-    names: dict[str, Any] = {
-        "your_vector_store": vectors.InMemoryVectorStore(DeterministicFakeEmbedding(size=8)),
-        "__name__": "snippet",
-    }
-    for snippet in found:
-        source = re.sub(r'"(qwen2\.5-coder-[\d.]+b|smollm2-135m)-instruct"', repr(stand_in), snippet)
-        exec(compile(source, name, "exec"), names)
-    llm = names["llm"]
-    assert llm.last_report() is None or llm.last_report().prompt_tokens > 0
-    llm.handle.release() if hasattr(llm, "handle") else llm.close()
+    store = vectors.InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
+    llm = run_snippets("docs/with-langchain.md", your_vector_store=store)["llm"]
+    assert llm.last_report().prompt_tokens > 0
+    llm.close()
 
 
-def test_snippets_without_a_framework_run(desk: Path, stand_in: str) -> None:
-    names: dict[str, Any] = {}
-    for snippet in snippets(ROOT / "docs" / "without-a-framework.md"):
-        source = snippet.replace('"qwen2.5-coder-0.5b-instruct"', repr(stand_in))
-        exec(compile(source, "without-a-framework.md", "exec"), names)
+def test_snippets_of_the_langchain_package_run(desk: Path) -> None:
+    pytest.importorskip("langchain_chroma")
+    pytest.importorskip("langchain_classic")
+    from langchain_core.documents import Document
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+    from langchain_core.prompts import ChatPromptTemplate
+
+    llm = run_snippets(
+        "integrations/langchain-cacheclip/README.md",
+        embeddings=DeterministicFakeEmbedding(size=8),
+        chunks=[Document(page_content=(desk / "docs" / "keys.txt").read_text())],
+        prompt=ChatPromptTemplate.from_template("{context}\n\n{input}"),
+    )["llm"]
+    assert llm.last_report().reused > 0
+    llm.close()
+
+
+def test_snippets_without_a_framework_run(desk: Path) -> None:
+    names = run_snippets("docs/without-a-framework.md")
     engine = names["engine"]
     assert names["done"].encoded == 2 and names["done"].skipped == []
     assert names["answer"].report.fallbacks == [] and names["answer"].report.reused > 0
     assert not any(engine.knows(chunk) for chunk in names["chunks"])
 
 
-def test_observability_snippets_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_snippets_run(desk: Path) -> None:
+    assert run_snippets("docs/weights.md")["model"].config.num_hidden_layers == 6
+
+
+def test_observability_snippets_run() -> None:
     pytest.importorskip("prometheus_client")
     pytest.importorskip("opentelemetry")
     core = pytest.importorskip("llama_index.core.instrumentation")
-    from tiny import tiny_backbone
-
     with Engine(tiny_backbone(), method="naive") as engine:
-        for snippet in snippets(ROOT / "docs" / "observability.md"):
-            exec(compile(snippet, "observability.md", "exec"), {"engine": engine})
+        run_snippets("docs/observability.md", engine=engine)
         engine.generate("Hello there.", max_new_tokens=1)
         assert len(engine.observers) == 1
     core.get_dispatcher().event_handlers.pop()
+
+
+class Opened:
+    """`Engine` for snippets that open one and do not close it."""
+
+    def __init__(self) -> None:
+        self.engines: list[Engine] = []
+
+    def __call__(self, *given: Any, **options: Any) -> Engine:
+        self.engines.append(Engine(*given, **options))
+        return self.engines[-1]
+
+
+@pytest.fixture
+def opened() -> Iterator[Opened]:
+    opened = Opened()
+    yield opened
+    for engine in opened.engines:
+        engine.close()
+
+
+def test_snippets_about_methods_run(opened: Opened) -> None:
+    texts = list(PASSAGES)
+    with Engine(tiny_backbone(), auxiliary=tiny_backbone()) as engine:
+        engine.ensure(texts)
+        run_snippets(
+            "docs/methods.md",
+            Engine=opened,
+            model=tiny_backbone(),
+            engine=engine,
+            prompt="\n\n".join([*texts, "Who was on duty?"]),
+            texts=texts,
+            text=texts[1],
+            prompts=[texts[:3]],
+            embed=lambda texts: np.eye(len(texts), dtype=np.float32) + 0.1,
+        )
+        assert engine.fused(texts[1]) and opened.engines[0].method.name == "query_guided"
+
+
+def test_snippets_about_the_store_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
+    pytest.importorskip("fsspec")
+    monkeypatch.chdir(tmp_path)
+    bucket = f"file://{tmp_path / 'bucket'}"
+    with Engine(tiny_backbone(), method="naive") as engine:
+        run_snippets(
+            "docs/store.md", Engine=opened, model=tiny_backbone(), engine=engine, chunks=PASSAGES, bucket=bucket
+        )
+        assert not engine.knows(PASSAGES[0]) and len(opened.engines) == 2
+
+
+def test_snippets_about_security_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
+    monkeypatch.setenv("CACHECLIP_SECRET", "a secret")
+    share = tmp_path / "share"
+    run_snippets("docs/security.md", Engine=opened, model=tiny_backbone(), share=share, os=os)
+    opened.engines[0].ensure(PASSAGES[:1])
+    assert all(found.about["keyed"] for found in Administration(share).usage())
+
+
+def test_snippets_about_trouble_run() -> None:
+    runnables = pytest.importorskip("langchain_core.runnables")
+    from langchain_core.documents import Document
+    from langchain_core.prompts import ChatPromptTemplate
+
+    asked: list[str] = []
+    [snippet] = snippets(ROOT / "docs/troubleshooting.md")
+    names = {
+        "RunnablePassthrough": runnables.RunnablePassthrough,
+        "retriever": runnables.RunnableLambda(lambda _: [Document("one"), Document("two")]),
+        "prompt": ChatPromptTemplate.from_template("{context}: {question}"),
+        "llm": lambda prompt: asked.append(prompt.to_string()),
+    }
+    eval(snippet, names).invoke("Three?")
+    assert asked == ["Human: one\n\ntwo: Three?"]
+
+
+def test_a_method_from_another_package_is_registered_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cacheclip_rag.methods.select.random import Random
+
+    monkeypatch.setattr(table, "METHODS", dict(METHODS))
+    run_snippets("CONTRIBUTING.md", MySelector=Random)
+    assert "mine" in table.METHODS
+
+
+def test_every_page_with_snippets_is_run() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        assert not snippets(page) or f'"{name}"' in source, f"no test runs the snippets of {name}"
 
 
 def test_each_method_has_a_page_of_its_own() -> None:

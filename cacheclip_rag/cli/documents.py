@@ -17,11 +17,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ..errors import ConfigurationError
 from .plain import plain
+from .progress import bar, say, timed
 from .store import nbytes
 
 INTERRUPTED = 130
@@ -37,23 +37,25 @@ def ingest(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model that will answer: `cacheclip pull --list`, a hub id or a folder. "
-            "[default: last time's, else qwen2.5-coder-0.5b-instruct]"
+            help="The model that will answer: `cacheclip pull --list`, a hub id or a folder.",
+            show_default="last time's, else qwen2.5-coder-0.5b-instruct",
         ),
     ] = None,
     auxiliary: Annotated[
         str | None,
         typer.Option(
-            help='A small model that selects tokens; "none": the question\'s own attention does. '
-            "[default: last time's, else none]"
+            help='A small model that selects tokens; "none": the question\'s own attention does.',
+            show_default="last time's, else none",
         ),
     ] = None,
     chunk_size: Annotated[
-        int | None, typer.Option(min=64, help="Tokens of a chunk, about. [default: last time's, else 320]")
+        int | None, typer.Option(min=64, help="Tokens of a chunk, about.", show_default="last time's, else 320")
     ] = None,
     cap: Annotated[
         str | None,
-        typer.Option(help="The most that all KV may take on the disk, as in 8GiB. [default: last time's, else 32GiB]"),
+        typer.Option(
+            help="The most that all KV may take on the disk, as in 8GiB.", show_default="last time's, else 32GiB"
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -77,7 +79,7 @@ def ingest(
         if dry_run:
             plan = app.plan(folder, library, progress)
         else:
-            result = app.ingest(folder, library, _embedding(), progress, lambda said: _warn(plain(said)))
+            result = app.ingest(folder, library, _embedding(), progress, lambda said: say(plain(said)))
     if dry_run:
         return _show_plan(plan, as_json)
     if as_json:
@@ -89,12 +91,12 @@ def ingest(
             f"{plain(home)}"
         )
     for name in result.unread:
-        _warn(f"nothing could be read from {plain(name)}: is it empty, damaged, locked or a scan?")
+        say(f"nothing could be read from {plain(name)}: is it empty, damaged, locked or a scan?")
     _name_passed_over(result.passed_over)
     for text, reason in result.skipped:
-        _warn(f"no KV of {text!r}: {plain(reason)}")
+        say(f"no KV of {text!r}: {plain(reason)}")
     if result.no_room:
-        _warn(
+        say(
             f"{result.no_room:,} of {result.chunks:,} chunks have no KV: the store is full at "
             f"{result.cap_bytes / (1 << 30):.2f} GiB. Prompts with them are prefilled as usual; --cap gives it more "
             "room, and --dry-run says how much is wanted"
@@ -116,7 +118,7 @@ def _show_plan(plan: Any, as_json: bool) -> None:
             typer.echo(f"the cap of {plan.cap_bytes / (1 << 30):.2f} GiB holds all of it")
     _name_passed_over(plan.passed_over)
     if plan.fitting < plan.chunks:
-        _warn(
+        say(
             f"the cap of {plan.cap_bytes / (1 << 30):.2f} GiB holds {plan.fitting:,} of {plan.chunks:,} chunks: "
             "raise it with --cap, or take a smaller model or folder"
         )
@@ -125,11 +127,7 @@ def _show_plan(plan: Any, as_json: bool) -> None:
 
 def _name_passed_over(names: list[str]) -> None:
     for name in names:
-        _warn(f"passed over {plain(name)}: a link that leads out of the folder, or a name that is no text")
-
-
-def _warn(message: str) -> None:
-    typer.echo(f"cacheclip: {message}", err=True)
+        say(f"passed over {plain(name)}: a link that leads out of the folder, or a name that is no text")
 
 
 def ask(
@@ -137,12 +135,17 @@ def ask(
     home: Home = Path(".cacheclip"),
     top_k: Annotated[int, typer.Option(min=1, help="How many chunks are retrieved.")] = 6,
     ratio: Annotated[
-        float | None, typer.Option(help="Share of chunk tokens to recompute: 0 plain reuse, 1 full prefill.")
+        float | None,
+        typer.Option(
+            help="Share of chunk tokens to recompute: 0 plain reuse, 1 full prefill.", show_default="the method's"
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     method: Annotated[
         str | None,
-        typer.Option(help='How tokens to recompute are chosen; "auto" also takes what `cacheclip fuse` made.'),
+        typer.Option(
+            help="How tokens to recompute are chosen.", show_default="cacheclip if ingest had --auxiliary, else auto"
+        ),
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Show what happened to the prompt.")] = True,
     compare: Annotated[bool, typer.Option("--compare", help="Also answer from a full prefill, and time it.")] = False,
@@ -157,7 +160,7 @@ def ask(
         raise ConfigurationError("--json answers one question: cacheclip ask --json QUESTION")
     console = Console(highlight=False, soft_wrap=True)
     with quietly():
-        with bar() as progress:
+        with bar("ready") as progress:
             library = _app("folder").Library.read(home)
             progress("opening the model", 0, 0)
             session = _app("session").Session(
@@ -165,7 +168,8 @@ def ask(
             )
         try:
             for asked in [question] if question is not None else _questions(console):
-                reply = session.ask(asked, _silent if as_json else _show, compare)
+                with timed("answered"):
+                    reply = session.ask(asked, _silent if as_json else _show, compare)
                 if as_json:
                     shown = {"answer": reply.text, "sources": reply.sources, "report": reply.report.as_dict()}
                     full = {} if reply.full_prefill is None else {"full_prefill": reply.full_prefill}
@@ -216,21 +220,6 @@ def _embedding() -> Any:
 
 
 @contextmanager
-def bar() -> Iterator[Any]:
-    """A progress bar on stderr: ``show(what, done, total)``, a spinner where the total is not known (0)."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    off = not console.is_terminal  # in a file it would leave blank lines only
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=off) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total or None)
-
-        yield show
-
-
-@contextmanager
 def quietly() -> Iterator[None]:
     """Other libraries' bars and warnings would break into ours; Ctrl-C is an exit code, not a traceback."""
     import logging
@@ -243,7 +232,8 @@ def quietly() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("\ncacheclip: stopped; what was finished is kept", err=True)
+        typer.echo(err=True)
+        say("stopped; what was finished is kept")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         logging.disable(logging.NOTSET)

@@ -111,7 +111,7 @@ def verify(
     store: Annotated[
         Path | None,
         typer.Option(
-            "--store", "-s", help="The store whose files to check; a canary chunk stays in it. Default: none."
+            "--store", "-s", help="The store whose files to check; a canary chunk stays in it.", show_default="none"
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -164,31 +164,42 @@ def evaluate(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="METHOD...", help="name\\[@ratio]\\[:param=value,...]; default: naive query_guided cacheclip."
+            metavar="METHOD...", help="name\\[@ratio]\\[:param=value,...].", show_default="naive query_guided cacheclip"
         ),
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Recompute ratio of the methods that are not given one, but for auto.")
+        float | None,
+        typer.Option(
+            help="Recompute ratio of the methods that are not given one, but for auto.", show_default="each method's"
+        ),
     ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PARAM=VALUE,...", help="One system per value: ratio=0.05,0.1 group_size=4,8 prefix=none,system."
+            metavar="PARAM=VALUE,...",
+            help="One system per value: ratio=0.05,0.1 group_size=4,8 prefix=none,system.",
+            show_default="no sweep",
         ),
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="Items of each data set, spread over it.")] = 20,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 32; 64 for RULER tasks.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer, in tokens.", show_default="32; 64 for RULER tasks")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Rows are appended here; existing ones are not run again.")] = Path(
         "rows.jsonl"
     ),
     references: Annotated[
-        Path | None, typer.Option(help="Folder of full prefill's answers; default: references/ beside the rows.")
+        Path | None, typer.Option(help="Folder of full prefill's answers.", show_default="references/ beside the rows")
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder that keeps chunk KV; default: memory only.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder that keeps chunk KV.", show_default="none, in memory only")
+    ] = None,
     kv_dtype: Annotated[
         str, typer.Option(help="The dtype of stored KV: auto, the model's, or int8; then labels end in +int8.")
     ] = "auto",
-    baseline: Annotated[str | None, typer.Option(help="Also print each system's difference from this one.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Also print each system's difference from this one.", show_default="none")
+    ] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="Answer, or only print existing rows.")] = True,
     table: Annotated[bool, typer.Option("--table/--no-table", help="Print tables at the end.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -226,12 +237,22 @@ def analyse(
         str, typer.Argument(help="agreement, deviation or hits (run a model); pareto, sweep or length (draw rows).")
     ],
     data: Annotated[list[str] | None, typer.Argument(metavar="DATA...", help="As for eval.")] = None,
-    rows: Annotated[Path | None, typer.Option(help="Rows of eval, for pareto, sweep and length.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The figure, .svg or .png; default: the question's name.")] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="Rows of eval, for pareto, sweep and length, which need them.", show_default="none"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The figure, .svg or .png.", show_default="QUESTION.svg")] = None,
     model: Annotated[str, typer.Option(help="The model that answers.")] = "qwen2.5-coder-1.5b-instruct",
-    auxiliary: Annotated[list[str] | None, typer.Option(help="For agreement; default: smollm2-135m-instruct.")] = None,
+    auxiliary: Annotated[
+        list[str] | None, typer.Option(help="For agreement: auxiliary models.", show_default="smollm2-135m-instruct")
+    ] = None,
     method: Annotated[str, typer.Option(help="For deviation: how chunks are encoded.")] = "naive",
-    by: Annotated[str, typer.Option(help="For sweep: the parameter; for length: prompt_tokens or chunks.")] = "",
+    by: Annotated[
+        str,
+        typer.Option(
+            help="For sweep: the parameter; for length: prompt_tokens or chunks.", show_default="ratio; prompt_tokens"
+        ),
+    ] = "",
     measure: Annotated[str, typer.Option(help="kl, score, adjusted, agree.")] = "kl",
     items: Annotated[int, typer.Option(min=1, help="Items of each data set.")] = 10,
 ) -> None:
@@ -256,16 +277,17 @@ def fuse(
     ] = 2,
     count: Annotated[int, typer.Option(min=1, help="The number of chunks to fuse each one with.")] = 10,
     method: Annotated[str, typer.Option(help="The method that will use the variants; it says how to encode.")] = "auto",
-    tenant: Annotated[str, typer.Option(help="The engine's tenant.")] = "",
+    tenant: Annotated[str, typer.Option(help="The engine's tenant.", show_default="none")] = "",
     secret_file: store_cli.Secret = None,
-    remote: Annotated[str, typer.Option(metavar="URL", help="The engine's remote store.")] = "",
+    remote: Annotated[str, typer.Option(metavar="URL", help="The engine's remote store.", show_default="none")] = "",
     kv_dtype: Annotated[str, typer.Option(help="The engine's kv_dtype: auto or int8.")] = "auto",
     dtype: Annotated[str, typer.Option(help="The engine's dtype: auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cap: Annotated[
         str | None,
         typer.Option(
-            help="The engine's disk_bytes, such as 64GiB; default: 32GiB, or twice the store's size if that is more."
+            help="The engine's disk_bytes, such as 64GiB.",
+            show_default="32GiB, or twice the store's size if that is more",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -278,7 +300,8 @@ def fuse(
     """
     from ..corpus.neighbours import similar as nearest
     from ..engine import Engine  # torch is slow to import
-    from .documents import bar, quietly
+    from .documents import quietly
+    from .progress import bar
 
     with quietly(), bar() as progress:
         progress("opening the model", 0, 0)
@@ -326,9 +349,14 @@ def fuse(
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="The model that answers.")] = "smollm2-135m-instruct",
-    auxiliary: Annotated[str | None, typer.Option(help="An auxiliary model; default: none.")] = None,
-    method: Annotated[str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else auto.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Recompute ratio; default: the method's.")] = None,
+    auxiliary: Annotated[str | None, typer.Option(help="An auxiliary model.", show_default="none")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How tokens to recompute are chosen.", show_default="cacheclip with an auxiliary model, else auto"
+        ),
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Recompute ratio.", show_default="the method's")] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks in a prompt.")] = 8,
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of a chunk, about.")] = 200,
     pairs: Annotated[int, typer.Option(min=1, help="Prompts that are measured.")] = 3,
@@ -344,7 +372,8 @@ def bench(
     work = _evaluation("bench")
 
     from ..engine import Engine  # torch is slow to import
-    from .documents import bar, quietly
+    from .documents import quietly
+    from .progress import bar
 
     with quietly():
         with bar() as progress:

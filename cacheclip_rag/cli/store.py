@@ -24,12 +24,20 @@ app = typer.Typer(no_args_is_help=True, help="Look after a folder of chunk KV.")
 
 Folder = Annotated[Path, typer.Option("--store", "-s", envvar="CACHECLIP_STORE", help="The store's folder.")]
 Remotely = Annotated[
-    str, typer.Option("--remote", metavar="URL", help="A remote instead of a folder (an fsspec url, s3://bucket/kv).")
+    str,
+    typer.Option(
+        "--remote",
+        metavar="URL",
+        help="A remote instead of a folder (an fsspec url, s3://bucket/kv).",
+        show_default="none",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-OfNamespace = Annotated[str, typer.Option("--namespace", "-n", help="Only namespaces whose names begin so.")]
-Tenant = Annotated[str, typer.Option(help="Whose document that is.")]
-Secret = Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.")]
+OfNamespace = Annotated[
+    str, typer.Option("--namespace", "-n", help="Only namespaces whose names begin so.", show_default="all")
+]
+Tenant = Annotated[str, typer.Option(help="Whose document that is.", show_default="the one without a name")]
+Secret = Annotated[Path | None, typer.Option(help="A file with the secret of keyed chunks.", show_default="none")]
 DEFAULT = Path(".cacheclip")
 DISK_BYTES = 32 << 30
 """An engine's default; importing it would import torch."""
@@ -40,7 +48,8 @@ def stats(
     store: Folder = DEFAULT,
     remote: Remotely = "",
     document: Annotated[
-        list[str] | None, typer.Option(metavar="ID", help="Only of the chunks that were stored as this document's.")
+        list[str] | None,
+        typer.Option(metavar="ID", help="Only of the chunks that were stored as this document's.", show_default="all"),
     ] = None,
     tenant: Tenant = "",
     secret_file: Secret = None,
@@ -123,8 +132,12 @@ def verify(
 @app.command()
 def gc(
     store: Folder = DEFAULT,
-    cap: Annotated[str | None, typer.Option(help="Also evict down to this size, as in 8GiB.")] = None,
-    unused_days: Annotated[float | None, typer.Option(min=0.0, help="Also evict what was not used so long.")] = None,
+    cap: Annotated[
+        str | None, typer.Option(help="Also evict down to this size, as in 8GiB.", show_default="no cap")
+    ] = None,
+    unused_days: Annotated[
+        float | None, typer.Option(min=0.0, help="Also evict what was not used so long.", show_default="no limit")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove damaged files and what crashes left; with options, chunks that are not worth their room."""
@@ -142,9 +155,12 @@ def forget(
     documents: Annotated[list[Path] | None, typer.Argument(metavar="[DOCUMENT]...", help="Text files.")] = None,
     store: Folder = DEFAULT,
     remote: Remotely = "",
-    containing: Annotated[list[str] | None, typer.Option(help="Forget chunks with this in their text.")] = None,
+    containing: Annotated[
+        list[str] | None, typer.Option(help="Forget chunks with this in their text.", show_default="none")
+    ] = None,
     document: Annotated[
-        list[str] | None, typer.Option(metavar="ID", help="Forget the chunks that were stored as this document's.")
+        list[str] | None,
+        typer.Option(metavar="ID", help="Forget the chunks that were stored as this document's.", show_default="none"),
     ] = None,
     tenant: Tenant = "",
     secret_file: Secret = None,

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from .engines import encoding_of
 from .options import check_fields, read_options
 
-PER_CALL = ("method", "recompute_ratio", "temperature", "top_p", "top_k", "stop")
+PER_CALL = ("method", "recompute_ratio", "temperature", "top_p", "top_k", "seed", "stop")
 """Fields that a call can override, beside the longest answer, which frameworks call by different names."""
 
 
@@ -44,6 +44,10 @@ RecomputeRatio = Annotated[
 ]
 TopP = Annotated[float | None, Field(description="For sampling: the likeliest tokens of this mass only.")]
 TopK = Annotated[int | None, Field(description="For sampling: the so many likeliest tokens only.")]
+Seed = Annotated[
+    int | None,
+    Field(description="For sampling: the same request gets the same answer, whatever is sampled meanwhile."),
+]
 Stop = Annotated[list[str] | None, BeforeValidator(_listed), Field(description="Strings that end an answer.")]
 Prefix = Annotated[
     str | None,

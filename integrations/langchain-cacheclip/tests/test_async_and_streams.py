@@ -224,3 +224,18 @@ def test_a_seed_gives_the_same_answer(llm: ChatCacheClip) -> None:
     first, second, other = (sampled.invoke("Hello.", seed=seed).text for seed in (1, 1, 2))
     assert first == second != other
     assert "".join(piece.text for piece in sampled.stream("Hello.", seed=1)) == first
+
+
+@pytest.mark.behaviour("LangChain", "a seed on the object: sampled answers are the same, one after another or at once")
+async def test_a_seed_of_the_model_holds_at_once(engine: Engine) -> None:
+    llm = ChatCacheClip.from_engine(engine, max_tokens=12, temperature=2.0, seed=7)
+    prompts = [f"Hello {i % 4}." for i in range(8)]
+    expected = [llm.invoke(prompt).text for prompt in prompts]
+    assert expected[:4] == expected[4:] and len(set(expected)) == 4
+    assert [llm.invoke(prompt).text for prompt in reversed(prompts)] == expected[::-1]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: llm.invoke(prompt).text, prompts)) == expected
+    assert [answer.text for answer in await asyncio.gather(*map(llm.ainvoke, prompts))] == expected
+    assert llm.invoke(prompts[0], seed=8).text != expected[0]  # a call's own stands above it
+    unseeded = ChatCacheClip.from_engine(engine, max_tokens=12, temperature=2.0)
+    assert unseeded.invoke(prompts[0]).text != unseeded.invoke(prompts[0]).text

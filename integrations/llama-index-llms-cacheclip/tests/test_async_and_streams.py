@@ -216,3 +216,18 @@ def test_more_streams_are_zipped_than_may_be_in_flight(tiny_backbone: Any) -> No
 def test_a_seed_gives_the_same_answer(llm: CacheClipLLM) -> None:
     first, second, other = (llm.complete("Hello.", temperature=2.0, seed=seed).text for seed in (1, 1, 2))
     assert first == second != other
+
+
+@pytest.mark.behaviour("LlamaIndex", "a seed on the object: sampled answers are the same, one after another or at once")
+async def test_a_seed_of_the_llm_holds_at_once(engine: Engine) -> None:
+    llm = CacheClipLLM.from_engine(engine, max_new_tokens=12, temperature=2.0, seed=7)
+    prompts = [f"Hello {i % 4}." for i in range(8)]
+    expected = [llm.complete(prompt).text for prompt in prompts]
+    assert expected[:4] == expected[4:] and len(set(expected)) == 4
+    assert [llm.complete(prompt).text for prompt in reversed(prompts)] == expected[::-1]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: llm.complete(prompt).text, prompts)) == expected
+    assert [answer.text for answer in await asyncio.gather(*map(llm.acomplete, prompts))] == expected
+    assert llm.complete(prompts[0], seed=8).text != expected[0]  # a call's own stands above it
+    unseeded = CacheClipLLM.from_engine(engine, max_new_tokens=12, temperature=2.0)
+    assert unseeded.complete(prompts[0]).text != unseeded.complete(prompts[0]).text

@@ -84,6 +84,7 @@ class CacheClipLLM(FunctionCallingLLM):
     temperature: float = Field(default=0.0, ge=0.0, description="0 decodes greedily.")
     top_p: shared.TopP = None
     top_k: shared.TopK = None
+    seed: shared.Seed = None
     stop: shared.Stop = None
     context_window: int | None = Field(default=None, gt=0, description="None: the model's own.")
     prefix: shared.Prefix = None
