@@ -15,7 +15,8 @@ from typer.core import TyperCommand
 
 from ..errors import ConfigurationError
 from . import store as store_cli
-from .documents import bar, quietly
+from .documents import quietly
+from .progress import bar
 
 _ARGUMENTS = "cacheclip.arguments"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -63,9 +64,13 @@ def serve(
     Then: curl -X PUT localhost:8000/v1/documents/ID -H 'Content-Type: application/json' -d '{"texts": ["..."]}'
     """
     if not embedded and find_spec("vllm") is not None and find_spec("cacheclip_vllm") is not None:
-        flags: list[str] = ctx.meta[_ARGUMENTS]
-        flags.remove(model)
-        serve_vllm(model, flags)
+        options: dict[str, Any] = {"store": str(store.expanduser().absolute()), "kv_dtype": kv_dtype}
+        if cap is not None:
+            options["disk_bytes"] = store_cli.nbytes(cap)
+        options |= {name: value for name, value in (("method", method), ("remote", remote)) if value}
+        lines = [*(api_key or ()), *([] if api_keys is None else api_keys.read_text("utf-8").splitlines())]
+        flags = _others(ctx.meta[_ARGUMENTS], model)
+        serve_vllm(model, flags, options, lines, store_cli.secret_of(secret_file, store))
     if ctx.args:
         raise ConfigurationError(f"no such option: {' '.join(ctx.args)} (vLLM's need vllm-cacheclip installed)")
     try:
@@ -108,8 +113,59 @@ def serve(
     run(engines, model, keys, host, port)
 
 
-def serve_vllm(model: str, flags: Sequence[str]) -> NoReturn:
-    """Become vLLM's own OpenAI server, with this library in its worker. ``flags``: vLLM's, as they were written."""
-    config = {"kv_connector": "CacheClipConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    os.execv(sys.executable, [*server, "--kv-transfer-config", json.dumps(config), *flags])
+_OWN = (
+    "--api-key",
+    "--api-keys",
+    "--store",
+    "--method",
+    "--auxiliary",
+    "--secret-file",
+    "--remote",
+    "--kv-dtype",
+    "--cap",
+)
+"""Options of ours with a value. All others are vLLM's."""
+
+
+def _others(arguments: Sequence[str], model: str) -> list[str]:
+    """What was written on the command line for vLLM, as it was written."""
+    left, skip = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if skip or name in _OWN:
+            skip = not skip and not equals
+        else:
+            left.append(argument)
+    left.remove(model)
+    return left
+
+
+def serve_vllm(
+    model: str, flags: Sequence[str], options: dict[str, Any], keys: Sequence[str], secret: bytes
+) -> NoReturn:
+    """Become vLLM's own OpenAI server, with this library in its worker, its endpoints and in front of it.
+
+    ``flags``: vLLM's, as they were written; ``options``: those of the connector. Keys and the secret travel in the
+    environment, which other users of the machine cannot read as they can a command line.
+    """
+    from ..weights.catalogue import CATALOGUE
+    from ..weights.pull import resolve
+
+    named = ["--model", str(resolve(model)), "--served-model-name", model] if model in CATALOGUE else ["--model", model]
+    config = {
+        "kv_connector": "CacheClipConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": options,
+    }
+    environment = os.environ | {
+        "VLLM_PLUGINS": "cacheclip,cacheclip_chunks",
+        "CACHECLIP_API_KEYS": "\n".join(keys),
+        "CACHECLIP_METHOD": options.get("method", "auto"),
+        "CACHECLIP_SECRET": secret.hex(),
+    }
+    ours = ["--worker-cls", "cacheclip_vllm.worker.Worker", "--kv-transfer-config", json.dumps(config)]
+    ours += ["--middleware", "cacheclip_vllm.http.ServerAccess"]
+    # Not the command "vllm": that of the CPU build does not find its own version.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *named, *ours, *flags]
+    os.execve(sys.executable, server, environment)

@@ -78,7 +78,8 @@ class Access:
     `recompute_ratio`, `reuse` and `report` of ``{"kv_transfer_params": {"cacheclip": {...}}}``, or of a ``cacheclip``
     at the top. The application gets these as ``kv_transfer_params``, with the ``tenant`` added; requests about chunks
     get it by `tenant_of`. ``check_method`` is called with a method's name and raises `ConfigurationError`, which is
-    answered with 400, as is a value of a wrong type.
+    answered with 400, as is a value of a wrong type. ``added``: what the application gets beside the tenant, so that it
+    knows that this stood in front.
     """
 
     def __init__(
@@ -88,8 +89,9 @@ class Access:
         keys: Mapping[str, str] | None = None,
         check_method: Callable[[str], object] = lambda method: None,
         limit: int = LIMIT,
+        added: Mapping[str, str] | None = None,
     ) -> None:
-        self.app, self._check_method, self._limit = app, check_method, limit
+        self.app, self._check_method, self._limit, self._added = app, check_method, limit, dict(added or {})
         self._keys = [(_digest(key.encode()), tenant) for key, tenant in (keys or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -163,7 +165,7 @@ class Access:
             request.pop("cacheclip", None)
             if "method" in given:
                 self._check_method(given["method"])
-            request["kv_transfer_params"] = {"cacheclip": {**given, "tenant": tenant}}
+            request["kv_transfer_params"] = {"cacheclip": {**given, **self._added, "tenant": tenant}}
         return json.dumps(request, separators=(",", ":")).encode()
 
 

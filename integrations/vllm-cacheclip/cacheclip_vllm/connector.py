@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,17 +17,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from cacheclip_rag import methods
 from cacheclip_rag.chunks import ChunkKV
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.kv.encode import Encoder
 
 from . import PROOF, seams
 from .filling import Filler
-from .libraries import Libraries, StoreOptions
+from .libraries import Libraries
 from .plan import FIELD, Done, Plan
 from .planner import COPY, Planner
 from .served import ServedModel
+from .settings import Settings, settings
 from .trial import tried
 
 log = logging.getLogger("cacheclip_rag")
@@ -64,24 +64,6 @@ class Results(KVConnectorWorkerMetadata):
         return Results(self.loaded + other.loaded, done)
 
 
-@dataclass(frozen=True)
-class Settings(StoreOptions):
-    """``kv_connector_extra_config``: the store's options, and the method of requests that name none."""
-
-    method: str = "auto"
-    recompute_ratio: float | None = None
-    untested: str = "refuse"
-
-
-def settings(vllm_config: Any) -> Settings:
-    """The settings of a configuration. Raises `ConfigurationError` for unknown names."""
-    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
-    known = {one.name for one in fields(Settings)}
-    if unknown := set(extra) - known:
-        raise ConfigurationError(f"unknown option {sorted(unknown)[0]!r}; there are: {', '.join(sorted(known))}")
-    return Settings(**extra)
-
-
 class CacheClipConnector(KVConnectorBase_V1):
     """Reuses stored chunk KV at any position of a prompt, and recomputes the rows that a method selects.
 
@@ -103,13 +85,10 @@ class CacheClipConnector(KVConnectorBase_V1):
         self._in_scheduler = role == KVConnectorRole.SCHEDULER
         self._libraries = Libraries(ServedModel(vllm_config), self._settings, in_memory=not self._in_scheduler)
         if self._in_scheduler:
-            default = methods.resolve(self._settings.method)
-            if self._settings.recompute_ratio is not None:
-                default = methods.resolve(default, recompute_ratio=self._settings.recompute_ratio)
             self._block = seams.block_size(kv_cache_config)
             self._planner = Planner(
                 self._libraries,
-                default,
+                self._settings.default,
                 block=self._block,
                 hashed=kv_cache_config.hash_block_size or self._block,
                 most=self._most,

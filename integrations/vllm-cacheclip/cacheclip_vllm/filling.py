@@ -204,19 +204,19 @@ class _Work:
         kinds[count - 1] = int(TokenSource.FRESH)
         totals = torch.bincount(kinds, minlength=len(TokenSource)).tolist()
         sources, lengths = torch.unique_consecutive(kinds, return_counts=True)
-        return {
+        report = {
             "method": plan.method.name,
             "requested_ratio": ratio,
             "fit": fit,
             "prompt_tokens": count,
             "tokens": {source.name.lower(): totals[source] for source in TokenSource if totals[source]},
-            "sources": [
-                [TokenSource(kind).name.lower(), length]
-                for kind, length in zip(sources.tolist(), lengths.tolist(), strict=True)
-            ],
             "chunks": len(plan.places),
             "fallbacks": [place.missing for place in plan.places if place.missing],
         }
+        if plan.sources:
+            found = zip(sources.tolist(), lengths.tolist(), strict=True)
+            report["sources"] = [[TokenSource(kind).name.lower(), length] for kind, length in found]
+        return report
 
 
 def _no_auxiliary(layers: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from cacheclip_rag.store import Place, Remote
 from .served import ServedModel
 
 GIB = 1 << 30
+SECRET = "CACHECLIP_SECRET"
+"""The environment variable of the secret, in hex, where there is one."""
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Where chunk KV is kept: as the parameters of the same names of `Engine`."""
+    """Where chunk KV is kept: as the parameters of the same names of `Engine`. Its secret is in the environment."""
 
     store: str = "~/.cache/cacheclip/vllm"
     memory_bytes: int = 8 * GIB
     disk_bytes: int = 256 * GIB
-    secret: str = ""
     remote: str | None = None
     kv_dtype: KVDtype = "auto"
 
@@ -31,12 +33,13 @@ class StoreOptions:
 class Libraries:
     """The libraries of a served model, opened on first use. All of vLLM's processes have their own over one folder.
 
-    ``in_memory``: whether this process keeps chunks in memory, as workers do.
+    ``in_memory``: whether this process keeps chunks in memory, as workers do; ``remote``: whether it asks the remote.
     """
 
-    def __init__(self, model: ServedModel, options: StoreOptions, *, in_memory: bool) -> None:
+    def __init__(self, model: ServedModel, options: StoreOptions, *, in_memory: bool, remote: bool = False) -> None:
         self.model = model
-        self._options, self._in_memory = options, in_memory
+        self._options, self._in_memory, self._remote = options, in_memory, remote or in_memory
+        self._secret = bytes.fromhex(os.environ.get(SECRET, ""))
         self._places: dict[str, Place] = {}
         self._opened: dict[tuple[str, Encoder], Library] = {}
         self._variants: dict[tuple[str, Encoder], FusedVariants] = {}
@@ -50,8 +53,8 @@ class Libraries:
                 options.memory_bytes if self._in_memory else 0,
                 options.disk_bytes,
                 tenant,
-                options.secret.encode(),
-                Remote(options.remote) if options.remote and self._in_memory else None,
+                self._secret,
+                Remote(options.remote) if options.remote and self._remote else None,
             )
         return self._places[tenant]
 
@@ -61,9 +64,7 @@ class Libraries:
         if name not in self._opened:
             place = self.place(tenant)
             model: Any = self.model  # a library without weights computes nothing
-            self._opened[name] = Library(
-                model, encoder, place.store, tenant, self._options.secret.encode(), self._options.kv_dtype
-            )
+            self._opened[name] = Library(model, encoder, place.store, tenant, self._secret, self._options.kv_dtype)
         return self._opened[name]
 
     def variants(self, tenant: str, encoder: Encoder) -> FusedVariants:

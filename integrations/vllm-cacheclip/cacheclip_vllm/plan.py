@@ -25,12 +25,15 @@ FIELD = "cacheclip"
 
 @dataclass(frozen=True)
 class Options:
-    """What a request asks for. ``tenant`` and ``encode`` are set by the server, never by its clients."""
+    """What a request asks for. ``sources``: whether the report says of each token, in order, where its KV came from.
+    ``tenant`` and ``encode`` are set by the server, never by its clients.
+    """
 
     method: Method
     ratio: float
     reuse: bool = True
     report: bool = False
+    sources: bool = False
     tenant: str = ""
     encode: Mapping[str, Any] | None = None
 
@@ -43,14 +46,18 @@ def options(given: Any, default: Method) -> Options:
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise ConfigurationError(f'"{FIELD}" holds options by name, as in {{"recompute_ratio": 0.2}}, not {given!r}')
-    if unknown := set(given) - {"method", "recompute_ratio", "reuse", "report", "tenant", "encode", "proof"}:
+    if unknown := set(given) - {"method", "recompute_ratio", "reuse", "report", "sources", "tenant", "encode", "proof"}:
         raise ConfigurationError(
             f"unknown option {sorted(unknown)[0]!r}; there are: method, recompute_ratio, reuse, report"
         )
-    for name, kind in (("method", str), ("reuse", bool), ("report", bool), ("tenant", str)):
+    for name, kind in (("method", str), ("reuse", bool), ("report", bool), ("sources", bool), ("tenant", str)):
         if name in given and not isinstance(given[name], kind):
             raise ConfigurationError(f"{name} is a {kind.__name__}, not {given[name]!r}")
     method = methods.resolve(given["method"]) if "method" in given else default
+    if method.encode not in (methods.METHODS[method.name].encode, default.encode):
+        raise ConfigurationError(
+            f'"{given["method"]}" would encode chunks in a way of its own: start the server with it'
+        )
     if (reason := refused(method)) is not None:
         raise ConfigurationError(f'method "{method.name}" cannot be used inside vLLM: {reason}')
     if "recompute_ratio" in given:  # a ratio that somebody names is kept, however well contexts fit
@@ -61,6 +68,7 @@ def options(given: Any, default: Method) -> Options:
         ratio,
         given.get("reuse", True),
         given.get("report", False),
+        given.get("sources", False),
         given.get("tenant", ""),
         given.get("encode"),
     )
@@ -135,7 +143,7 @@ class Plan:
     question: np.ndarray
     question_ids: np.ndarray
     encode: Encode | None = None
-    report: bool = False
+    sources: bool = False
     head: int = 0
     first: int = 0
     blocks: list[int] = field(default_factory=list)

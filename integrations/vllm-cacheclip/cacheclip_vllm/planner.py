@@ -155,7 +155,7 @@ class Planner:
             places=places,
             question=rows,
             question_ids=self._copy(ids[rows]),
-            report=asked.report,
+            sources=asked.sources,
         )
         plan.head = self._head(plan, len(prefix))
         return self._too_much(plan) or plan

@@ -151,5 +151,5 @@ class Served:
 
 def asking(options: dict[str, Any], **sampling: Any) -> SamplingParams:
     """Greedy sampling with the connector's ``options``, and a report."""
-    extra = {"kv_transfer_params": {FIELD: {"report": True, **options}}}
+    extra = {"kv_transfer_params": {FIELD: {"report": True, "sources": True, **options}}}
     return SamplingParams(temperature=0, ignore_eos=True, extra_args=extra, **sampling)
