@@ -177,6 +177,12 @@ class CacheClipConnector(KVConnectorBase_V1):
         if self._planner is not None:
             self._planner.close()
 
+    def held(self) -> dict[str, int]:
+        """How much is kept for requests, by kind: nothing once they have ended."""
+        if self._planner is not None:
+            return {**self._planner.held(), "reports": len(self._reports), "asked": len(self._asked)}
+        return {} if self._obstacle else {"loads": len(self._loads), "chunks": len(self._chunks)}
+
     # ---- in a worker -------------------------------------------------------------------------------------------------
 
     def attach(self, module: torch.nn.Module, device: torch.device) -> None:
@@ -194,13 +200,13 @@ class CacheClipConnector(KVConnectorBase_V1):
         assert isinstance(work, Work)
         if self._obstacle:
             return
-        for request in work.dropped:
-            self._loads.pop(request, None)
-            self._chunks.pop(request, None)
         for request, tenant, encoder, keys in work.load:
             library = self._libraries.of(tenant, encoder)
             self._wanted[request] = keys
             self._loads[request] = self._threads.submit(_load, library, keys)
+        for request in work.dropped:
+            for kept in (self._loads, self._wanted, self._chunks):
+                kept.pop(request, None)
         if work.plans and self._filler is not None:
             self._fill(work.plans)
         if work.idle and self._loads:
@@ -219,6 +225,7 @@ class CacheClipConnector(KVConnectorBase_V1):
             log.exception("cacheclip: reuse failed for the requests of a step")
             done = [Done(failed=repr(error)) for _ in plans]
         for plan, result in zip(plans, done, strict=True):
+            self._chunks.pop(plan.request, None)  # not for as long as it decodes; a preempted one loads them again
             if result.failed:
                 self._invalid.update(plan.blocks[plan.first // self._filler.model.block_size :])
             self._results.done[plan.request] = result

@@ -148,6 +148,7 @@ class Plan:
     first: int = 0
     blocks: list[int] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)
+    filled: bool = False
 
     def layout(self) -> Layout:
         """The prompt by tokens, as methods see it; spans are rows instead of characters."""

@@ -136,6 +136,10 @@ class Planner:
         self.plans[request.request_id] = plan
         if caching:
             seams.keep_private(request, self._shared(plan) // self._block, self._hashed, self._block)
+        self._load(plan)
+
+    def _load(self, plan: Plan) -> None:
+        """Have the workers load the plan's chunks; it is carried out in none of the steps before they have."""
         if plan.keys:
             self._loading[plan.request] = self._ranks
             self.to_load.append((plan.request, plan.tenant, plan.method.encode, plan.keys))
@@ -261,6 +265,9 @@ class Planner:
         plan = self.plans.get(request.request_id)
         if plan is None:
             return 0
+        if plan.filled:  # it was preempted
+            plan.filled = False
+            self._load(plan)
         if self._loading.get(plan.request) or (self._busy and self._busy + plan.cost > self._most):
             return None
         need = -(-COPY // self._block) if plan.copies_question else 0
@@ -281,7 +288,7 @@ class Planner:
         if not external:
             return
         plan = self.plans[request.request_id]
-        plan.blocks = list(blocks)
+        plan.blocks, plan.filled = list(blocks), True
         if plan.copies_question:
             size = -(-COPY // self._block)
             used = sum(len(other.spare) for other in self.ready)
@@ -308,6 +315,10 @@ class Planner:
             if reason is not None and plan.encode is None:
                 self.reasons[request] = reason
                 self.finished(request)
+
+    def held(self) -> dict[str, int]:
+        """How much is kept for requests, by kind."""
+        return {"plans": len(self.plans), "reasons": len(self.reasons), "loading": len(self._loading)}
 
     def close(self) -> None:
         """Save what is counted."""
