@@ -154,6 +154,9 @@ class Computer(Protocol):
         negative).
         """
 
+    def over_ranks(self, scores: Tensor) -> Tensor:
+        """The mean of ``scores`` over the processes that each hold some of the heads; as they are for one process."""
+
 
 def visible(rows: Tensor, keys: int, window: int | None = None, floors: Tensor | None = None) -> Tensor:
     """The causal mask of scattered rows, ``[S, N]`` bool, true where a row may attend.

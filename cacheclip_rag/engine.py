@@ -250,6 +250,24 @@ class Engine:
         """
         self.corpus.forget_document(*documents)
 
+    def replace_document(
+        self,
+        document: str,
+        texts: Iterable[str],
+        progress: Callable[[int], None] | None = None,
+        *,
+        method: str | Method | None = None,
+    ) -> Ensured:
+        """Let a document have these chunks and no others: new ones are stored as by `ensure`, those that have vanished
+        forgotten as by `forget_document`, unchanged ones kept.
+
+        ``removed`` of the result says how many have vanished. It can be repeated after an interruption at any point,
+        with the same chunks or others. Two at once for one document are to be avoided: it may end with chunks of both.
+        Raises `StoreError` if the chunks cannot be noted as the document's, before anything is stored, or if something
+        could not be removed; repeat it then. Raises `ConfigurationError` as `ensure` does.
+        """
+        return self.corpus.replace_document(document, texts, self.recipe(method), progress)
+
     def fuse(
         self,
         neighbours: Mapping[str, Sequence[str]],

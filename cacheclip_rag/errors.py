@@ -5,7 +5,8 @@ CacheClipError
 │   └── NotComposable                    a model whose KV cannot be moved or joined
 ├── PromptError                          an empty prompt, or one beyond the model's context length
 ├── WeightsError                         weights that cannot be found, fetched, verified or converted
-└── StoreError                           a chunk store that cannot be opened
+├── StoreError                           a chunk store that cannot be opened
+└── ServerError                          a server that cannot be reached, or that refuses a request
 
 A failure inside reuse (a damaged file, a mismatch, a failed selection) raises none of these. It costs time, never the
 answer, and the request's report says what happened.
@@ -37,3 +38,11 @@ class WeightsError(CacheClipError):
 
 class StoreError(CacheClipError):
     """The chunk store could not be opened."""
+
+
+class ServerError(CacheClipError):
+    """A server could not be reached, or did not do what it was asked. ``status``: its HTTP status, None without one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status

@@ -20,6 +20,7 @@ from ..errors import CacheClipError, ConfigurationError
 from ..weights.catalogue import CATALOGUE
 from ..weights.pull import is_pulled, resolve
 from . import documents as app_cli
+from . import serve as serve_cli
 from . import store as store_cli
 from .plain import plain
 
@@ -56,6 +57,9 @@ app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
 app.add_typer(store_cli.app, name="store")
 app.command()(app_cli.ingest)
 app.command()(app_cli.ask)
+app.command(cls=serve_cli.Serve, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve_cli.serve
+)
 
 
 def _evaluation(module: str) -> Any:

@@ -54,6 +54,10 @@ class Ensured:
     encoded: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """``(beginning of the text, reason)`` of chunks without KV; prompts with them are prefilled as usual."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """The reasons of ``skipped`` by the whole text, for callers that have to tell which of their chunks it was."""
+    removed: int = 0
+    """How many chunks the document no longer has; of `Engine.replace_document` only."""
 
     @property
     def not_kept(self) -> int:
@@ -61,7 +65,9 @@ class Ensured:
         return sum(reason in (_NOT_KEPT, _FULL, _EVICTED) for _, reason in self.skipped)
 
     def skip(self, texts: Iterable[str], reason: str) -> None:
-        self.skipped += [(text[:40], reason) for text in texts]
+        for text in texts:
+            self.skipped.append((text[:40], reason))
+            self.reasons[text] = reason
 
 
 class Corpus:
@@ -125,12 +131,12 @@ class Corpus:
             return
         library, auxiliary = self.collections.of(method.encode).library, self.collections.auxiliary
         libraries = (library,) if auxiliary is None else (library, auxiliary)
-        beginnings: dict[str, str] = {}
+        known: dict[str, str] = {}
         with ExitStack() as held:
 
             def hold(texts: Iterable[str]) -> None:
-                new = {key: text for text in texts if (key := library.key(text)) not in beginnings}
-                beginnings.update((key, text[:40]) for key, text in new.items())
+                new = {key: text for text in texts if (key := library.key(text)) not in known}
+                known.update(new)
                 for each in libraries if new else ():
                     held.enter_context(each.store.holding([each.key(text) for text in new.values()]))
 
@@ -139,7 +145,7 @@ class Corpus:
         if lost := {key for key in result.keys if not library.keeps(key)}:
             result.keys = [key for key in result.keys if key not in lost]
             for key in lost:
-                result.skip([beginnings[key]], _NOT_KEPT if key in library.store else _EVICTED)
+                result.skip([known[key]], _NOT_KEPT if key in library.store else _EVICTED)
 
     @contextmanager
     def skipping(self, texts: Sequence[str], result: Ensured, what: str) -> Iterator[None]:
@@ -283,10 +289,31 @@ class Corpus:
 
     def forget_document(self, *documents: str) -> None:
         """Delete the chunks of these documents, unless others have them as well (see `Engine.forget_document`)."""
-        if wanted := self.documents.only(documents):
+        self._forget_digests(self.documents.only(documents))
+        self.documents.remove(documents)
+
+    def replace_document(
+        self, document: str, texts: Iterable[str], method: Method, progress: Callable[[int], None] | None = None
+    ) -> Ensured:
+        """Let a document have these chunks and no others (see `Engine.replace_document`).
+
+        What is new is noted before it is stored, and what has vanished is forgotten before the note of it goes, so that
+        a repetition finds whatever an interruption left.
+        """
+        texts = list(require_list(texts))
+        vanished = self.documents.of(document) - set(map(self.documents.text, texts))
+        self.documents.add(document, texts)
+        result = self.ensure(texts, method, progress)
+        self._forget_digests(self.documents.only([document]) & vanished)
+        self.documents.release(document, vanished)
+        result.removed = len(vanished)
+        return result
+
+    def _forget_digests(self, wanted: frozenset[str]) -> None:
+        """``wanted``: as `Documents.text` makes them. For all models, and at the remote."""
+        if wanted:
             gone = [text for text in self.index.texts() if self.documents.text(text) in wanted]
             _all_of(lambda: self._forget(gone), lambda: self._place.forget_everywhere(wanted))
-        self.documents.remove(documents)
 
     def _forget(self, gone: Sequence[str]) -> None:
         unwanted = {canonical(text) for text in gone}

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from ..chunks import ChunkKV
 from .encode import disorder
 
 Context = tuple[str, ...]
@@ -54,6 +58,15 @@ class LongestPath:
     def choose(self, contexts: Sequence[Context], before: Sequence[str]) -> Context:
         known = set(contexts)
         return next((path for start in range(len(before)) if (path := tuple(before[start:])) in known), ())
+
+
+def prompt_fit(chunks: Sequence[ChunkKV | None], texts: Sequence[str], tokens: Tensor) -> float:
+    """The mean `context_fit` of a prompt's ``chunks`` (None for one without KV, which counts 0), each weighted by its
+    ``tokens [n]`` (integers); ``texts`` are their canonical texts, in the prompt's order. 0 without tokens.
+    """
+    fits = [0.0 if chunk is None else context_fit(chunk.context, texts[:number]) for number, chunk in enumerate(chunks)]
+    total = int(tokens.sum())
+    return float((torch.tensor(fits, dtype=torch.float32) * tokens).sum() / total) if total else 0.0
 
 
 def context_fit(context: Sequence[str], before: Sequence[str]) -> float:

@@ -51,17 +51,19 @@ class FusedVariants:
 
     def get(self, text: str, context: Context) -> ChunkKV | None:
         """The variant with this context (() for the isolated chunk); None if it is gone, which is remembered."""
-        if not context:
-            return self._library.get(self._library.key(text))
-        with self._lock:
-            key = self._all().get(canonical(text), {}).get(context)
-        if key is None:
-            return None
-        chunk = self._library.get(key)
-        if chunk is None:
+        key = self.key(text, context)
+        chunk = None if key is None else self._library.get(key)
+        if chunk is None and context:
             with self._lock:
                 self._all().get(canonical(text), {}).pop(context, None)
         return chunk
+
+    def key(self, text: str, context: Context) -> str | None:
+        """The key of the variant with this context (() for the isolated chunk); None if there is none."""
+        if not context:
+            return self._library.key(text)
+        with self._lock:
+            return self._all().get(canonical(text), {}).get(context)
 
     def fuse(self, contexts: Mapping[str, Sequence[str]], keep: int) -> list[bool | Exception]:
         """Compute and store each chunk's KV behind its context, all in one forward.

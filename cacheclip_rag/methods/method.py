@@ -48,6 +48,10 @@ class Method:
 
     exact = renamed_attribute("exact", "prefix_cache")
 
+    def ratio(self, requested: float, fit: float) -> float:
+        """The share of context tokens to recompute if the chunks' contexts fit the prompt by ``fit`` (0..1)."""
+        return requested if self.fitted_ratio is None else requested + (self.fitted_ratio - requested) * fit
+
     @property
     def strategy(self) -> str:
         """The prefill strategy of this method: the one that a part of it names, else ``"compose"``."""

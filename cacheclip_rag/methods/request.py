@@ -26,6 +26,7 @@ class Request:
     and needs repair; ``groups [N]`` int64: the number of the span each belongs to. ``fresh [M]`` int64: the rows
     without stored KV, which are always computed. ``question`` is the question's text, ``question_rows [q]`` its rows in
     the prompt (empty if it is not in there), and ``question_ids [p]`` its tokens, for a copy behind the prompt.
+    ``logits``: how many of the prompt's last rows need logits; 0 where another engine samples.
     ``auxiliary(layers)`` returns the auxiliary model's scores of each span's chunk.
     """
 
@@ -41,6 +42,7 @@ class Request:
     question: str
     question_rows: Tensor
     question_ids: Tensor
+    logits: int = 1
 
     def part(
         self,

@@ -99,6 +99,10 @@ class Layers:
         assert self.rotary is not None
         return PerTokenRotation(self.rotary, by)
 
+    def over_ranks(self, scores: Tensor) -> Tensor:
+        """As `Computer.over_ranks`: this process holds all heads."""
+        return scores
+
     def forward(
         self, parts: Sequence[Part], *, first: int = 0, depth: int | None = None, logits: int = 1
     ) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..chunks import canonical
 from ..errors import ConfigurationError
 from ..kv.collections import Collection, Collections
-from ..kv.fit import context_fit
+from ..kv.fit import prompt_fit
 from ..methods import Method
 from ..methods.auxiliary import Auxiliary, CharacterScores
 from ..methods.recompute.base import Recomputed
@@ -135,6 +135,7 @@ class Composer:
         with report.timed("recompute"):
             score_mod = asked.method.attend.score_mod(placed.request, chosen)
             done = asked.method.recompute.run(placed.request, chosen, score_mod)
+        assert done.logits is not None
         layout, canvas = placed.request.layout, placed.canvas
         collection.preambles.keep(layout.ids, self._preamble(layout), canvas)
         self._report(report, placed, done)
@@ -148,6 +149,7 @@ class Composer:
         layout, canvas = placed.request.layout, placed.canvas
         with report.timed("recompute"):
             done = Once().run(placed.request, placed.request.rows, None)
+        assert done.logits is not None
         collection.preambles.keep(layout.ids, self._preamble(aligned.layout), canvas)
         self._report(report, placed, done)
         return Prefill(layout, canvas, done.logits, report, self._backbone.on_canvas(canvas))
@@ -237,18 +239,12 @@ class Composer:
 
     def _ratio(self, asked: PrefillRequest, placed: Placed, report: Report) -> float:
         """The share of ``request.rows`` to recompute: the requested one, or less if the contexts of variants fit."""
-        fitted = asked.method.fitted_ratio
-        if fitted is None:
+        if asked.method.fitted_ratio is None:
             return asked.ratio
         spans, layout = placed.request.layout.spans, placed.request.layout
         texts = [canonical(self._index.text(span.key) or "") for span in spans]
-        fits = [
-            0.0 if chunk is None else context_fit(chunk.context, texts[:number])
-            for number, chunk in enumerate(placed.request.chunks)
-        ]
-        tokens_each = torch.bincount(layout.chunk[placed.request.rows] + 1, minlength=len(spans) + 1)[1:]
-        report.fit = _mean(fits, tokens_each)
-        report.requested_ratio = asked.ratio + (fitted - asked.ratio) * report.fit
+        report.fit = prompt_fit(placed.request.chunks, texts, layout.tokens_each(placed.request.rows))
+        report.requested_ratio = asked.method.ratio(asked.ratio, report.fit)
         return report.requested_ratio
 
     def _report(self, report: Report, placed: Placed, done: Recomputed) -> None:
@@ -350,12 +346,6 @@ def _reordered(placed: Placed, text: Sequence[Stretch]) -> str:
         last = span.end
     whole = layout.prompt if isinstance(layout.prompt, RenderedPrompt) else RenderedPrompt(layout.prompt, text)
     return rearranged(whole, [*pieces, (last, len(whole))])
-
-
-def _mean(numbers: Sequence[float], weights: Tensor) -> float:
-    """The weighted mean; 0 if all weights are 0."""
-    total = int(weights.sum())
-    return float((torch.tensor(numbers, dtype=torch.float32) * weights).sum() / total) if total else 0.0
 
 
 def _first(mask: Tensor, otherwise: int) -> int:

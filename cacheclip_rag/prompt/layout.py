@@ -45,6 +45,10 @@ class Layout:
         """``[T]`` bool: tokens with stored KV."""
         return self.chunk >= 0
 
+    def tokens_each(self, rows: Tensor) -> Tensor:
+        """How many of ``rows [n]`` hold a token of each span's chunk, ``[spans]`` int64."""
+        return torch.bincount(self.chunk[rows] + 1, minlength=len(self.spans) + 1)[1:]
+
     def runs(self) -> list[tuple[int, int, slice]]:
         """``(span, row, tokens)``: maximal runs of rows that hold consecutive tokens of one span's chunk."""
         chunk, token = self.chunk.numpy(), self.token.numpy()

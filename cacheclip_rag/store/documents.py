@@ -83,8 +83,12 @@ class Documents:
         return frozenset(text for document, text in self._pairs() if document == wanted)
 
     def discard(self, document: str, texts: Iterable[str]) -> None:
-        """These chunks are the document's no longer. Raises `StoreError`."""
-        self._remove({(self._document(document), self.text(text)) for text in texts})
+        """As `release`, by the texts themselves."""
+        self.release(document, set(map(self.text, texts)))
+
+    def release(self, document: str, digests: Collection[str]) -> None:
+        """The texts of these digests are the document's no longer. Raises `StoreError`."""
+        self._remove({(self._document(document), digest) for digest in digests})
 
     def remove(self, documents: Collection[str]) -> None:
         """Drop all that is known of these documents. Raises `StoreError`."""

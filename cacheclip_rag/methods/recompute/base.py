@@ -14,13 +14,14 @@ from ..request import Request
 
 @dataclass(frozen=True, eq=False)
 class Recomputed:
-    """The result of a recompute step: ``logits [1, V]`` of the prompt's last token, and which placed rows changed.
+    """The result of a recompute step: ``logits [1, V]`` of the last token (None with ``request.logits=0``), and
+    which placed rows changed.
 
     ``rows [k]`` int64, sorted: stored KV was recomputed in at least one layer; ``adjusted [m]`` int64, sorted: stored
     KV was changed without recomputing it.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     rows: Tensor
     adjusted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 

@@ -20,9 +20,10 @@ class Once:
         return Recomputed(compute(request, chosen, score_mod), chosen)
 
 
-def compute(request: Request, chosen: Tensor, score_mod: ScoreMod | None, hooks: Sequence[Hook] = ()) -> Tensor:
-    """Compute the fresh and the chosen rows in all layers; returns the logits ``[1, V]`` of the prompt's last token."""
+def compute(request: Request, chosen: Tensor, score_mod: ScoreMod | None, hooks: Sequence[Hook] = ()) -> Tensor | None:
+    """Compute the fresh and the chosen rows in all layers; returns the logits ``[1, V]`` of the prompt's last token,
+    None with ``request.logits=0``.
+    """
     part = request.part(merge_rows(request.fresh, chosen), hooks=hooks, score_mod=score_mod)
-    [logits] = request.computer.forward([part])
-    assert logits is not None
+    [logits] = request.computer.forward([part], logits=request.logits)
     return logits

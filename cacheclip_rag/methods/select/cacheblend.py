@@ -47,7 +47,7 @@ def key_deviation(request: Request, layer: int = 1, of: Deviation = "keys") -> T
     scratch = request.computer.workspace(len(rows), layers=layer + 1)
     fresh = LayerKV(layer)
     request.computer.forward([request.part(rows, hooks=[fresh], workspace=scratch)], depth=layer + 1, logits=0)
-    return deviation(request, fresh.keys, fresh.values, layer, of)
+    return request.computer.over_ranks(deviation(request, fresh.keys, fresh.values, layer, of))
 
 
 def deviation(request: Request, keys: Tensor, values: Tensor, layer: int, of: Deviation = "keys") -> Tensor:

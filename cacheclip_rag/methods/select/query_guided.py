@@ -90,4 +90,4 @@ def question_scores(request: Request, layers: list[int], normalise: Normalise = 
     length = workspace.length
     computer.forward([Part(workspace, ids, rows, positions, [scores])], depth=max(layers) + 1, logits=0)
     workspace.length = length  # the recompute overwrites all that the pass wrote below it
-    return scores.scores
+    return computer.over_ranks(scores.scores)

@@ -1,0 +1,257 @@
+"""The KV connector: vLLM calls it in the scheduler and in the workers; it hands on to the planner and the filler."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from cacheclip_rag.chunks import ChunkKV
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.kv.encode import Encoder
+
+from . import PROOF, seams
+from .filling import Filler
+from .libraries import Libraries
+from .plan import FIELD, Done, Plan
+from .planner import COPY, Planner
+from .served import ServedModel
+from .settings import Settings, settings
+from .trial import tried
+
+log = logging.getLogger("cacheclip_rag")
+
+_IDLE = 0.01
+"""Seconds that a step without rows waits for chunks that are being loaded, so that the scheduler does not spin."""
+_COPIES = 4
+"""Requests of a step that may need a copy of their question behind the prompt."""
+
+
+@dataclass
+class Work(KVConnectorMetadata):
+    """From the scheduler to the workers, with each step: what to load, to fill and to drop."""
+
+    load: list[tuple[str, str, Encoder, list[str]]]
+    plans: list[Plan]
+    dropped: list[str]
+    idle: bool
+
+
+@dataclass
+class Results(KVConnectorWorkerMetadata):
+    """From a worker to the scheduler: what was loaded, with the keys that are missing, and what became of plans."""
+
+    loaded: list[tuple[str, list[str]]] = field(default_factory=list)
+    done: dict[str, Done] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, Results)
+        done = dict(self.done)
+        for request, result in other.done.items():
+            if request not in done or result.failed:
+                done[request] = result
+        return Results(self.loaded + other.loaded, done)
+
+
+class CacheClipConnector(KVConnectorBase_V1):
+    """Reuses stored chunk KV at any position of a prompt, and recomputes the rows that a method selects.
+
+    To the scheduler, all rows of such a prompt but the last are external; before the step's forward, the worker has
+    filled their blocks. The last row, sampling and decoding are vLLM's own.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._settings = settings(vllm_config)
+        self._obstacle = seams.obstacle(vllm_config, kv_cache_config) or _version_obstacle(self._settings)
+        self._most = vllm_config.scheduler_config.max_num_batched_tokens
+        self._planner: Planner | None = None
+        self._filler: Filler | None = None
+        if self._obstacle:
+            if role == KVConnectorRole.SCHEDULER:
+                log.warning("cacheclip: no chunk is reused, because %s", self._obstacle)
+            return
+        self._in_scheduler = role == KVConnectorRole.SCHEDULER
+        self._libraries = Libraries(ServedModel(vllm_config), self._settings, in_memory=not self._in_scheduler)
+        if self._in_scheduler:
+            self._block = seams.block_size(kv_cache_config)
+            self._planner = Planner(
+                self._libraries,
+                self._settings.default,
+                block=self._block,
+                hashed=kv_cache_config.hash_block_size or self._block,
+                most=self._most,
+                ranks=vllm_config.parallel_config.tensor_parallel_size,
+            )
+            self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
+            self._reports: dict[str, Done] = {}
+            self._asked: set[str] = set()
+            self._dropped: list[str] = []
+        else:
+            self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="cacheclip-load")
+            self._loads: dict[str, Future[dict[str, ChunkKV]]] = {}
+            self._wanted: dict[str, list[str]] = {}
+            self._chunks: dict[str, dict[str, ChunkKV]] = {}
+            self._results = Results()
+            self._invalid: set[int] = set()
+
+    # ---- in the scheduler --------------------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        if self._planner is not None:
+            self._planner.lend(seams.reserve(kv_cache_manager, _COPIES * -(-COPY // self._block)))
+
+    def on_new_request(self, request: Any) -> None:
+        given = (request.kv_transfer_params or {}).get(FIELD)
+        if isinstance(given, dict):
+            given = dict(given)
+            if given.pop("proof", None) != os.environ.get(PROOF):  # from a client, who may not say these
+                given.pop("tenant", None)
+                given.pop("encode", None)
+            if given.get("report"):
+                self._reported(request.request_id)
+        if self._planner is None:
+            return
+        if (reason := seams.unsupported(request)) is not None:
+            self._planner.reasons[request.request_id] = reason
+            return
+        self._planner.add(request, given, self._caching)
+
+    def _reported(self, request: str) -> None:
+        if self._planner is not None:
+            self._asked.add(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return (0 if self._planner is None else self._planner.matched(request, num_computed_tokens)), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._planner is not None:
+            (mine,) = blocks.get_block_ids()
+            self._planner.allocated(request, mine, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        if self._planner is None:
+            return Work([], [], [], idle=False)
+        load, self._planner.to_load = self._planner.to_load, []
+        dropped, self._dropped = self._dropped, []
+        return Work(load, self._planner.end_of_step(), dropped, scheduler_output.total_num_scheduled_tokens == 0)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        results = connector_output.kv_connector_worker_meta
+        if self._planner is None or results is None:
+            return
+        for request, missing in results.loaded:
+            self._planner.loaded(request, missing)
+        for request, done in results.done.items():
+            if request in self._asked:
+                self._reports[request] = done
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        name = request.request_id
+        if self._planner is None:
+            return False, None
+        if name in self._planner.plans:
+            self._dropped.append(name)
+        self._planner.finished(name)
+        reason, done = self._planner.reasons.pop(name, None), self._reports.pop(name, None)
+        if name not in self._asked:
+            return False, None
+        self._asked.discard(name)
+        report: dict[str, Any] = {} if done is None else dict(done.report)
+        if reason or (done is not None and done.failed):
+            report["fallbacks"] = [reason or (done.failed if done is not None else None)]
+        return False, {FIELD: report}
+
+    # ---- in a worker -------------------------------------------------------------------------------------------------
+
+    def attach(self, module: torch.nn.Module, device: torch.device) -> None:
+        """The worker's loaded model. It is tried on a few tokens before any request comes."""
+        if self._obstacle:
+            return
+        model = seams.Model(module, self._vllm_config, self._kv_cache_config, device)
+        filler = Filler(model, self._libraries, self._most)
+        if (reason := tried(filler)) is not None:
+            raise ConfigurationError(f"the chunks of this model cannot be moved and joined inside vLLM: {reason}")
+        self._filler = filler
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        work = self._get_connector_metadata()
+        assert isinstance(work, Work)
+        if self._obstacle:
+            return
+        for request in work.dropped:
+            self._loads.pop(request, None)
+            self._chunks.pop(request, None)
+        for request, tenant, encoder, keys in work.load:
+            library = self._libraries.of(tenant, encoder)
+            self._wanted[request] = keys
+            self._loads[request] = self._threads.submit(_load, library, keys)
+        if work.plans and self._filler is not None:
+            self._fill(work.plans)
+        if work.idle and self._loads:
+            wait(self._loads.values(), timeout=_IDLE, return_when="FIRST_COMPLETED")
+        for request in [request for request, future in self._loads.items() if future.done()]:
+            future, wanted = self._loads.pop(request), self._wanted.pop(request)
+            chunks = {} if future.exception() is not None else future.result()
+            self._chunks[request] = chunks
+            self._results.loaded.append((request, [key for key in wanted if key not in chunks]))
+
+    def _fill(self, plans: list[Plan]) -> None:
+        assert self._filler is not None
+        try:
+            done = self._filler.fill(plans, self._chunks)
+        except Exception as error:  # vLLM computes them ("recompute"), as it does where one plan fails
+            log.exception("cacheclip: reuse failed for the requests of a step")
+            done = [Done(failed=repr(error)) for _ in plans]
+        for plan, result in zip(plans, done, strict=True):
+            if result.failed:
+                self._invalid.update(plan.blocks[plan.first // self._filler.model.block_size :])
+            self._results.done[plan.request] = result
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        invalid: set[int] = set()
+        if not self._obstacle:
+            invalid, self._invalid = self._invalid, invalid
+        return invalid
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        if self._obstacle or not (self._results.loaded or self._results.done):
+            return None
+        results, self._results = self._results, Results()
+        return results
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: blocks are filled before the forward."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to save: chunks are kept where they are encoded."""
+
+    def wait_for_save(self) -> None:
+        """Nothing to wait for."""
+
+
+def _load(library: Any, keys: Iterable[str]) -> dict[str, ChunkKV]:
+    """The stored chunks with these keys, without those that are gone or damaged."""
+    library.store.refresh()  # what another process forgot is not served from memory
+    return {key: chunk for key in keys if (chunk := library.get(key)) is not None}
+
+
+def _version_obstacle(chosen: Settings) -> str | None:
+    """Why this version of vLLM is not served with reuse. Raises `ConfigurationError` unless that is wanted."""
+    if seams.MINOR in seams.TESTED:
+        return None
+    said = f"it was tested with vLLM {', '.join(seams.TESTED)} and this is {seams.version()}"
+    if chosen.untested != "plain":
+        raise ConfigurationError(f'{said}: install that, or set "untested": "plain" to serve without reuse')
+    return said

@@ -1,0 +1,45 @@
+"""Requests that compute a chunk's KV: through vLLM's own scheduler, so that ingestion and answers share its budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cacheclip_rag.chunks import canonical
+from cacheclip_rag.methods import Method
+
+from . import PROOF
+from .plan import FIELD
+from .served import ServedModel
+
+
+def encode_request(
+    model: ServedModel,
+    method: Method | str,
+    text: str,
+    *,
+    tenant: str = "",
+    context: Sequence[str] = (),
+    in_sequence: bool = False,
+) -> tuple[list[int], dict[str, Any]]:
+    """The token ids and the ``kv_transfer_params`` of a request that encodes ``text`` as ``method`` wants it.
+
+    It asks for one token of no matter; the worker computes the rows before it and stores the chunk's. ``context``:
+    stored chunks to compute it behind (fusion). Only processes of the server can make such a request.
+    """
+    encoder = method.encode if isinstance(method, Method) else _method(method).encode
+    text, context = canonical(text), [canonical(other) for other in context]
+    pieces = [encoder.prefix_ids(model), *(model.tokenise(piece, plain=True).ids for piece in (*context, text))]
+    ids = torch.cat([*pieces, torch.zeros(1, dtype=torch.long)]).tolist()
+    name = method.name if isinstance(method, Method) else method
+    encode = {"text": text, "context": context, "in_sequence": in_sequence}
+    return ids, {FIELD: {"method": name, "tenant": tenant, "encode": encode, "proof": os.environ.get(PROOF)}}
+
+
+def _method(name: str) -> Method:
+    from cacheclip_rag import methods
+
+    return methods.resolve(name)

@@ -1,0 +1,40 @@
+"""The configuration of the connector: ``kv_connector_extra_config`` of vLLM's ``--kv-transfer-config``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cacheclip_rag import methods
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.methods import Method
+
+from .libraries import StoreOptions
+
+
+@dataclass(frozen=True)
+class Settings(StoreOptions):
+    """The store's options; ``method`` and ``recompute_ratio`` of requests that name none; and ``untested``: what to do
+    with a version of vLLM that the tests were not run with: "refuse", or serve it "plain", without reuse.
+    """
+
+    method: str = "auto"
+    recompute_ratio: float | None = None
+    untested: str = "refuse"
+
+    @property
+    def default(self) -> Method:
+        """The method of requests that name none. Raises `ConfigurationError`."""
+        changes = (
+            {} if self.recompute_ratio is None else {"recompute_ratio": self.recompute_ratio, "fitted_ratio": None}
+        )
+        return methods.resolve(self.method, **changes)
+
+
+def settings(vllm_config: Any) -> Settings:
+    """The settings of a vLLM configuration. Raises `ConfigurationError` for unknown names."""
+    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    known = {one.name for one in fields(Settings)}
+    if unknown := set(extra) - known:
+        raise ConfigurationError(f"unknown option {sorted(unknown)[0]!r}; there are: {', '.join(sorted(known))}")
+    return Settings(**extra)
