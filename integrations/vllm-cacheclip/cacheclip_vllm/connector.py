@@ -173,6 +173,10 @@ class CacheClipConnector(KVConnectorBase_V1):
             report["fallbacks"] = [reason or (done.failed if done is not None else None)]
         return False, {FIELD: report}
 
+    def shutdown(self) -> None:
+        if self._planner is not None:
+            self._planner.close()
+
     # ---- in a worker -------------------------------------------------------------------------------------------------
 
     def attach(self, module: torch.nn.Module, device: torch.device) -> None:
