@@ -45,7 +45,8 @@ docs: setup  ## the documentation's site, into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-DISTRIBUTIONS = . integrations/langchain-cacheclip integrations/llama-index-llms-cacheclip
+DISTRIBUTIONS = . integrations/langchain-cacheclip integrations/llama-index-llms-cacheclip \
+	integrations/vllm-cacheclip
 wheels: setup  ## wheels and source distributions of all packages, into dist/
 	@rm -rf dist
 	@for folder in $(DISTRIBUTIONS); do $(RUN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done

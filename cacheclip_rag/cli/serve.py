@@ -38,19 +38,32 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all addresses.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
-        list[str] | None, typer.Option(metavar="KEY[=TENANT]", help="Who may ask, and whose chunks that are.")
+        list[str] | None,
+        typer.Option(metavar="KEY[=TENANT]", help="Who may ask, and whose chunks that are.", show_default="none"),
     ] = None,
-    api_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, one a line.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, one a line.", show_default="none")
+    ] = None,
     store: store_cli.Folder = store_cli.DEFAULT,
-    method: Annotated[str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else auto.")] = None,
-    auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How tokens to recompute are chosen.", show_default="cacheclip with an auxiliary model, else auto"
+        ),
+    ] = None,
+    auxiliary: Annotated[
+        str | None, typer.Option(help="A small model that selects tokens.", show_default="none")
+    ] = None,
     secret_file: store_cli.Secret = None,
-    remote: Annotated[str, typer.Option(metavar="URL", help="A remote store, as in s3://bucket/kv.")] = "",
+    remote: Annotated[
+        str, typer.Option(metavar="URL", help="A remote store, as in s3://bucket/kv.", show_default="none")
+    ] = "",
     kv_dtype: Annotated[str, typer.Option(help="The dtype of stored KV: auto or int8.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cap: Annotated[
-        str | None, typer.Option(help="The most that KV may take on the disk; default: 32GiB, or twice what is there.")
+        str | None,
+        typer.Option(help="The most that KV may take on the disk.", show_default="32GiB, or twice what is there"),
     ] = None,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="This library's own engine, also where vLLM is installed.")
@@ -59,7 +72,7 @@ def serve(
     """Answer over HTTP as OpenAI's API does, from documents that clients put there.
 
     Where vLLM and vllm-cacheclip are installed, vLLM serves, and takes its own options here. Elsewhere, and with
-    --embedded, this library's engine does, one request at a time: pip install 'cacheclip-rag[serve]'.
+    --embedded, this library's engine does, one request at a time: pip install 'cacheclip-rag\\[serve]'.
 
     Then: curl -X PUT localhost:8000/v1/documents/ID -H 'Content-Type: application/json' -d '{"texts": ["..."]}'
     """
