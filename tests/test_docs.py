@@ -158,6 +158,21 @@ def test_weights_snippets_run(desk: Path) -> None:
     assert run_snippets("docs/weights.md")["model"].config.num_hidden_layers == 6
 
 
+def test_snippets_of_the_server_run(stand_in: str) -> None:
+    from http_server import serving
+
+    from cacheclip_rag.server.app import app
+    from cacheclip_rag.server.embedded import Engines
+
+    names: dict[str, Any] = {}
+    with serving(app(Engines(lambda tenant: Engine(stand_in, tenant=tenant)), stand_in)) as url:
+        for snippet in snippets(ROOT / "docs" / "http-server.md"):
+            source = snippet.replace('"qwen2.5-coder-0.5b-instruct"', repr(stand_in))
+            exec(compile(source.replace("http://localhost:8000/v1", url), "http-server.md", "exec"), names)
+    assert (names["done"].encoded, names["done"].skipped) == (2, [])
+    assert names["answer"].kv_transfer_params["cacheclip"]["reused"] > 0
+
+
 def test_observability_snippets_run() -> None:
     pytest.importorskip("prometheus_client")
     pytest.importorskip("opentelemetry")
