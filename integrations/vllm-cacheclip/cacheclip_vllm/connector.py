@@ -25,7 +25,7 @@ from . import PROOF, seams
 from .filling import Filler
 from .libraries import Libraries
 from .plan import FIELD, Done, Plan
-from .planner import COPY, Planner
+from .planner import Planner
 from .served import ServedModel
 from .settings import Settings, settings
 from .trial import tried
@@ -34,8 +34,6 @@ log = logging.getLogger("cacheclip_rag")
 
 _IDLE = 0.01
 """Seconds that a step without rows waits for chunks that are being loaded, so that the scheduler does not spin."""
-_COPIES = 4
-"""Requests of a step that may need a copy of their question behind the prompt."""
 
 
 @dataclass
@@ -85,12 +83,12 @@ class CacheClipConnector(KVConnectorBase_V1):
         self._in_scheduler = role == KVConnectorRole.SCHEDULER
         self._libraries = Libraries(ServedModel(vllm_config), self._settings, in_memory=not self._in_scheduler)
         if self._in_scheduler:
-            self._block = seams.block_size(kv_cache_config)
+            block = seams.block_size(kv_cache_config)
             self._planner = Planner(
                 self._libraries,
                 self._settings.default,
-                block=self._block,
-                hashed=kv_cache_config.hash_block_size or self._block,
+                block=block,
+                hashed=kv_cache_config.hash_block_size or block,
                 most=self._most,
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
             )
@@ -110,7 +108,7 @@ class CacheClipConnector(KVConnectorBase_V1):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         if self._planner is not None:
-            self._planner.lend(seams.reserve(kv_cache_manager, _COPIES * -(-COPY // self._block)))
+            self._planner.loan = seams.Loan(kv_cache_manager)
 
     def on_new_request(self, request: Any) -> None:
         given = (request.kv_transfer_params or {}).get(FIELD)
@@ -149,7 +147,11 @@ class CacheClipConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         results = connector_output.kv_connector_worker_meta
-        if self._planner is None or results is None:
+        if self._planner is None:
+            return
+        if self._planner.loan is not None:
+            self._planner.loan.end()
+        if results is None:
             return
         for request, missing in results.loaded:
             self._planner.loaded(request, missing)

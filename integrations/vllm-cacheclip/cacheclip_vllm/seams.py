@@ -89,9 +89,26 @@ def block_size(kv_cache_config: Any) -> int:
     return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
 
 
-def reserve(kv_cache_manager: Any, count: int) -> list[int]:
-    """Take ``count`` blocks out of the scheduler's pool for good; their ids."""
-    return [block.block_id for block in kv_cache_manager.block_pool.get_new_blocks(count)]
+class Loan:
+    """Blocks of the scheduler's pool that belong to no request, for the length of a step."""
+
+    def __init__(self, kv_cache_manager: Any) -> None:
+        self._pool = kv_cache_manager.block_pool
+        self._lent: list[Any] = []
+
+    def take(self, count: int) -> list[int]:
+        """The ids of ``count`` blocks; none if there are not as many."""
+        if self._pool.get_num_free_blocks() < count:
+            return []
+        blocks = self._pool.get_new_blocks(count)
+        self._lent += blocks
+        return [block.block_id for block in blocks]
+
+    def end(self) -> None:
+        """Give back what was taken."""
+        if self._lent:
+            self._pool.free_blocks(self._lent)
+            self._lent = []
 
 
 # ---- the scheduler's requests ----------------------------------------------------------------------------------------
