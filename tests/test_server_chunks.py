@@ -49,7 +49,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 
 def test_chunks_are_added_once(served: Served) -> None:
-    texts = [PASSAGES[0], "short", PASSAGES[1], PASSAGES[0], "y" * 5000]
+    texts = [PASSAGES[0], "short", PASSAGES[1], PASSAGES[0], "y" * 5000, "short"]
     with served.client() as client:
         first, again = client.add(texts), client.add(texts)
         assert (first.encoded, first.kept) == (2, 0) and (again.encoded, again.kept) == (0, 2)
@@ -117,9 +117,8 @@ def test_a_body_that_is_wrong_is_refused_and_changes_nothing(served: Served, bod
     for method, path in (("POST", "chunks"), ("PUT", "documents/one"), ("POST", "chunks/forget"), ("DELETE", "chunks")):
         if path != "chunks" and isinstance(body, dict) and "document" in body:
             body = {**body, "tenant": ""}
-        answer = httpx.request(
-            method, f"{served.url}/{path}", content=json.dumps(body), headers={"Authorization": "Bearer red"}
-        )
+        headers = {"Authorization": "Bearer red", "Content-Type": "application/json"}
+        answer = httpx.request(method, f"{served.url}/{path}", content=json.dumps(body), headers=headers)
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error", answer.text
     assert served.known() == served.known("zenith") == []
 
