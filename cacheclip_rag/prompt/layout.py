@@ -96,6 +96,7 @@ def align(
     token = np.full(count, -1, dtype=np.int64)
     edge = np.zeros(count, dtype=bool)
     characters = offsets.numpy()
+    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # each chunk's codes and their order: it may stand there often
     starts = np.searchsorted(characters[:, 0], [span.start for span in spans])
     stops = np.searchsorted(characters[:, 0], [span.end for span in spans])
     for number, (span, stored) in enumerate(zip(spans, tokens, strict=True)):
@@ -103,8 +104,10 @@ def align(
         if stored is None or rows.start == rows.stop or not len(stored[0]):
             continue
         mine = _codes(characters[rows] - (span.start - span.offset))
-        theirs = _codes(stored[1].numpy())
-        order = np.argsort(theirs, kind="stable")
+        if id(stored[1]) not in known:
+            codes = _codes(stored[1].numpy())
+            known[id(stored[1])] = codes, np.argsort(codes, kind="stable")
+        theirs, order = known[id(stored[1])]
         place = order[np.searchsorted(theirs, mine, sorter=order).clip(max=len(theirs) - 1)]
         same = (theirs[place] == mine) & (stored[0].numpy()[place] == ids.numpy()[rows])
         same &= characters[rows, 1] <= span.end
