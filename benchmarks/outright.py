@@ -20,6 +20,7 @@ import torch
 from speed import CORPUS
 
 from cacheclip_rag import Engine
+from cacheclip_rag.chunks import MIN_CHARS
 from cacheclip_rag.prefill import compose
 
 QUESTION = "What do these passages propose, and for which reasons?"
@@ -36,17 +37,20 @@ class Pieces:
         self._text, self._at = "\n".join(texts), 0
         self._offsets = engine.backbone.tokenise(self._text).offsets
 
-    def take(self, tokens: int) -> str:
-        first, self._at = self._at, self._at + tokens
-        if self._at >= len(self._offsets):
-            raise SystemExit("the corpus is used up: ask for fewer pairs")
-        return self._text[int(self._offsets[first, 0]) : int(self._offsets[self._at, 0])].strip()
+    def take(self, tokens: int, least: int = 0) -> str:
+        """The next piece of so many tokens, and of at least so many characters."""
+        while self._at + tokens < len(self._offsets):
+            first, self._at = self._at, self._at + tokens
+            text = self._text[int(self._offsets[first, 0]) : int(self._offsets[self._at, 0])].strip()
+            if len(text) >= least:
+                return text
+        raise SystemExit("the corpus is used up: ask for fewer pairs")
 
 
 def prompt_of(engine: Engine, pieces: Pieces, tokens: int, share: float, count: int) -> str:
     """A prompt of about so many tokens, this share of them in ``count`` chunks, which are stored."""
     own = tokens - 40  # what the template and the question take
-    known = [pieces.take(int(own * share / count)) for _ in range(count)]
+    known = [pieces.take(int(own * share / count), MIN_CHARS) for _ in range(count)]
     unknown = [pieces.take(max(1, int(own * (1 - share) / count))) for _ in range(count)]
     engine.ensure(known)
     text = "\n\n".join(f"{new}\n\n{old}" for new, old in zip(unknown, known, strict=True))
@@ -105,6 +109,7 @@ def main() -> None:
             full: dict[str, list[float]] = {method: [] for method in args.methods}
             ratios: dict[str, list[float]] = {method: [] for method in args.methods}
             reuses: dict[str, list[bool]] = {method: [] for method in args.methods}
+            shapes: list[tuple[int, float, int]] = []
             for number in range(args.pairs):
                 prompt = prompt_of(engine, pieces, tokens, share, count)
                 for method in args.methods:
@@ -113,15 +118,14 @@ def main() -> None:
                     full[method].append(took["full"])
                     ratios[method].append(took[method] / took["full"])
                     reuses[method].append(decision.reuses)
+                shapes.append((decision.tokens, decision.share, decision.pieces))
+            length, held, parts = map(median, zip(*shapes, strict=True))
             for method in args.methods:
                 ratio, says = median(ratios[method]), "reuse" if any(reuses[method]) else "full prefill"
                 if says == "reuse":
                     worst[method] = max(worst[method], ratio)
-                print(
-                    f"| {method} | {decision.tokens} | {decision.share:.0%} | {decision.pieces} | {median(full[method]):.2f} | "
-                    f"{ratio:.2f} | {says} |",
-                    flush=True,
-                )
+                measured = f"{length:.0f} | {held:.0%} | {parts:.0f}"
+                print(f"| {method} | {measured} | {median(full[method]):.2f} | {ratio:.2f} | {says} |", flush=True)
     for method, ratio in worst.items():
         print(f"\nWhere it says reuse, {method} took at most {ratio:.2f} of a full prefill.", flush=True)
 

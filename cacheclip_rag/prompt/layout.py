@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .index import Span
 
-RUN_COST, PASS_COST = 16, 64
+RUN_COST, PASS_COST = 8, 64
 """What putting one piece of stored KV in its place costs, and what a selection's pass of the model costs besides its
 tokens, both in tokens that are computed (`python benchmarks/outright.py`)."""
 OWN_RATIO = 0.2
