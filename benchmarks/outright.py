@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from statistics import median
+from typing import Any
 
 import torch
 from speed import CORPUS
@@ -22,6 +23,7 @@ from speed import CORPUS
 from cacheclip_rag import Engine
 from cacheclip_rag.chunks import MIN_CHARS
 from cacheclip_rag.prefill import compose
+from cacheclip_rag.prompt import Layout, outright
 
 QUESTION = "What do these passages propose, and for which reasons?"
 LEAST = 32
@@ -61,10 +63,10 @@ class Decision:
     """Takes the place of `outright`: remembers what it says, and reuses anyway."""
 
     def __init__(self) -> None:
-        self._inner = compose.outright
+        self._inner = outright
         self.reuses, self.tokens, self.share, self.pieces = True, 0, 0.0, 0
 
-    def __call__(self, layout: compose.Layout, *given: float) -> None:
+    def __call__(self, layout: Layout, *given: Any) -> None:
         self.reuses = self._inner(layout, *given) is None
         self.tokens, self.pieces = len(layout), len(layout.runs())
         self.share = float(layout.reusable.float().mean())
@@ -96,7 +98,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    compose.outright = decision = Decision()  # type: ignore[assignment]
+    decision = Decision()
+    setattr(compose, "outright", decision)  # noqa: B010
     worst = {method: 0.0 for method in args.methods}
     with Engine(args.model) as engine:
         pieces = Pieces(engine)
