@@ -98,7 +98,8 @@ class Engine:
         ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"auto"``) and
         ``recompute_ratio`` (0..1) can be overridden per request. ``store``: the folder that keeps chunk KV; None keeps
         it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers, including the chunks of the auxiliary
-        model and of other encodings, and in memory the preambles of prompts. ``prefix``: the text that chunks are
+        model and of other encodings, and in memory all other KV that is kept: the preambles of prompts, prefix caches
+        and harvested variants. ``prefix``: the text that chunks are
         encoded behind, whichever method a request names; by default the method decides, and most take what precedes the
         user's text in the model's chat template. ``tenant`` separates the chunk KV of different owners; set it from
         what you know of the caller, not from what the caller says. ``secret`` keys the names of files and authenticates

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
+from itertools import groupby, takewhile
 
 from ..chunks import MIN_CHARS
 from .index import Span
@@ -56,7 +58,25 @@ def documents(
 
 def any_of(control: Collection[str]) -> re.Pattern[str]:
     """Matches any of these tokens, the longest first, since one may begin with another; of none nothing."""
-    return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+    return _any_of(frozenset(control))
+
+
+@lru_cache(maxsize=16)
+def _any_of(control: frozenset[str]) -> re.Pattern[str]:
+    return re.compile(_branches(sorted(control - {""})) or r"(?!)")
+
+
+def _branches(tokens: Sequence[str]) -> str:
+    """A pattern of these sorted tokens in which no two branches begin alike: some models have thousands of control
+    tokens that do, and an alternation would try them one by one.
+    """
+    branches = []
+    for _, group in groupby(filter(None, tokens), key=lambda token: token[0]):
+        alike = list(group)
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(alike[0], alike[-1], strict=False))
+        size = sum(1 for _ in shared)
+        branches.append(re.escape(alike[0][:size]) + _branches([token[size:] for token in alike]))
+    return f"(?:{'|'.join(branches)}){'' if tokens[0] else '?'}" if branches else ""
 
 
 def _inside(start: int, end: int, stretches: Sequence[Stretch]) -> bool:
