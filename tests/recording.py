@@ -1,13 +1,15 @@
-"""Engines that note their requests, and whose answers are written beforehand; for the frameworks' tests."""
+"""Engines that note their requests and questions, or whose answers are written beforehand; for the frameworks' tests."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cacheclip_rag import Engine, TextStream
+from cacheclip_rag.methods import resolve
+from cacheclip_rag.methods.select.query_guided import QueryGuided
 
 
 @dataclass
@@ -65,3 +67,16 @@ def script(engine: Engine, *answers: str) -> None:
         yield from engine.backbone.tokenise(waiting.pop(0), plain=True).ids.tolist()[:max_new_tokens]
 
     engine.backbone.generate = generate  # type: ignore[method-assign]
+
+
+def asked(engine: Engine) -> list[str]:
+    """The question that each request from now on selects its tokens by."""
+    questions: list[str] = []
+
+    class Noting(QueryGuided):
+        def select(self, request: Any, budget: int) -> Any:
+            questions.append(request.question)
+            return super().select(request, budget)
+
+    engine.method = replace(resolve("query_guided"), select=Noting())
+    return questions

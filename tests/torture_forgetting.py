@@ -64,7 +64,7 @@ class Users:
         rng, engine = random.Random(seed), self.engine
         while not self._stop.wait(rng.uniform(0, 0.01)):
             with turn:
-                near = [victim(max(0, self._at.value + rng.randint(-4, 8))) for _ in range(3)]
+                near = [victim(max(0, self._at.value + rng.randint(-2, 4))) for _ in range(3)]
                 what = rng.choice(("asked", "asked", "announced", "looked up", "fused", "ingested"))
                 try:
                     match what:
