@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -77,11 +78,12 @@ def _live(folder: Path, seed: int, stored: Sequence[int], tell: Callable[[str], 
                     engine.ensure_later([passage(next(new))])
                     if len(mine) > 1:
                         engine.fuse({passage(mine[-1]): [passage(mine[-2])]})
-                case 5 if len(mine) > 6:
-                    number = mine.pop(rng.randrange(len(mine)))
-                    tell(f"-{number}")
-                    engine.forget([passage(number)])
-                    tell(f"~{number}")
+                case 5:
+                    for number in rng.sample(mine, max(0, min(4, len(mine) - 12))):
+                        mine.remove(number)
+                        tell(f"-{number}")
+                        engine.forget([passage(number)])
+                        tell(f"~{number}")
 
 
 def _look(folder: Path, stored: Sequence[int], begun: Sequence[int], seed: int, tell: Callable[[str], Any]) -> None:
@@ -151,10 +153,10 @@ def kill_engines(folder: Path, rounds: int, seed: int = 0) -> Counts:
 
 def _nothing_of(numbers: Sequence[int], folder: Path, counts: Counts) -> None:
     """No file holds anything of these texts, finished or not, but those of the vector index: Chroma keeps a log."""
-    names = {f"entry-{number:06d}".encode() for number in numbers}
-    for path in (path for path in folder.rglob("*") if names and "chroma" not in path.parts):
-        data = path.read_bytes() if path.is_file() else b""
-        counts.failed += [f"forgotten, and in {path.name}: {name.decode()}" for name in names if name in data]
+    for path in (path for path in folder.rglob("*") if numbers and "chroma" not in path.parts):
+        found = re.findall(rb"entry-(\d+)", path.read_bytes()) if path.is_file() else ()
+        back = set(map(int, found)).intersection(numbers)
+        counts.expect(not back, f"forgotten, and in {path.name}: {back}")
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
