@@ -1,4 +1,4 @@
-"""Engines that note their requests and questions, or whose answers are written beforehand; for the frameworks' tests."""
+"""Engines that note their requests, or whose answers are written beforehand; for the frameworks' tests."""
 
 from __future__ import annotations
 
@@ -99,7 +99,13 @@ def control_tokens(engine: Engine) -> list[Counter[str]]:
     return counted
 
 
-EVIL_PLACES = ("known chunk", "part of a known chunk", "behind another chunk that covers it", "unknown text", "question")
+EVIL_PLACES = (
+    "known chunk",
+    "part of a known chunk",
+    "behind another chunk that covers it",
+    "unknown text",
+    "question",
+)
 """Where what somebody else wrote may stand in a prompt."""
 
 

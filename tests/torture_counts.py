@@ -6,11 +6,52 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-WORDS = (
-    "harbour clerk parcel warehouse pilot ferry herring timber lantern bridge engineer turntable memoir orchard quince "
-    "bakery starter observatory telegram director valley railway bather mason printer theatre brewery council museum "
-    "garden ledger anchor chapel kiln weaver copper violin granite meadow sluice beacon saddle glazier almanac"
-).split()
+WORDS = [
+    "harbour",
+    "clerk",
+    "parcel",
+    "warehouse",
+    "pilot",
+    "ferry",
+    "herring",
+    "timber",
+    "lantern",
+    "bridge",
+    "engineer",
+    "turntable",
+    "memoir",
+    "orchard",
+    "quince",
+    "bakery",
+    "starter",
+    "observatory",
+    "telegram",
+    "director",
+    "valley",
+    "railway",
+    "bather",
+    "mason",
+    "printer",
+    "theatre",
+    "brewery",
+    "council",
+    "museum",
+    "garden",
+    "ledger",
+    "anchor",
+    "chapel",
+    "kiln",
+    "weaver",
+    "copper",
+    "violin",
+    "granite",
+    "meadow",
+    "sluice",
+    "beacon",
+    "saddle",
+    "glazier",
+    "almanac",
+]
 
 
 @dataclass

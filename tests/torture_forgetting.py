@@ -1,7 +1,7 @@
 """Forgetting while threads and other processes ask, announce, look up, fuse and ingest: nothing comes back.
 
-`test_torture_engine.py` runs a shorter version. Only public functions of an engine and the command line are called; what
-is left is looked for in the bytes of the store's files.
+`test_torture_engine.py` runs a shorter version. Only public functions of an engine and the command line are called;
+what is left is looked for in the bytes of the store's files.
 """
 
 from __future__ import annotations

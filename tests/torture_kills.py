@@ -72,7 +72,9 @@ def _live(folder: Path, seed: int, stored: Sequence[int], tell: Callable[[str], 
                         mine += numbers
                 case 2 | 3:
                     texts = [passage(n) for n in rng.sample(mine, min(2, len(mine)))]
-                    engine.generate(_prompt(engine, [*texts, PASSAGES[0]]), method=rng.choice(METHODS), max_new_tokens=2)
+                    engine.generate(
+                        _prompt(engine, [*texts, PASSAGES[0]]), method=rng.choice(METHODS), max_new_tokens=2
+                    )
                     tell("asked")
                 case 4:
                     engine.ensure_later([passage(next(new))])
@@ -167,7 +169,7 @@ def kill_ingestions(folder: Path, rounds: int, seed: int = 0, documents: int = 8
 
     What is stored stays, nothing is read twice, and a document that is gone leaves nothing once a run ends.
     """
-    from cacheclip_app import embedding, folder as _  # noqa: F401  imported once, not by every process that is killed
+    from cacheclip_app import embedding  # noqa: F401  imported once, not by every process that is killed
 
     counts, rng = Counts(), random.Random(seed)
     model = folder / "model"

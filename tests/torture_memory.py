@@ -28,7 +28,7 @@ from cacheclip_rag import Backbone, Engine
 
 MIB = 1 << 20
 BOUND = 8 << 10
-"""Bytes of resident memory that a request may add after the warm-up. The KV of one prompt of these is 75 times as much."""
+"""Bytes of resident memory that a request may add after the warm-up; the KV of one prompt of these is 75 times that."""
 
 METHODS = (
     *("auto", "cacheclip", "query_guided", "fusionrag", "naive", "full", "cachecraft:chunks=10,variants=2"),

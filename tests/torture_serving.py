@@ -278,4 +278,3 @@ def forks(folder: Path, rounds: int, seed: int = 0, threads: int = 3) -> Tally:
             if thread.is_alive():
                 tally.failed.append("a thread of the parent hangs")
     return tally
-

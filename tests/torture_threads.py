@@ -28,7 +28,9 @@ def threads(folder: Path, count: int = 64, requests: int = 10, prompts: int = 6,
     counts, rng = Counts(), random.Random(seed)
     methods = [name for name in METHODS if name != "cachecraft"]  # whose answers depend on the prompts before
     auxiliary = Backbone(tiny_model("llama", seed=1), byte_tokenizer())
-    with Engine(tiny_backbone(), auxiliary=auxiliary, method="auto", store=folder / "threads", max_requests=8) as engine:
+    with Engine(
+        tiny_backbone(), auxiliary=auxiliary, method="auto", store=folder / "threads", max_requests=8
+    ) as engine:
         for method in methods:
             engine.ensure(PASSAGES, method=method)
         asked = [

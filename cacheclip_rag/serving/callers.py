@@ -15,8 +15,8 @@ def calling(caller: Hashable) -> Iterator[None]:
 
     What is announced in it (`Engine.hint`) counts only in prompts of an equal ``caller``: any hashable value, a user's
     or a request's id. A context variable holds it, so it reaches what the block awaits and the threads that frameworks
-    start with their caller's context. A stream that is computed as it is read is read in the block. Raises TypeError for
-    a value that cannot be hashed.
+    start with their caller's context. A stream that is computed as it is read is read in the block. Raises TypeError
+    for a value that cannot be hashed.
     """
     hash(caller)
     token = _caller.set(caller)
