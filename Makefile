@@ -31,9 +31,10 @@ behaviours: setup  ## try everything docs/frameworks.md lists, and write its tab
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
 	@$(RUN)/python tools/scripts/behaviours.py
 
-torture: setup  ## break the chunk store, interrupt and fork engines, at length (some twelve minutes; ROUNDS=20000 for a night)
+torture: setup  ## break the chunk store, and engines in every way, at length (an hour; ROUNDS=20000 for a night)
+	@$(RUN)/cacheclip pull all-minilm-l6-v2
 	@$(RUN)/python tests/torture.py --rounds $(or $(ROUNDS),200)
-	@$(RUN)/python tests/torture_serving.py --interrupts 2000 --forks $(or $(ROUNDS),200)
+	@$(RUN)/python tests/torture_engine.py --forks $(or $(ROUNDS),200) --kills $(or $(ROUNDS),200)
 
 check: setup  ## style, types, and that nothing imports upward
 	@$(RUN)/ruff format --check .

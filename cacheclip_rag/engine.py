@@ -36,6 +36,7 @@ from .prefill.result import Prefill, PrefillRequest
 from .prompt import ChunkIndex
 from .report import Report
 from .serving import forks
+from .serving.callers import named
 from .serving.decoding import Ending, TextStream
 from .serving.hints import Hints
 from .serving.limit import RequestLimit
@@ -330,13 +331,13 @@ class Engine:
 
         It starts loading their KV into memory, resolves ambiguities in recognition, and helps to find the question
         among the instructions: it counts only in a prompt with these chunks, and of the same ``caller`` (any hashable
-        value, compared by equality; None is one, too). Raises `ConfigurationError` for a single text
-        instead of a list.
+        value, compared by equality; None: whom a `calling` block names, else all who have no name). Raises
+        `ConfigurationError` for a single text instead of a list.
         """
         texts = list(require_list(texts))
         if self.composable:
             keys = frozenset(self.library.key(text) for text in texts)
-            self._hints.note(question, keys, caller)
+            self._hints.note(question, keys, named(caller))
             self._threads.submit(lambda: [self.library.get(key) for key in keys])
 
     def library_of(self, method: str | Method) -> Library:
@@ -406,7 +407,7 @@ class Engine:
         options = self._decoding(options, stop or ()) | {"seed": seed}
         ending = Ending(cancel)
         report = Report(chosen.name, ratio)
-        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question, self._hints, caller)
+        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question, self._hints, named(caller))
         tokens = self._then_notify(self.answering.tokens(request, options, report, ending), report)
         return TextStream(tokens, self.backbone.tokenizer, report, stop or (), ending)
 
@@ -427,7 +428,7 @@ class Engine:
         report = Report(chosen.name, ratio)
         start = time.perf_counter()
         _check_prompt(prompt)
-        request = PrefillRequest(prompt, chosen, ratio, room, question, self._hints, caller)
+        request = PrefillRequest(prompt, chosen, ratio, room, question, self._hints, named(caller))
         result = self.answering.prefill(request, report)
         report.ttft = report.total = time.perf_counter() - start
         return result

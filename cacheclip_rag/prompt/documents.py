@@ -56,6 +56,21 @@ def documents(
     return found
 
 
+def inside(prompt: str, control: Collection[str], opening: str, closing: str) -> Stretch:
+    """What of a finished prompt may be documents as a whole: all but the chat template's control tokens at both ends,
+    so that a document which reproduces the prompt's beginning or end does not turn them into text.
+
+    It begins behind the control tokens that the prompt and ``opening`` have in common, or behind all of ``opening``,
+    and ends before ``closing``. Where either is missing, the prompt may begin or end with a document: it is all of it.
+    """
+    most = min(len(prompt), len(opening))
+    alike = next((n for n, (a, b) in enumerate(zip(prompt, opening, strict=False)) if a != b), most)
+    tokens = any_of(control).finditer(opening, 0, alike)
+    left = alike if alike == len(opening) else max((token.end() for token in tokens), default=0)
+    right = len(prompt) - len(closing)
+    return (left, right) if 0 < left <= right and prompt.endswith(closing) else (0, len(prompt))
+
+
 def any_of(control: Collection[str]) -> re.Pattern[str]:
     """Matches any of these tokens, the longest first, since one may begin with another; of none nothing."""
     return _any_of(frozenset(control))
