@@ -9,6 +9,8 @@ import numpy as np
 
 ANCHOR = 16
 """Tokens of an anchor. Any common stretch of twice as many, less one, contains one; shorter ones are not reused."""
+BORDER = 2
+"""A chunk's first tokens without an anchor: what stands before it in a prompt may be merged with them."""
 MAX_CANDIDATES = 32
 """Of chunks that share an anchor, as many are compared with the prompt; the longest match wins."""
 _FIRST = 64
@@ -31,7 +33,7 @@ class Match:
 class TokenIndex:
     """Finds the token ids of known chunks in a prompt's. Not thread-safe.
 
-    Anchors are windows of `ANCHOR` tokens at 0, 16, 32, ... of each chunk, by hash and sorted. One binary search finds
+    Anchors are windows of `ANCHOR` tokens at 2, 18, 34, ... of each chunk, by hash and sorted. One binary search finds
     all of a prompt's windows among them, so the work is some ``T log A`` for T tokens and A anchors, in numpy. Hashes
     only nominate; token ids decide.
     """
@@ -68,9 +70,10 @@ class TokenIndex:
         mine = np.asarray(ids, dtype=np.int64)
         number, self._next = self._next, self._next + 1
         self._ids[name], self._numbers[name], self._names[number] = mine, number, name
-        hashes = window_hashes(mine)[::ANCHOR]
+        hashes = window_hashes(mine)
         if len(hashes):
-            self._added.append((hashes, (number << 32) + ANCHOR * np.arange(len(hashes), dtype=np.int64)))
+            offsets = np.arange(min(BORDER, len(hashes) - 1), len(hashes), ANCHOR, dtype=np.int64)
+            self._added.append((hashes[offsets], (number << 32) + offsets))
 
     def remove(self, name: str) -> None:
         if self._ids.pop(name, None) is not None:

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 from cacheclip_vllm import index as index_module
-from cacheclip_vllm.index import ANCHOR, MAX_CANDIDATES, Match, TokenIndex, window_hashes
+from cacheclip_vllm.index import ANCHOR, BORDER, MAX_CANDIDATES, Match, TokenIndex, window_hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +31,11 @@ def common(a: list[int], b: list[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def anchors(ids: list[int]) -> range:
+    """Where a chunk has anchors: behind the two tokens that its border may cost, if it is long enough."""
+    return range(max(0, min(BORDER, len(ids) - ANCHOR)), len(ids) - ANCHOR + 1, ANCHOR)
+
+
 def greedy(chunks: dict[str, list[int]], prompt: list[int]) -> list[Match]:
     """What `TokenIndex.find` says it returns, token by token."""
     found: list[Match] = []
@@ -40,7 +45,7 @@ def greedy(chunks: dict[str, list[int]], prompt: list[int]) -> list[Match]:
             continue
         best: Match | None = None
         for name, ids in chunks.items():
-            for offset in range(0, len(ids) - ANCHOR + 1, ANCHOR):
+            for offset in anchors(ids):
                 if prompt[row : row + ANCHOR] != ids[offset : offset + ANCHOR]:
                     continue
                 back = common(prompt[taken:row][::-1], ids[:offset][::-1])
@@ -99,11 +104,9 @@ def test_matches_are_equal_tokens_disjoint_in_order_and_cannot_grow(
 def test_the_longest_match_from_the_left_is_taken_at_each_place(case: tuple[dict[str, list[int]], list[int]]) -> None:
     """As the definition, token by token; of equally long matches the one nearest to its chunk's start."""
     chunks, prompt = case
-    anchors = [
-        tuple(ids[at : at + ANCHOR]) for ids in chunks.values() for at in range(0, len(ids) - ANCHOR + 1, ANCHOR)
-    ]
+    windows = [tuple(ids[at : at + ANCHOR]) for ids in chunks.values() for at in anchors(ids)]
     found = index_of(chunks).find(prompt)
-    if max((anchors.count(anchor) for anchor in set(anchors)), default=0) <= MAX_CANDIDATES:
+    if max((windows.count(window) for window in set(windows)), default=0) <= MAX_CANDIDATES:
         assert found == greedy(chunks, prompt)
 
 
@@ -125,6 +128,13 @@ def test_a_chunk_is_found_at_any_row_without_its_borders(at: int, cut: int) -> N
     chunk = tokens(0, 100)
     prompt = [*tokens(1, at), *chunk[cut : len(chunk) - cut], *tokens(2, 9)]
     assert index_of({"a": chunk}).find(prompt) == [Match(at, "a", cut, 100 - 2 * cut)]
+
+
+@pytest.mark.parametrize("count", range(ANCHOR + 2 * BORDER, 3 * ANCHOR))
+def test_a_chunk_of_twenty_tokens_is_found_whatever_its_borders_became(count: int) -> None:
+    chunk = tokens(count, count)
+    prompt = [*tokens(1, 9), *chunk[BORDER:-BORDER], *tokens(2, 9)]
+    assert index_of({"a": chunk}).find(prompt) == [Match(9, "a", BORDER, count - 2 * BORDER)]
 
 
 def test_a_token_that_differs_parts_a_chunk_in_two_matches() -> None:
