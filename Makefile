@@ -6,8 +6,8 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check docs wheels bench bench-store quality results unseen recipe neighbours \
-	analyses sensitivity clean
+.PHONY: setup demo test test-vllm behaviours torture check docs wheels bench bench-store quality results unseen recipe \
+	neighbours analyses sensitivity clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,9 @@ demo: setup  ## real documents, real questions, with and without reuse
 test: setup  ## the whole suite; the weights it needs are SmolLM2's and MiniLM's
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
 	@$(RUN)/python -m pytest
+
+test-vllm:  ## vllm-cacheclip with a real vLLM, in an environment of its own (3.4 GB); says so where it cannot
+	@PYTHON=$(PYTHON) integrations/vllm-cacheclip/run_tests
 
 behaviours: setup  ## try everything docs/frameworks.md lists, and write its table
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2

@@ -262,7 +262,7 @@ def _load(library: Any, keys: Iterable[str]) -> dict[str, ChunkKV]:
 
 def _version_obstacle(chosen: Settings) -> str | None:
     """Why this version of vLLM is not served with reuse. Raises `ConfigurationError` unless that is wanted."""
-    if seams.MINOR in seams.TESTED:
+    if seams.minor() in seams.TESTED:
         return None
     said = f"it was tested with vLLM {', '.join(seams.TESTED)} and this is {seams.version()}"
     if chosen.untested != "plain":

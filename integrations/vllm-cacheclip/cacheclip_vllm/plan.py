@@ -163,8 +163,8 @@ class Plan:
                 continue
             edge[start:end] = True
             for row, offset, length in place.runs:
-                rows = slice(row, row + length)
-                chunk[rows], token[rows], edge[rows] = number, np.arange(offset, offset + length), False
+                held = slice(row, row + length)
+                chunk[held], token[held], edge[held] = number, np.arange(offset, offset + length), False
         rows = torch.arange(count)
         return Layout(
             "",

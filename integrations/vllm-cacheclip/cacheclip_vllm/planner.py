@@ -253,7 +253,7 @@ class Planner:
             question_ids=np.arange(0),
             encode=encode,
         )
-        return self._too_much(plan) if plan.cost > self._most else plan
+        return (self._too_much(plan) or plan) if plan.cost > self._most else plan
 
     # ---- scheduling --------------------------------------------------------------------------------------------------
 

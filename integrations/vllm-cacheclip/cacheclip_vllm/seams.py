@@ -1,7 +1,7 @@
 """Every name of vLLM's that is not its documented connector API, each in one function, for vLLM 0.32.
 
 What this package needs from vLLM beyond `KVConnectorBase_V1` stands here and nowhere else, so that another version
-fails in this file and by name (tests/test_seams.py holds the names against a version's source).
+fails in this file and by name (tests/vllm/test_seams.py holds all names against a version's source).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def version() -> str:
     return str(vllm.__version__)
 
 
-MINOR = ".".join(version().split(".")[:2])
+def minor() -> str:
+    return ".".join(version().split(".")[:2])
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ class Model:
         """Each layer's sliding window in tokens; None for full attention."""
         return [getattr(layer, "sliding_window", None) or None for layer in self.layers]
 
-    def rotary(self, layer: int) -> nn.Module:
+    def rotary(self, layer: int) -> Any:
         """The rotary embedding that turns this layer's queries and keys. Raises AttributeError if there is none."""
         parent = self.module.get_submodule(self.names[layer].rsplit(".", 1)[0])
         return parent.rotary_emb
@@ -256,7 +257,7 @@ class Model:
         return before
 
 
-def rotary_table(rotary: nn.Module) -> tuple[Tensor, Tensor, bool]:
+def rotary_table(rotary: Any) -> tuple[Tensor, Tensor, bool]:
     """A rotary embedding's cos and sin, ``[positions, d/2]`` float32 as vLLM rounds them, and whether dimension i is
     paired with i + d/2 (else with its neighbour).
     """
