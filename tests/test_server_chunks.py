@@ -61,6 +61,19 @@ def test_chunks_are_added_once(served: Served) -> None:
         assert client.add([]) == Added()
 
 
+def test_chunks_are_fused_with_their_neighbours(served: Served) -> None:
+    with served.client() as client:
+        client.add(PASSAGES[:3])
+        done = client.fuse({PASSAGES[1]: PASSAGES[:1], PASSAGES[2]: ["nobody has added this"]})
+        assert done.encoded == 1 and [one.index for one in done.skipped] == [1]
+        again = client.fuse({PASSAGES[1]: PASSAGES[:1]})
+        assert (again.encoded, again.kept) == (0, 1)
+        assert client.stats().fused == 1
+        assert client.fuse() == Added()  # no prompts have come
+        client.forget(PASSAGES[:1])
+        assert client.stats().fused == 0
+
+
 @pytest.mark.parametrize("document", ["handbook.md", "a/../b c?#%2F", "ä", "x" * 1024])
 def test_a_document_is_replaced_and_deleted(served: Served, document: str) -> None:
     with served.client() as client:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -87,6 +87,13 @@ class Chunks:
 
     async def forget_document(self, tenant: str, document: str) -> None:
         await self._done(tenant, lambda engine: engine.forget_document(document))
+
+    async def fuse(self, tenant: str, neighbours: Mapping[str, Sequence[str]] | None) -> Added:
+        def work(engine: Engine) -> Added:
+            wanted = engine.contexts() if neighbours is None else neighbours
+            return _added(list(wanted), engine.fuse(wanted, self._progress))
+
+        return await self._done(tenant, work, self._ingesting)
 
     async def stats(self, tenant: str) -> ChunkStats:
         def work(engine: Engine) -> ChunkStats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,9 @@ class _Unbound:
 
     async def forget_document(self, tenant: str, document: str) -> None:
         await self._ready().forget_document(tenant, document)
+
+    async def fuse(self, tenant: str, neighbours: Mapping[str, Sequence[str]] | None) -> Added:
+        return await self._ready().fuse(tenant, neighbours)
 
     async def stats(self, tenant: str) -> ChunkStats:
         return await self._ready().stats(tenant)

@@ -76,7 +76,8 @@ class Chunks:
         the chunks that occurred in two prompts or more, behind those that are likely to precede them.
         """
         wanted = await asyncio.to_thread(self._used, tenant) if neighbours is None else dict(neighbours)
-        library, variants = (of(tenant, self._method.encode) for of in (self._libraries.of, self._libraries.variants))
+        library = self._libraries.of(tenant, self._method.encode)
+        variants = self._libraries.variants(tenant, self._method.encode)
         await asyncio.to_thread(library.store.refresh)
         reasons: dict[str, str] = {}
         todo: list[tuple[str, list[str]]] = []
