@@ -145,6 +145,11 @@ def keep_private(request: Any, block: int, hash_size: int, size: int) -> None:
     request.update_block_hashes()
 
 
+def idle(engine: Any) -> bool:
+    """Whether the API server's engine has no request."""
+    return not engine.output_processor.has_unfinished_requests()
+
+
 # ---- the worker's model ----------------------------------------------------------------------------------------------
 
 

@@ -14,12 +14,14 @@ from .libraries import StoreOptions
 
 @dataclass(frozen=True)
 class Settings(StoreOptions):
-    """The store's options; ``method`` and ``recompute_ratio`` of requests that name none; and ``untested``: what to do
-    with a version of vLLM that the tests were not run with: "refuse", or serve it "plain", without reuse.
+    """The store's options; ``method`` and ``recompute_ratio`` of requests that name none; ``fuse_when_idle``: fuse
+    chunks that prompts held together while there is no request; ``untested``: what to do with a version of vLLM that
+    the tests were not run with: "refuse", or serve it "plain", without reuse.
     """
 
     method: str = "auto"
     recompute_ratio: float | None = None
+    fuse_when_idle: bool = False
     untested: str = "refuse"
 
     @property
