@@ -65,6 +65,9 @@ def serve(
         str | None,
         typer.Option(help="The most that KV may take on the disk.", show_default="32GiB, or twice what is there"),
     ] = None,
+    fuse_when_idle: Annotated[
+        bool, typer.Option("--fuse-when-idle", help="While nothing is asked, fuse chunks that prompts held together.")
+    ] = False,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="This library's own engine, also where vLLM is installed.")
     ] = False,
@@ -78,6 +81,8 @@ def serve(
     """
     if not embedded and find_spec("vllm") is not None and find_spec("cacheclip_vllm") is not None:
         options: dict[str, Any] = {"store": str(store.expanduser().absolute()), "kv_dtype": kv_dtype}
+        if fuse_when_idle:
+            options["fuse_when_idle"] = True
         if cap is not None:
             options["disk_bytes"] = store_cli.nbytes(cap)
         options |= {name: value for name, value in (("method", method), ("remote", remote)) if value}
@@ -117,6 +122,7 @@ def serve(
                 tenant=tenant,
                 secret=store_cli.secret_of(secret_file, store),
                 remote=remote or None,
+                fuse_when_idle=fuse_when_idle,
                 kv_dtype=cast(Any, kv_dtype),  # Engine checks it
             )
 
@@ -138,6 +144,8 @@ _OWN = (
     "--cap",
 )
 """Options of ours with a value. All others are vLLM's."""
+_SWITCHES = ("--fuse-when-idle", "--embedded")
+"""Options of ours without a value."""
 
 
 def _others(arguments: Sequence[str], model: str) -> list[str]:
@@ -147,7 +155,7 @@ def _others(arguments: Sequence[str], model: str) -> list[str]:
         name, equals, _ = argument.partition("=")
         if skip or name in _OWN:
             skip = not skip and not equals
-        else:
+        elif name not in _SWITCHES:
             left.append(argument)
     left.remove(model)
     return left

@@ -49,6 +49,7 @@ class Server:
             KEY,
             "--api-key",
             f"{OTHER}=acme",
+            "--fuse-when-idle",
             *FLAGS.split(),
             *MEMORY.split(),
         ]
@@ -235,3 +236,17 @@ def test_a_kill_damages_nothing(server: Server, chunks: ChunkClient) -> None:
     done = chunks.replace("many", OTHERS)
     assert done.encoded + done.kept == len(OTHERS) and not done.skipped
     assert not list(server.store.rglob("*.bad"))
+
+
+def test_what_is_used_together_is_fused_in_idle_time(server: Server, chunks: ChunkClient) -> None:
+    """Behind the other tests, whose counts it would change."""
+    texts = [f"{number} {text}" for number, text in enumerate(OTHERS[:2])]
+    chunks.add(texts)
+    before = server.ask(texts)[1]
+    with ThreadPoolExecutor(8) as threads:  # the scheduler saves its counts every 64 prompts
+        list(threads.map(lambda _: server.ask(texts), range(70)))
+    for _ in range(100):
+        if server.ask(texts)[1]["fit"] > before["fit"]:
+            return
+        time.sleep(1)
+    raise AssertionError("the second chunk was not fused with the first")
