@@ -72,7 +72,8 @@ class CacheClipConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = settings(vllm_config)
-        self._obstacle = seams.obstacle(vllm_config, kv_cache_config) or _version_obstacle(self._settings)
+        self._obstacle = _obstacle(vllm_config, kv_cache_config, self._settings)
+        self._asked: set[str] = set()
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
         self._planner: Planner | None = None
         self._filler: Filler | None = None
@@ -94,15 +95,16 @@ class CacheClipConnector(KVConnectorBase_V1):
             )
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
-            self._asked: set[str] = set()
             self._dropped: list[str] = []
         else:
+            self._block = seams.block_size(kv_cache_config)
             self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="cacheclip-load")
             self._loads: dict[str, Future[dict[str, ChunkKV]]] = {}
             self._wanted: dict[str, list[str]] = {}
             self._chunks: dict[str, dict[str, ChunkKV]] = {}
             self._results = Results()
             self._invalid: set[int] = set()
+            self._untried = "the model was not tried: start vLLM with --worker-cls cacheclip_vllm.worker.Worker"
 
     # ---- in the scheduler --------------------------------------------------------------------------------------------
 
@@ -118,17 +120,13 @@ class CacheClipConnector(KVConnectorBase_V1):
                 given.pop("tenant", None)
                 given.pop("encode", None)
             if given.get("report"):
-                self._reported(request.request_id)
+                self._asked.add(request.request_id)
         if self._planner is None:
             return
-        if (reason := seams.unsupported(request)) is not None:
+        if (reason := seams.unsupported(request, self._vllm_config)) is not None:
             self._planner.reasons[request.request_id] = reason
             return
         self._planner.add(request, given, self._caching)
-
-    def _reported(self, request: str) -> None:
-        if self._planner is not None:
-            self._asked.add(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return (0 if self._planner is None else self._planner.matched(request, num_computed_tokens)), False
@@ -161,15 +159,16 @@ class CacheClipConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         name = request.request_id
+        asked = name in self._asked
+        self._asked.discard(name)
         if self._planner is None:
-            return False, None
+            return False, {FIELD: {"fallbacks": [self._obstacle]}} if asked else None
         if name in self._planner.plans:
             self._dropped.append(name)
         self._planner.finished(name)
         reason, done = self._planner.reasons.pop(name, None), self._reports.pop(name, None)
-        if name not in self._asked:
+        if not asked:
             return False, None
-        self._asked.discard(name)
         report: dict[str, Any] = {} if done is None else dict(done.report)
         if reason or (done is not None and done.failed):
             report["fallbacks"] = [reason or (done.failed if done is not None else None)]
@@ -194,7 +193,11 @@ class CacheClipConnector(KVConnectorBase_V1):
         model = seams.Model(module, self._vllm_config, self._kv_cache_config, device)
         filler = Filler(model, self._libraries, self._most)
         if (reason := tried(filler)) is not None:
-            raise ConfigurationError(f"the chunks of this model cannot be moved and joined inside vLLM: {reason}")
+            said = f"the chunks of this model cannot be moved and joined inside vLLM: {reason}"
+            if self._settings.unsupported != "plain":
+                raise ConfigurationError(f'{said} (to serve it without reuse, set "unsupported": "plain")')
+            self._untried = said
+            return
         self._filler = filler
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -209,7 +212,7 @@ class CacheClipConnector(KVConnectorBase_V1):
         for request in work.dropped:
             for kept in (self._loads, self._wanted, self._chunks):
                 kept.pop(request, None)
-        if work.plans and self._filler is not None:
+        if work.plans:
             self._fill(work.plans)
         if work.idle and self._loads:
             wait(self._loads.values(), timeout=_IDLE, return_when="FIRST_COMPLETED")
@@ -220,16 +223,17 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._results.loaded.append((request, [key for key in wanted if key not in chunks]))
 
     def _fill(self, plans: list[Plan]) -> None:
-        assert self._filler is not None
+        done = [Done(failed=self._untried) for _ in plans]
         try:
-            done = self._filler.fill(plans, self._chunks)
+            if self._filler is not None:
+                done = self._filler.fill(plans, self._chunks)
         except Exception as error:  # vLLM computes them ("recompute"), as it does where one plan fails
             log.exception("cacheclip: reuse failed for the requests of a step")
             done = [Done(failed=repr(error)) for _ in plans]
         for plan, result in zip(plans, done, strict=True):
             self._chunks.pop(plan.request, None)  # not for as long as it decodes; a preempted one loads them again
             if result.failed:
-                self._invalid.update(plan.blocks[plan.first // self._filler.model.block_size :])
+                self._invalid.update(plan.blocks[plan.first // self._block :])
             self._results.done[plan.request] = result
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -260,11 +264,16 @@ def _load(library: Any, keys: Iterable[str]) -> dict[str, ChunkKV]:
     return {key: chunk for key in keys if (chunk := library.get(key)) is not None}
 
 
-def _version_obstacle(chosen: Settings) -> str | None:
-    """Why this version of vLLM is not served with reuse. Raises `ConfigurationError` unless that is wanted."""
-    if seams.minor() in seams.TESTED:
-        return None
-    said = f"it was tested with vLLM {', '.join(seams.TESTED)} and this is {seams.version()}"
-    if chosen.untested != "plain":
-        raise ConfigurationError(f'{said}: install that, or set "untested": "plain" to serve without reuse')
-    return said
+def _obstacle(vllm_config: Any, kv_cache_config: Any, chosen: Settings) -> str | None:
+    """Why nothing is reused, where that is to be served. Raises `ConfigurationError` where it is to be refused."""
+    if seams.minor() not in seams.TESTED:
+        said = f"it was tested with vLLM {', '.join(seams.TESTED)} and this is {seams.version()}"
+        if chosen.untested != "plain":
+            raise ConfigurationError(f'{said}: install that, or set "untested": "plain" to serve without reuse')
+        return said
+    reason = seams.obstacle(vllm_config, kv_cache_config)
+    if reason is not None and chosen.unsupported != "plain":
+        raise ConfigurationError(
+            f'no chunk can be reused, because {reason} ("unsupported": "plain" serves without reuse)'
+        )
+    return reason

@@ -115,16 +115,16 @@ class Loan:
 # ---- the scheduler's requests ----------------------------------------------------------------------------------------
 
 
-def unsupported(request: Any) -> str | None:
+def unsupported(request: Any, vllm_config: Any) -> str | None:
     """Why this request is served without reuse, or None."""
+    if vllm_config.lora_config is not None:
+        return "LoRA: adapters are mapped to the rows of vLLM's own step, so that no other rows can be computed"
     if request.sampling_params is None:
         return "a pooling request"
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "prompt embeddings"
     if request.mm_features:
         return "a multimodal prompt: its placeholders' KV is not a text's"
-    if request.lora_request is not None:
-        return "LoRA: adapters are mapped to the rows of vLLM's own step"
     if request.sampling_params.prompt_logprobs is not None:
         return "prompt_logprobs: they need every row's logits"
     if request.resumable:
