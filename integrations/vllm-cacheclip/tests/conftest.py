@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("vllm") is not None else ["vllm"]
+vllm = find_spec("vllm")
+# The folder beside this file is found, too, as a namespace without a file of its own.
+collect_ignore = [] if vllm is not None and vllm.origin else ["vllm"]

@@ -151,6 +151,19 @@ def test_of_chunks_that_share_their_beginning_the_one_that_goes_on_is_found() ->
         assert index.find([7, *ids, 7]) == [Match(1, name, 0, 80)]
 
 
+def test_of_equal_matches_the_one_nearest_to_its_chunks_start_is_found() -> None:
+    same = tokens(0, 40)
+    index = index_of({"late": [*tokens(1, 3 * ANCHOR), *same], "early": same, "again": same})
+    assert index.find(same) == [Match(0, "early", 0, 40)]
+
+
+def test_a_row_belongs_to_one_match() -> None:
+    """The second chunk begins with the end of the first, which is taken already."""
+    first, rest = tokens(0, 40), tokens(1, 40)
+    index = index_of({"a": first, "b": [*first[-20:], *rest]})
+    assert index.find([*first, *rest]) == [Match(0, "a", 0, 40), Match(40, "b", 20, 40)]
+
+
 def test_a_chunk_shorter_than_an_anchor_is_known_but_not_found() -> None:
     index = index_of({"short": tokens(0, ANCHOR - 1), "just": tokens(1, ANCHOR), "none": []})
     assert len(index) == 3 and "short" in index
@@ -173,6 +186,7 @@ def test_hashes_only_nominate(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = tokens(0, 60)
     assert index_of({"a": chunk}).find([*tokens(1, 40), *chunk, *tokens(2, 40)]) == [Match(40, "a", 0, 60)]
     assert index_of({"a": chunk}).find(tokens(3, 500)) == []
+    assert index_of({"a": tokens(0, 60, 3)}).find(tokens(1, 500, 3)) == []  # many short stretches are common
 
 
 def test_a_window_is_hashed_by_its_own_tokens_in_their_order() -> None:
