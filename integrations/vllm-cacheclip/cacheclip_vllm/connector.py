@@ -24,6 +24,7 @@ from cacheclip_rag.kv.encode import Encoder
 from . import PROOF, seams
 from .filling import Filler
 from .libraries import Libraries
+from .metrics import ReuseMetrics, ReuseStats
 from .plan import FIELD, Done, Plan
 from .planner import COPY, Planner
 from .served import ServedModel
@@ -96,6 +97,7 @@ class CacheClipConnector(KVConnectorBase_V1):
             )
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
+            self._counts = ReuseStats()
             self._asked: set[str] = set()
             self._dropped: list[str] = []
         else:
@@ -154,6 +156,7 @@ class CacheClipConnector(KVConnectorBase_V1):
         for request, missing in results.loaded:
             self._planner.loaded(request, missing)
         for request, done in results.done.items():
+            self._counts.done(done)
             if request in self._asked:
                 self._reports[request] = done
 
@@ -165,6 +168,8 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._dropped.append(name)
         self._planner.finished(name)
         reason, done = self._planner.reasons.pop(name, None), self._reports.pop(name, None)
+        if reason:
+            self._counts.left(reason)
         if name not in self._asked:
             return False, None
         self._asked.discard(name)
@@ -172,6 +177,20 @@ class CacheClipConnector(KVConnectorBase_V1):
         if reason or (done is not None and done.failed):
             report["fallbacks"] = [reason or (done.failed if done is not None else None)]
         return False, {FIELD: report}
+
+    def get_kv_connector_stats(self) -> ReuseStats | None:
+        if self._planner is None:
+            return None
+        counts, self._counts = self._counts, ReuseStats()
+        return counts
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:
+        return ReuseStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *given: Any) -> ReuseMetrics:
+        return ReuseMetrics(*given)
 
     # ---- in a worker -------------------------------------------------------------------------------------------------
 
