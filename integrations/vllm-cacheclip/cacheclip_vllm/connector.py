@@ -178,6 +178,10 @@ class CacheClipConnector(KVConnectorBase_V1):
             report["fallbacks"] = [reason or (done.failed if done is not None else None)]
         return False, {FIELD: report}
 
+    def shutdown(self) -> None:
+        if self._planner is not None:
+            self._planner.close()
+
     def get_kv_connector_stats(self) -> ReuseStats | None:
         if self._planner is None:
             return None

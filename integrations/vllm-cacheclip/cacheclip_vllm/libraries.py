@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cacheclip_rag.corpus.usage import Usage
 from cacheclip_rag.kv.encode import Encoder
 from cacheclip_rag.kv.library import KVDtype, Library
 from cacheclip_rag.kv.variants import FusedVariants
@@ -66,6 +67,10 @@ class Libraries:
             model: Any = self.model  # a library without weights computes nothing
             self._opened[name] = Library(model, encoder, place.store, tenant, self._secret, self._options.kv_dtype)
         return self._opened[name]
+
+    def usage(self, tenant: str, encoder: Encoder) -> Usage:
+        """The counts of which of these chunks come together, as the scheduler has saved them."""
+        return Usage(self.place(tenant).usage_file(self.of(tenant, encoder).namespace))
 
     def variants(self, tenant: str, encoder: Encoder) -> FusedVariants:
         """The fused variants of these chunks."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from cacheclip_rag.chunks import canonical
+from cacheclip_rag.corpus.usage import Usage
 from cacheclip_rag.errors import CacheClipError
 from cacheclip_rag.kv.encode import Encoder
 from cacheclip_rag.methods import Method
@@ -34,6 +36,7 @@ class Known:
     def __init__(self, libraries: Libraries, tenant: str) -> None:
         self._libraries, self._tenant = libraries, tenant
         self.index = TokenIndex()
+        self._usage: dict[Encoder, Usage] = {}
         self._seen: dict[Encoder, int] = {}
         self._texts: dict[Encoder, set[str]] = {}
 
@@ -56,6 +59,18 @@ class Known:
             self.index.remove(text)
         for text in texts - self.index.names():
             self.index.add(text, self._libraries.model.tokenise(text, plain=True).ids.numpy())
+
+    def note(self, encoder: Encoder, texts: Sequence[str], saving: Executor) -> None:
+        """Count that these chunks came together; saved by another thread, since this one must not wait for a disk."""
+        if encoder not in self._usage:
+            self._usage[encoder] = self._libraries.usage(self._tenant, encoder)
+        library, usage = self._libraries.of(self._tenant, encoder), self._usage[encoder]
+        if usage.note([library.key(text) for text in texts]):
+            saving.submit(usage.save)
+
+    def save(self) -> None:
+        for usage in self._usage.values():
+            usage.save()
 
     def place(self, matches: Sequence[Match], before: Sequence[str], method: Method) -> Place:
         """The stretches of one chunk in a prompt, with the key of the variant that fits best behind ``before``."""
@@ -89,6 +104,7 @@ class Planner:
         """Of each new plan, the request, the tenant, the encoding and the keys that workers are to load."""
         self.ready: list[Plan] = []
         """Plans of requests that are part of the step being scheduled."""
+        self._saving = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-usage")
         self._busy = 0
         self._spare: list[int] = []
         self._model = libraries.model
@@ -157,6 +173,7 @@ class Planner:
             question_ids=self._copy(ids[rows]),
             sources=asked.sources,
         )
+        known.note(asked.method.encode, [place.text for place in places], self._saving)
         plan.head = self._head(plan, len(prefix))
         return self._too_much(plan) or plan
 
@@ -291,6 +308,12 @@ class Planner:
             if reason is not None and plan.encode is None:
                 self.reasons[request] = reason
                 self.finished(request)
+
+    def close(self) -> None:
+        """Save what is counted."""
+        self._saving.shutdown()
+        for known in self._known.values():
+            known.save()
 
     def finished(self, request: str) -> None:
         """The request has ended, or was aborted."""

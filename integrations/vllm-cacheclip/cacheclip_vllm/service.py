@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
 from cacheclip_rag.chunks import MIN_CHARS, canonical
 from cacheclip_rag.errors import ConfigurationError, PromptError, ServerError, StoreError
+from cacheclip_rag.kv.library import Library
 from cacheclip_rag.methods import Method
 from cacheclip_rag.server.service import Added, ChunkStats, Replaced, Skipped
 from cacheclip_rag.store import Documents, Place
@@ -25,6 +26,10 @@ log = logging.getLogger("cacheclip_rag")
 
 _AT_ONCE = 16
 """Chunks of all requests that the engine is given at the same time; it takes as many of them into a pass as fit."""
+_NEIGHBOURS = 10
+"""The longest context that a chunk is fused with by use, in chunks."""
+_VARIANTS = 3
+"""Fused variants that are kept of a chunk."""
 _NOT_STORED = "it could not be encoded or kept: the server's log says why (a full store, or a failure)"
 
 
@@ -66,6 +71,30 @@ class Chunks:
         found = library.store.stats()
         return ChunkStats(found.entries, found.fused, found.nbytes, found.hits, found.misses, found.evicted)
 
+    async def fuse(self, tenant: str, neighbours: Mapping[str, Sequence[str]] | None = None) -> Added:
+        """Store a variant of each of these chunks, computed behind its ``neighbours``, as `Engine.fuse` does; None: of
+        the chunks that occurred in two prompts or more, behind those that are likely to precede them.
+        """
+        wanted = await asyncio.to_thread(self._used, tenant) if neighbours is None else dict(neighbours)
+        library, variants = (of(tenant, self._method.encode) for of in (self._libraries.of, self._libraries.variants))
+        await asyncio.to_thread(library.store.refresh)
+        reasons: dict[str, str] = {}
+        todo: list[tuple[str, list[str]]] = []
+        for text, others in wanted.items():
+            context = self._context(text, others, library)
+            if library.key(text) not in library.store:
+                reasons[text] = "the chunk is not stored: add it first"
+            elif not context:
+                reasons[text] = "none of its neighbours is stored, or fits before it: add them first"
+            elif variants.key(text, tuple(context)) not in library.store:
+                todo.append((canonical(text), context))
+        failures = await asyncio.gather(*(self._encode(tenant, text, context) for text, context in todo))
+        await asyncio.to_thread(self._keep_newest, tenant, [text for text, _ in todo])
+        reasons |= {text: failure for (text, _), failure in zip(todo, failures, strict=True) if failure}
+        places = {text: number for number, text in enumerate(wanted)}
+        skipped = [Skipped(places[text], reason) for text, reason in reasons.items() if text in places]
+        return Added(len(todo) - sum(map(bool, failures)), len(wanted) - len(todo) - len(reasons), skipped)
+
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _place(self, tenant: str) -> Place:
@@ -78,6 +107,40 @@ class Chunks:
     def _forget_digests(self, tenant: str, wanted: frozenset[str]) -> None:
         if wanted:
             self._place(tenant).forget_everywhere(wanted)
+
+    def _used(self, tenant: str) -> dict[str, list[str]]:
+        """The chunks of two prompts or more, each with those that are expected before it, the likeliest first."""
+        library = self._libraries.of(tenant, self._method.encode)
+        usage = self._libraries.usage(tenant, self._method.encode)
+        texts = {entry.key: entry.text for entry in library.store.entries() if not entry.context}
+        expected = usage.expected_contexts(usage.hot(2), _NEIGHBOURS)
+        return {
+            texts[name]: context
+            for name, others in expected.items()
+            if name in texts and (context := [texts[other] for other in others if other in texts])
+        }
+
+    def _context(self, text: str, others: Sequence[str], library: Library) -> list[str]:
+        """Those of the ``others`` that are stored, each once, as many as fit before the chunk."""
+        model = self._libraries.model
+        room = model.context_length - len(encode_request(model, self._method, text)[0])
+        context: list[str] = []
+        for other in dict.fromkeys(map(canonical, others)):
+            if other != canonical(text) and library.key(other) in library.store:
+                room -= len(model.tokenise(other, plain=True))
+                if room < 0:
+                    break
+                context.append(other)
+        return context
+
+    def _keep_newest(self, tenant: str, texts: Sequence[str]) -> None:
+        """Delete all but the newest `_VARIANTS` fused variants of these chunks."""
+        library = self._libraries.of(tenant, self._method.encode)
+        variants = self._libraries.variants(tenant, self._method.encode)
+        library.store.refresh()
+        variants.refresh()
+        old = [variants.key(text, context) for text in texts for context in variants.held(text)[:-_VARIANTS]]
+        library.store.delete([key for key in old if key is not None])
 
     async def _ensure(self, tenant: str, texts: Sequence[str]) -> Added:
         """Encode those of the texts that are not stored. Raises `StoreError` if none of them could be."""
