@@ -35,6 +35,9 @@ sys.path[:0] = [str(HERE), str(HERE / "tests")]
 BOUND = 2e-3
 """KL in nats of the first token's distribution from plain vLLM's, in bfloat16. Some thirty times what bfloat16 itself
 changes in this model (6e-5 against float32, in transformers), a twentieth of what reuse without repair does."""
+ERROR = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Relative error of a layer's keys or values, by dtype, between rows computed as one run and as scattered ones.
+A mask that lets a run see what follows it gives errors around 1."""
 MINUTES = 10
 LONGEST = 180
 """Seconds that one setting may take."""
@@ -130,6 +133,45 @@ def one_by_one(served: Any, jobs: Sequence[tuple[list[int], dict[str, Any]]]) ->
     return [answers(served, [job])[0] for job in jobs]
 
 
+def scattered(count: int = 600, runs: int = 60) -> dict[str, float]:
+    """The largest relative error of a layer's keys or values: of ``count`` rows computed in one pass as two sets of
+    scattered runs, and of one set computed again, each against all of them as one run. On blocks that no request has.
+    """
+    import torch
+    from cacheclip_vllm.computer import Keep, PagedWorkspace, run_forward
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from cacheclip_rag.compute import Part
+
+    filler: Any = get_kv_transfer_group()._filler  # the worker is in this process
+    model, generator = filler.model, torch.Generator().manual_seed(0)
+    ids, rows = torch.randint(3, 250, (count,), generator=generator), torch.arange(count)
+    cuts = torch.randperm(count - 1, generator=generator)[:runs].sort().values + 1
+    side = torch.bucketize(rows, cuts, right=True) % 2
+    size = -(-count // model.block_size)
+
+    def workspace(first: int) -> Any:
+        return PagedWorkspace(model, filler.tables, torch.arange(first, first + size), 0, slice(None))
+
+    def compute(*parts: tuple[Any, Any]) -> None:
+        run_forward(model, [Part(over, ids[some], some, hooks=[Keep()]) for over, some in parts], None)
+
+    def error(one: Any, other: Any, some: Any) -> float:
+        pairs = ((one.keys, other.keys), (one.values, other.values))
+        expected = [(a[layer, some].float(), b[layer, some].float()) for a, b in pairs for layer in range(len(a))]
+        return max(float((a - b).norm() / a.norm()) for a, b in expected)
+
+    with torch.inference_mode():
+        whole, split, again = workspace(1), workspace(1 + size), workspace(1)
+        compute((whole, rows))
+        compute((split, rows[side == 0]), (split, rows[side == 1]))
+        compute((again, rows[side == 0]))
+        return {
+            "two sets in one pass": error(whole, split, rows),
+            "one set again": error(whole, again, rows[side == 0]),
+        }
+
+
 class Checks:
     """The lines of one setting; ``exact``: whether tokens must be the same, or the first token's distribution."""
 
@@ -161,11 +203,17 @@ def check(setting: dict[str, Any]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         model = save(Path(folder) / "model", wide(), "float32")
         served = Served(model, Path(folder) / "store", dtype=setting["dtype"], **setting["options"])
+        errors = scattered() if setting["options"].get("tensor_parallel_size", 1) == 1 else {}
         orders = [PASSAGES[k:] + PASSAGES[:k] for k in range(len(PASSAGES))]
         prompts = [served.prompt(order, head=head) for order in orders for head in ("", "Read.\n\n")]
         plain = [(ids, {"reuse": False}) for ids in prompts]
         expected = one_by_one(served, plain)
         checks = Checks(exact, 0.0 if exact else apart(expected, answers(served, plain)))
+        for what, error in errors.items():
+            limit = ERROR[setting["dtype"]]
+            wanted = f"keys and values of one run, relative error <= {limit:.0e}"
+            inputs = f"600 rows in 61 runs, {what}"
+            checks.line("scattered rows", inputs, wanted, f"{error:.1e}", error <= limit, "backend")
         served.encode(PASSAGES)
         inputs = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, 5 chunks"
 

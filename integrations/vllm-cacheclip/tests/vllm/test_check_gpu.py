@@ -65,4 +65,4 @@ def test_a_setting_passes_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--only", "eager, bfloat16"], capture_output=True, text=True, timeout=500)
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert done.returncode == 0, done.stdout[-3000:]
-    assert len(found) == 8 and all(row["passed"] for row in found)
+    assert len(found) == 10 and all(row["passed"] for row in found)
