@@ -6,8 +6,8 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test behaviours torture check docs wheels bench bench-store quality results unseen recipe neighbours \
-	analyses sensitivity clean
+.PHONY: setup demo test test-vllm behaviours torture check docs wheels bench bench-store quality results unseen recipe \
+	neighbours analyses sensitivity clean
 
 setup: $(VENV)/.ready
 
@@ -27,13 +27,17 @@ test: setup  ## the whole suite; the weights it needs are SmolLM2's and MiniLM's
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
 	@$(RUN)/python -m pytest
 
+test-vllm:  ## vllm-cacheclip with a real vLLM, in an environment of its own (3.4 GB); says so where it cannot
+	@PYTHON=$(PYTHON) integrations/vllm-cacheclip/run_tests
+
 behaviours: setup  ## try everything docs/frameworks.md lists, and write its table
 	@$(RUN)/cacheclip pull smollm2-135m-instruct all-minilm-l6-v2
 	@$(RUN)/python tools/scripts/behaviours.py
 
-torture: setup  ## break the chunk store, interrupt and fork engines, at length (some twelve minutes; ROUNDS=20000 for a night)
+torture: setup  ## break the chunk store, and engines in every way, at length (an hour; ROUNDS=20000 for a night)
+	@$(RUN)/cacheclip pull all-minilm-l6-v2
 	@$(RUN)/python tests/torture.py --rounds $(or $(ROUNDS),200)
-	@$(RUN)/python tests/torture_serving.py --interrupts 2000 --forks $(or $(ROUNDS),200)
+	@$(RUN)/python tests/torture_engine.py --forks $(or $(ROUNDS),200) --kills $(or $(ROUNDS),200)
 
 check: setup  ## style, types, and that nothing imports upward
 	@$(RUN)/ruff format --check .
@@ -45,7 +49,8 @@ docs: setup  ## the documentation's site, into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-DISTRIBUTIONS = . integrations/langchain-cacheclip integrations/llama-index-llms-cacheclip
+DISTRIBUTIONS = . integrations/langchain-cacheclip integrations/llama-index-llms-cacheclip \
+	integrations/vllm-cacheclip
 wheels: setup  ## wheels and source distributions of all packages, into dist/
 	@rm -rf dist
 	@for folder in $(DISTRIBUTIONS); do $(RUN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done

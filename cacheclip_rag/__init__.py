@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .model.backbone import Backbone
     from .prompt import RenderedPrompt
     from .report import ChunkUse, Report
+    from .serving.callers import calling
     from .serving.decoding import TextStream
 
 _HOMES = {
@@ -38,6 +39,7 @@ _HOMES = {
     "StoreError": "errors",
     "TextStream": "serving.decoding",
     "WeightsError": "errors",
+    "calling": "serving.callers",
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "StoreError",
     "TextStream",
     "WeightsError",
+    "calling",
 ]
 
 

@@ -18,6 +18,15 @@ def warn(old: str, new: str, stacklevel: int = 3) -> None:
     )
 
 
+def warn_dropped(old: str, instead: str, stacklevel: int = 3) -> None:
+    """Warn that ``old`` has no effect any more: ``instead`` says what is true now."""
+    warnings.warn(
+        f"{old} has no effect any more: {instead}; it is refused after one more release",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
 def moved_module(old: str, new: str) -> Callable[[str], Any]:
     """The ``__getattr__`` of a module that is now called ``new``."""
 
@@ -57,6 +66,25 @@ def renamed_attribute(old: str, new: str) -> property:
         setattr(self, new, value)
 
     return property(get, set_, doc=f"The former name of `{new}`.")
+
+
+def dropped_parameters(**instead: str) -> Callable[[type[T]], type[T]]:
+    """A class whose constructor ignores former parameters, ``old="what is true now"``; they are its ``dropped``."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def __init__(self: T, *args: Any, **kwargs: Any) -> None:
+            for old in instead.keys() & kwargs.keys():
+                warn_dropped(f"{cls.__name__}({old}=...)", instead[old])
+                del kwargs[old]
+            init(self, *args, **kwargs)
+
+        cls.__init__, cls.dropped = __init__, instead  # type: ignore[assignment, attr-defined]
+        return cls
+
+    return decorate
 
 
 def renamed_parameters(**names: str) -> Callable[[type[T]], type[T]]:

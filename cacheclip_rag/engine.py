@@ -36,6 +36,7 @@ from .prefill.result import Prefill, PrefillRequest
 from .prompt import ChunkIndex
 from .report import Report
 from .serving import forks
+from .serving.callers import named
 from .serving.decoding import Ending, TextStream
 from .serving.hints import Hints
 from .serving.limit import RequestLimit
@@ -98,7 +99,8 @@ class Engine:
         ``method`` (see `methods.METHODS`; default ``"cacheclip"`` with an auxiliary model, else ``"auto"``) and
         ``recompute_ratio`` (0..1) can be overridden per request. ``store``: the folder that keeps chunk KV; None keeps
         it in memory only. ``memory_bytes`` and ``disk_bytes`` cap the two tiers, including the chunks of the auxiliary
-        model and of other encodings, and in memory the preambles of prompts. ``prefix``: the text that chunks are
+        model and of other encodings, and in memory all other KV that is kept: the preambles of prompts, prefix caches
+        and harvested variants. ``prefix``: the text that chunks are
         encoded behind, whichever method a request names; by default the method decides, and most take what precedes the
         user's text in the model's chat template. ``tenant`` separates the chunk KV of different owners; set it from
         what you know of the caller, not from what the caller says. ``secret`` keys the names of files and authenticates
@@ -329,13 +331,13 @@ class Engine:
 
         It starts loading their KV into memory, resolves ambiguities in recognition, and helps to find the question
         among the instructions: it counts only in a prompt with these chunks, and of the same ``caller`` (any hashable
-        value, compared by equality; None is one, too). Raises `ConfigurationError` for a single text
-        instead of a list.
+        value, compared by equality; None: whom a `calling` block names, else all who have no name). Raises
+        `ConfigurationError` for a single text instead of a list.
         """
         texts = list(require_list(texts))
         if self.composable:
             keys = frozenset(self.library.key(text) for text in texts)
-            self._hints.note(question, keys, caller)
+            self._hints.note(question, keys, named(caller))
             self._threads.submit(lambda: [self.library.get(key) for key in keys])
 
     def library_of(self, method: str | Method) -> Library:
@@ -405,7 +407,7 @@ class Engine:
         options = self._decoding(options, stop or ()) | {"seed": seed}
         ending = Ending(cancel)
         report = Report(chosen.name, ratio)
-        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question, self._hints, caller)
+        request = PrefillRequest(prompt, chosen, ratio, max_new_tokens, question, self._hints, named(caller))
         tokens = self._then_notify(self.answering.tokens(request, options, report, ending), report)
         return TextStream(tokens, self.backbone.tokenizer, report, stop or (), ending)
 
@@ -426,7 +428,7 @@ class Engine:
         report = Report(chosen.name, ratio)
         start = time.perf_counter()
         _check_prompt(prompt)
-        request = PrefillRequest(prompt, chosen, ratio, room, question, self._hints, caller)
+        request = PrefillRequest(prompt, chosen, ratio, room, question, self._hints, named(caller))
         result = self.answering.prefill(request, report)
         report.ttft = report.total = time.perf_counter() - start
         return result

@@ -19,6 +19,7 @@ from cacheclip_app.folder import Library, text_of
 from cacheclip_rag import Engine
 from cacheclip_rag.cli import main as cli
 from cacheclip_rag.kv.library import Library as KVLibrary
+from cacheclip_rag.store import files
 from cacheclip_rag.store.admin import Administration
 
 TOWNS = ["Arden", "Bellow", "Corwen", "Dunmore", "Elsted", "Farlow", "Glanton", "Hexley", "Ingram", "Jarvis"]
@@ -233,6 +234,52 @@ def test_an_interrupted_ingestion_goes_on_and_still_forgets(
     second = ingest(documents, home, model)
     assert (second["encoded"], second["removed"]) == (1, 1)
     assert "founded in 1800" not in kept(home) and "founded in 1999" in kept(home)
+
+
+def test_the_notes_of_an_ingestion_are_whole_wherever_it_ends(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it goes on from there, and leaves nothing of what is gone."""
+    documents, home, fill = tmp_path / "documents", tmp_path / "home", files.fill
+    documents.mkdir()
+    for number in range(10):
+        write(documents, number, 1800 + number)
+    words = ("ingest", documents, "--home", home, "--model", model, "--auxiliary", "none", "--json")
+    ingest(documents, home, model)
+    (documents / "Arden" / "lighthouse.txt").unlink()
+    for number in range(20):
+        left = [number]
+
+        def dies(path: Path, data: Any, sync: bool, left: list[int] = left) -> None:
+            if path.parent.name == "index" and not left[0]:
+                path.write_bytes(bytes(data)[: len(data) // 2])
+                monkeypatch.setattr(files, "discard", lambda path: None)  # as after SIGKILL
+                raise KeyboardInterrupt
+            left[0] -= path.parent.name == "index"
+            fill(path, data, sync)
+
+        monkeypatch.setattr(files, "fill", dies)
+        code = run(*words).exit_code
+        monkeypatch.undo()
+        for note in (home / "index").glob("*.json"):
+            assert json.loads(note.read_text()), note
+        if not code:
+            break
+    assert 3 < number < 19 and "founded in 1800" not in kept(home)
+    left_over = [p for p in (home / "index").iterdir() if p.is_file() and b"founded in 1800" in p.read_bytes()]
+    assert not left_over and not list((home / "index").glob(f"{files.TEMPORARY}*"))
+
+
+def test_notes_that_an_earlier_version_left_half_written_are_made_again(tmp_path: Path, model: str) -> None:
+    documents, home = tmp_path / "documents", tmp_path / "home"
+    documents.mkdir()
+    for number in range(3):
+        write(documents, number, 1800 + number)
+    ingest(documents, home, model)
+    (documents / "Arden" / "lighthouse.txt").unlink()
+    (home / "index" / "documents.json").write_text("")
+    assert (ingest(documents, home, model)["removed"], len(chunks(home))) == (1, 2)
+    assert "founded in 1800" not in kept(home)
 
 
 def test_what_is_gone_is_forgotten_for_every_model_and_chunk_size(tmp_path: Path, model: str) -> None:

@@ -11,6 +11,9 @@ import torch
 from tiny import PASSAGES, tiny_backbone
 
 from cacheclip_rag import ChunkKV, ChunkUse, Engine, Method, Report
+from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.kv.encode import Harvested
+from cacheclip_rag.kv.prefix_caching import DocumentTree, PrefixBlocks
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.methods.select.cacheclip import CacheClip
 from cacheclip_rag.methods.select.everything import Everything
@@ -86,6 +89,20 @@ def test_former_parameters_are_taken_and_warned_of() -> None:
     with pytest.warns(DeprecationWarning, match="prefix_cache"):
         mine = Method("mine", Everything(), exact=caching)  # type: ignore[call-arg]
     assert mine.prefix_cache == caching and mine.strategy == "prefix"
+
+
+def test_parameters_that_are_gone_are_ignored_and_warned_of() -> None:
+    with pytest.warns(DeprecationWarning, match="memory_bytes"):
+        assert PrefixBlocks(block=8, capacity_bytes=10) == PrefixBlocks(block=8)  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match="memory_bytes"):
+        assert DocumentTree(capacity_bytes=10) == DocumentTree()  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match="memory_bytes"):
+        assert Harvested(chunks=10) == Harvested()  # type: ignore[call-arg]
+    for old in ("prefix-cache:capacity_bytes=10", "ragcache:capacity_bytes=10", "cachecraft:chunks=10"):
+        with pytest.warns(DeprecationWarning, match="memory_bytes"):
+            assert resolve(old) == resolve(old.partition(":")[0])
+    with pytest.raises(ConfigurationError, match="capacity_bytes"):
+        resolve("naive:capacity_bytes=10")
 
 
 def test_former_methods_of_the_engine_answer_as_the_new_ones() -> None:

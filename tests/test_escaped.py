@@ -12,7 +12,7 @@ from tiny import PASSAGES, prompt_of, tiny_backbone
 
 from cacheclip_rag import Engine
 from cacheclip_rag.prompt import ChunkIndex, Layout, Span, escaped, outright
-from cacheclip_rag.prompt.layout import RUN_COST
+from cacheclip_rag.prompt.layout import OWN_RATIO, PASS_COST, RUN_COST
 
 LINE = "The lighthouse at Cape Morrow was built in 1874 by the engineer Ada Lindqvist of Visby"
 LONG = f'{LINE}, who "planned" it.\n{LINE[::-1]} — née\tin Zürich.\n\n{LINE.upper()}'
@@ -91,7 +91,7 @@ def test_a_prompt_is_prefilled_outright_when_reuse_gains_nothing() -> None:
     assert outright(layout_of((20, 400), (3, 300), (30, 0))) is None
     assert outright(layout_of((50, 0))) is None, "nothing to say where nothing is known"
     many = outright(layout_of(*[(20, RUN_COST)] * 30))
-    assert many is not None and "240 of 840 tokens" in many and "30 pieces" in many
+    assert many is not None and f"{30 * RUN_COST} of {600 + 30 * RUN_COST:,} tokens" in many and "30 pieces" in many
     assert outright(layout_of(*[(20, RUN_COST + 1)] * 30)) is None
 
 
@@ -100,6 +100,20 @@ def test_a_selection_that_computes_the_rest_twice_must_save_more_than_that() -> 
     assert outright(layout_of((900, 600)), passes=0.5) is None
     assert outright(layout_of((300, 600)), passes=1.0) is None
     assert outright(layout_of((900, 600)), passes=1.0, prefix=200) is None, "200 of them are there"
+
+
+def test_a_selection_s_pass_costs_something_however_few_its_tokens_are() -> None:
+    assert outright(layout_of((10, PASS_COST)), passes=0.1) is not None
+    assert outright(layout_of((10, PASS_COST + RUN_COST + 2)), passes=0.1) is None
+    assert outright(layout_of((10, RUN_COST + 1))) is None, "of a short prompt, too, without such a pass"
+
+
+def test_of_the_tokens_that_are_recomputed_those_of_methods_defaults_count() -> None:
+    layout = layout_of((20, 2 * RUN_COST), (20, 2 * RUN_COST))
+    assert outright(layout, passes=0.0, ratio=0.1) is None
+    layout = layout_of((20, 5 * RUN_COST // 4))
+    assert outright(layout, ratio=0.1) is None and outright(layout, ratio=OWN_RATIO) is not None
+    assert outright(layout_of((20, 2 * RUN_COST)), ratio=0.99) is None, "who asks for so much wants it"
 
 
 def test_missing_chunks_of_a_prompt_that_is_prefilled_in_full_are_encoded_again() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+
 import pytest
 
 from cacheclip_rag.prompt import Span
+from cacheclip_rag.serving.callers import calling, named
 from cacheclip_rag.serving.hints import Hints
 
 CONTEXT = "The lighthouse at Cape Morrow was built in 1874 by the engineer Ada Lindqvist."
@@ -73,6 +77,22 @@ def test_an_announcement_is_its_caller_s() -> None:
     assert both.question(PROMPT, SPANS, caller="two") == "the lighthouse, and when?"
     assert both.keys("two") == {"k0", "k1", "k2"}
     assert both.question(PROMPT, SPANS) is None and both.keys() == frozenset()
+
+
+def test_a_block_names_the_caller_of_what_names_none() -> None:
+    assert named(None) is None
+    with calling("one"):
+        assert (named(None), named("two")) == ("one", "two")
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(named, None).result() is None, "threads have a context of their own"
+            assert pool.submit(copy_context().run, named, None).result() == "one"
+        with pytest.raises(ValueError), calling(("two", 2)):
+            assert named(None) == ("two", 2)
+            raise ValueError
+        assert named(None) == "one"
+    assert named(None) is None
+    with pytest.raises(TypeError), calling(["two"]):
+        pass
 
 
 def test_the_latest_are_remembered() -> None:

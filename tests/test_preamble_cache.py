@@ -10,6 +10,8 @@ from cacheclip_rag.kv.preamble import WORTH, PreambleCache
 from cacheclip_rag.model.canvas import Canvas
 from cacheclip_rag.store import LRUCache, MemoryBudget
 
+ROOMY = MemoryBudget(1 << 30)
+
 
 def canvas(ids: Tensor) -> Canvas:
     """A canvas whose row j holds the number of the token there."""
@@ -42,7 +44,7 @@ def prefix(*parts: range) -> Tensor:
 def test_prefixes_that_extend_one_another_are_kept_once_and_within_their_bytes() -> None:
     ids = torch.arange(64)
     one = 2 * 2 * 4 * 4  # bytes of a row on that canvas: keys and values, two layers, four numbers of four bytes
-    cache = PreambleCache(capacity_bytes=100 * one)
+    cache = PreambleCache(MemoryBudget(100 * one))
     for length in (16, 32, 64):
         cache.keep(ids, length, canvas(ids))
     assert cache.nbytes == 64 * one
@@ -53,7 +55,7 @@ def test_prefixes_that_extend_one_another_are_kept_once_and_within_their_bytes()
 
 
 def test_the_longest_common_prefix_is_found() -> None:
-    cache = PreambleCache()
+    cache = PreambleCache(ROOMY)
     keep(cache, prefix(range(20)))
     keep(cache, prefix(range(12), range(100, 130)))
     assert longest(cache, prefix(range(20), range(500, 510))) == 20
@@ -64,13 +66,13 @@ def test_the_longest_common_prefix_is_found() -> None:
 
 
 def test_only_the_asked_for_rows_of_a_canvas_are_kept() -> None:
-    cache = PreambleCache()
+    cache = PreambleCache(ROOMY)
     keep(cache, prefix(range(40)), length=10)
     assert longest(cache, prefix(range(40))) == 10
 
 
 def test_short_prefixes_are_not_worth_it() -> None:
-    cache = PreambleCache()
+    cache = PreambleCache(ROOMY)
     keep(cache, prefix(range(WORTH - 1)))
     assert longest(cache, prefix(range(WORTH - 1))) == 0
     keep(cache, prefix(range(50)))
@@ -79,7 +81,7 @@ def test_short_prefixes_are_not_worth_it() -> None:
 
 
 def test_what_is_kept_is_a_copy() -> None:
-    cache, ids = PreambleCache(), prefix(range(20))
+    cache, ids = PreambleCache(ROOMY), prefix(range(20))
     made = canvas(ids)
     cache.keep(ids, 20, made)
     made.keys.zero_()
@@ -88,7 +90,7 @@ def test_what_is_kept_is_a_copy() -> None:
 
 
 def test_the_prefix_used_longest_ago_is_dropped() -> None:
-    cache = PreambleCache(size=3)
+    cache = PreambleCache(ROOMY, size=3)
     prefixes = [prefix(range(100 * n, 100 * n + 20)) for n in range(5)]
     for ids in prefixes[:3]:
         keep(cache, ids)
@@ -98,7 +100,7 @@ def test_the_prefix_used_longest_ago_is_dropped() -> None:
 
 
 def test_a_prefix_that_another_one_begins_with_is_not_kept_twice() -> None:
-    cache = PreambleCache(size=2)
+    cache = PreambleCache(ROOMY, size=2)
     other, long = prefix(range(500, 530)), prefix(range(50))
     keep(cache, other)
     keep(cache, long)
@@ -108,7 +110,7 @@ def test_a_prefix_that_another_one_begins_with_is_not_kept_twice() -> None:
 
 
 def test_prefixes_from_many_threads() -> None:
-    cache, errors = PreambleCache(size=4), []
+    cache, errors = PreambleCache(ROOMY, size=4), []
 
     def work(n: int) -> None:
         try:
@@ -127,7 +129,7 @@ def test_prefixes_from_many_threads() -> None:
 def test_preambles_and_chunks_share_one_budget() -> None:
     row = 2 * 2 * 4 * 4  # bytes, as above
     memory = MemoryBudget(100 * row)
-    cache, chunks = PreambleCache(memory=memory), LRUCache[str, object](memory, "chunks")
+    cache, chunks = PreambleCache(memory), LRUCache[str, object](memory, "chunks")
     keep(cache, prefix(range(40)))
     chunks.put("a", object(), 50 * row)
     assert memory.by_kind() == {"chunks": 50 * row, "preambles": 40 * row} and longest(cache, prefix(range(40))) == 40

@@ -33,7 +33,10 @@ from cacheclip_rag.methods.recompute.once import Once
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.prefill.compose import shared_positions
 from cacheclip_rag.prompt import Layout
+from cacheclip_rag.store import MemoryBudget
 
+NBYTES = 40
+"""Of a harvested variant made up here."""
 ALL = 1 - 1e-13  # everything that may be chosen, without the short cut that ratio 1 takes
 KINDS = ["llama", "qwen3", "mistral-sliding", "gemma3"]
 
@@ -312,12 +315,12 @@ def test_contextualisation_and_overhead_on_cases_by_hand():
 
 
 def variant(before: str, **inter: float) -> HarvestedVariant:
-    empty = torch.empty(0)
-    return HarvestedVariant(ChunkKV("", empty, empty, empty, empty, 0), tuple(before), inter, cci=0.8)
+    empty, keys = torch.empty(0), torch.zeros(NBYTES, dtype=torch.uint8)
+    return HarvestedVariant(ChunkKV("", empty, empty, keys, empty, 0), tuple(before), inter, cci=0.8)
 
 
 def test_the_variant_with_the_lowest_overhead_is_taken_and_caps_hold():
-    variants = HarvestedVariants(Harvested(chunks=2, variants=3))
+    variants = HarvestedVariants(Harvested(variants=3), MemoryBudget(4 * NBYTES))
     first, second, third = variant("ab", a=1.0, b=1.0), variant("ac", a=3.0, c=1.0), variant("")
     for v in (first, second, second):
         variants.add("x", v)
@@ -475,7 +478,7 @@ def test_blocks_go_deepest_first_under_a_cap_in_bytes():
     backbone = tiny_backbone()
     block = 2 * 4 * 2 * 16 * 16 * 4  # keys and values of 4 layers, 2 heads, 16 tokens, 16 dimensions, 4 bytes
     a, b = torch.arange(64), torch.cat([torch.arange(16), torch.arange(100, 148)])
-    cache = PrefixBlocks(capacity_bytes=5 * block).open()
+    cache = PrefixBlocks().open(MemoryBudget(5 * block))
     cache.keep(a, [], filled(backbone, 64), 0.0)
     assert cache.nbytes == 4 * block
     cache.keep(b, [], filled(backbone, 64), 0.0)  # shares one block, brings three: two of a's must go
@@ -486,7 +489,7 @@ def test_blocks_go_deepest_first_under_a_cap_in_bytes():
 
 
 def test_a_block_is_known_behind_its_own_beginning_only():
-    cache, backbone = PrefixBlocks().open(), tiny_backbone()
+    cache, backbone = PrefixBlocks().open(MemoryBudget(1 << 30)), tiny_backbone()
     for ids in (torch.arange(33), torch.arange(100, 133)):
         cache.keep(ids, [], filled(backbone, 33), 0.0)
     mixed = torch.cat([torch.arange(16), torch.arange(116, 133)])
@@ -500,7 +503,7 @@ class Tree:
 
     def __init__(self, documents: int) -> None:
         self.backbone, self.most = tiny_backbone(), documents * self.BYTES
-        self.cache = DocumentTree(capacity_bytes=self.most).open()
+        self.cache = DocumentTree().open(MemoryBudget(self.most))
 
     def found(self, path: str) -> int:
         return len(self.cache.longest(*self._prompt(path)))

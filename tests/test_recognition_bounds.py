@@ -24,9 +24,12 @@ from cacheclip_rag.prompt import (
     ChunkIndex,
     RenderedPrompt,
     Span,
+    align,
+    any_of,
     documents,
     recognise,
 )
+from cacheclip_rag.prompt.question import ends_of
 from cacheclip_rag.prompt.quoted import WholeTexts
 
 documents_module, quoted_module = sys.modules[documents.__module__], sys.modules[WholeTexts.__module__]
@@ -97,7 +100,7 @@ def test_the_work_is_bounded_by_the_prompt_s_length(name: str, monkeypatch: pyte
         tried.clear()
         prompt = (unit * (length // len(unit) + 1))[:length]
         spans = index.find(prompt, hints=[f"k{n}" for n in range(0, 500, 7)])
-        assert len(tried) <= MAX_TRIES + length // 64 + MAX_CANDIDATES + 2 * length / (ANCHOR_LENGTH // 2)
+        assert len(tried) <= MAX_TRIES + length // 64 + MAX_CANDIDATES + 2 * length / ANCHOR_LENGTH
         longest = max(map(len, texts))
         once = 4 * MAX_CANDIDATES * longest  # what the last place that is tried may cost
         assert index.compared <= MAX_COMPARED + COMPARED_EACH * length + 16 * length + once
@@ -121,6 +124,38 @@ def test_documents_look_at_each_control_token_once_for_each_stretch_it_touches(m
     found = documents(piece * 3000, spans, lambda span: False, CHATML)
     assert [(span.start, span.end) for span in found] == [(s.start, s.end - len(END)) for s in spans]
     assert len(looked) == 3000
+
+
+def test_a_beginning_that_many_control_tokens_share_is_looked_at_once() -> None:
+    many = [f"<SPECIAL_{number}>" for number in range(6000)]
+    assert any_of(many).pattern.count("SPECIAL") == 1
+    assert any_of(many).findall("<SPECIAL_6000><SPECIAL_59><SPECIAL_599><SPECIAL_SPECIAL_0>") == [many[59], many[599]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text("ab<|.\n", min_size=1, max_size=5)), st.text("ab<|.\n", max_size=60))
+def test_of_control_tokens_that_begin_alike_the_longest_is_found(tokens: list[str], text: str) -> None:
+    want, at = [], 0
+    while at < len(text):
+        here = max((token for token in tokens if text.startswith(token, at)), key=len, default="")
+        want += [here] if here else []
+        at += len(here) or 1
+    assert any_of(tokens).findall(text) == want
+
+
+@given(st.text("ab", min_size=1, max_size=4), st.text("ab", max_size=40), st.integers(0, 9), st.integers(0, 50))
+def test_ends_of_are_all_places_the_last_one_first(part: str, text: str, start: int, end: int) -> None:
+    want = [at + len(part) for at in range(start, len(text)) if text[:end].startswith(part, at)]
+    assert list(ends_of(part, text, start, min(end, len(text)))) == want[::-1]
+
+
+def test_a_chunk_that_stands_there_often_is_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = PromptTokenizer(byte_tokenizer()).tokenise("-" * 5000)
+    spans = [Span(n * 100, n * 100 + 90, "k0", 0) for n in range(50)]
+    looked = counted(monkeypatch, sys.modules[align.__module__], "_codes")
+    layout = align("-" * 5000, line.ids, line.offsets, spans, [(line.ids, line.offsets)] * 50)
+    assert int(layout.reusable.sum()) == 50 * 90
+    assert sum(len(offsets) for (offsets,) in looked) <= 2 * len(line)
 
 
 def test_numbers_of_removed_chunks_are_used_again() -> None:

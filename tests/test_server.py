@@ -193,12 +193,12 @@ def test_a_request_says_how_its_chunks_are_reused(served: Served) -> None:
         "cachecraft",
         "cacheclip",
         'naive:prefix="of a client\'s own"',
-        "prefix-cache:size=7",
-        "ragcache:nbytes=1",
+        "prefix-cache:block=7",
+        "ragcache:capacity_bytes=1",
     ],
 )
 def test_a_method_that_is_unknown_or_not_for_clients_is_400(served: Served, method: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"method|parameter|encode|Known"):
+    with pytest.raises(openai.BadRequestError, match=r"Known|no parameter|keeps the KV|auxiliary|KV of its own"):
         served.chat(extra_body={"cacheclip": {"method": method}})
     assert len(list(served.engine.collections)) == 1
 
@@ -347,12 +347,14 @@ def test_health_is_answered_while_the_model_is_busy(served: Served) -> None:
 
 
 async def test_many_at_once_get_the_answers_of_one_after_another(served: Served) -> None:
-    client = openai.AsyncOpenAI(base_url=served.url, api_key="red", max_retries=0)
+    clients = [openai.AsyncOpenAI(base_url=served.url, api_key=key, max_retries=0) for key in KEYS]
 
     async def ask(number: int, stream: bool) -> str:
         chosen = [PASSAGES[number % 5], PASSAGES[(number * 2 + 1) % 5], f"{QUESTION} {number}"]
         messages: Any = [{"role": "user", "content": "\n\n".join(chosen)}]
-        answer = await client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, stream=stream)
+        answer = await clients[number % 3 % 2].chat.completions.create(
+            model="tiny", messages=messages, max_tokens=4, stream=stream
+        )
         if not stream:
             return str(answer.choices[0].message.content)
         return "".join([piece.choices[0].delta.content or "" async for piece in answer])
@@ -360,6 +362,7 @@ async def test_many_at_once_get_the_answers_of_one_after_another(served: Served)
     alone = [await ask(number, False) for number in range(12)]
     together = await asyncio.gather(*(ask(number, bool(number % 2)) for number in range(12)))
     assert together == alone and len(set(alone)) > 3
+    assert served.engines.of("zenith").stats().requests == 8
 
 
 @pytest.mark.parametrize("stream", [False, True])

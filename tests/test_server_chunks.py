@@ -49,7 +49,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 
 def test_chunks_are_added_once(served: Served) -> None:
-    texts = [PASSAGES[0], "short", PASSAGES[1], PASSAGES[0], "y" * 5000]
+    texts = [PASSAGES[0], "short", PASSAGES[1], PASSAGES[0], "y" * 5000, "short"]
     with served.client() as client:
         first, again = client.add(texts), client.add(texts)
         assert (first.encoded, first.kept) == (2, 0) and (again.encoded, again.kept) == (0, 2)
@@ -59,6 +59,19 @@ def test_chunks_are_added_once(served: Served) -> None:
         stats = client.stats()
         assert stats.chunks == 2 and stats.bytes > 0
         assert client.add([]) == Added()
+
+
+def test_chunks_are_fused_with_their_neighbours(served: Served) -> None:
+    with served.client() as client:
+        client.add(PASSAGES[:3])
+        done = client.fuse({PASSAGES[1]: PASSAGES[:1], PASSAGES[2]: ["nobody has added this"]})
+        assert done.encoded == 1 and [one.index for one in done.skipped] == [1]
+        again = client.fuse({PASSAGES[1]: PASSAGES[:1]})
+        assert (again.encoded, again.kept) == (0, 1)
+        assert client.stats().fused == 1
+        assert client.fuse() == Added()  # no prompts have come
+        client.forget(PASSAGES[:1])
+        assert client.stats().fused == 0
 
 
 @pytest.mark.parametrize("document", ["handbook.md", "a/../b c?#%2F", "ä", "x" * 1024])
@@ -117,9 +130,8 @@ def test_a_body_that_is_wrong_is_refused_and_changes_nothing(served: Served, bod
     for method, path in (("POST", "chunks"), ("PUT", "documents/one"), ("POST", "chunks/forget"), ("DELETE", "chunks")):
         if path != "chunks" and isinstance(body, dict) and "document" in body:
             body = {**body, "tenant": ""}
-        answer = httpx.request(
-            method, f"{served.url}/{path}", content=json.dumps(body), headers={"Authorization": "Bearer red"}
-        )
+        headers = {"Authorization": "Bearer red", "Content-Type": "application/json"}
+        answer = httpx.request(method, f"{served.url}/{path}", content=json.dumps(body), headers=headers)
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error", answer.text
     assert served.known() == served.known("zenith") == []
 

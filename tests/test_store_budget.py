@@ -142,19 +142,6 @@ def test_whatever_is_kept_in_memory_shares_its_cap() -> None:
     assert preambles.put("q", "KV", 3 * NBYTES) and store.stats().entries == 1 and store.stats().evicted == 3
 
 
-def test_a_cache_has_a_cap_of_its_own_as_well() -> None:
-    memory = MemoryBudget(100)
-    cache, other = LRUCache[int, int](memory, "one", cap=30), LRUCache[int, int](memory, "other")
-    assert other.put(0, 0, 60)
-    for number in range(5):
-        assert cache.put(number, number, 10)
-    assert [key for key, _ in cache.items()] == [2, 3, 4] and cache.nbytes == 30 and 0 in other
-    assert cache.put(5, 5, 31) is False and other.put(1, 1, 101) is False
-    assert cache.put(4, 44, 20) and cache.nbytes == 30 and cache.get(4) == 44 and cache.pop(3) == 3
-    cache.clear()
-    assert memory.nbytes == 60
-
-
 def test_a_cache_that_is_gone_takes_no_room() -> None:
     memory = MemoryBudget(100)
     cache = LRUCache[int, Any](memory, "one")
@@ -178,7 +165,7 @@ def test_an_ingestion_into_memory_leaves_other_holders_what_they_have_only_as_fa
 def test_many_threads_keep_the_budget() -> None:
     memory, over = MemoryBudget(20 * NBYTES), list[int]()
     stores = [MemoryStore(memory) for _ in range(3)]
-    cache = LRUCache[int, int](memory, "others", cap=5 * NBYTES)
+    cache = LRUCache[int, int](memory, "others")
 
     def work(number: int) -> None:
         namespace = Namespace({**MODEL.fields, "model": str(number)})

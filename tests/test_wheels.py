@@ -25,6 +25,7 @@ MADE = {
     "cacheclip_rag": ["cacheclip_rag", "tools/cacheclip_app", "tools/cacheclip_eval"],
     "langchain_cacheclip": ["integrations/langchain-cacheclip/langchain_cacheclip"],
     "llama_index_llms_cacheclip": ["integrations/llama-index-llms-cacheclip/llama_index"],
+    "vllm_cacheclip": ["integrations/vllm-cacheclip/cacheclip_vllm"],
 }
 """The folders of packages in each distribution."""
 
@@ -60,7 +61,9 @@ def run(*command: object, cwd: Path | None = None) -> str:
 
 def listed() -> list[str]:
     """The folders that `make wheels` builds."""
-    [folders] = re.findall(r"^DISTRIBUTIONS = (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    [folders] = re.findall(
+        r"^DISTRIBUTIONS = (.*)$", (ROOT / "Makefile").read_text("utf-8").replace("\\\n", " "), re.MULTILINE
+    )
     return folders.split()
 
 
@@ -76,11 +79,11 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def fresh(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheels; behind them, the packages of this one."""
+    """An environment with the wheels, but for the one that needs vLLM; behind them, the packages of this one."""
     home = tmp_path_factory.mktemp("fresh")
     venv.create(home, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "-q"]
-    run(*pip, "--no-index", "--no-deps", *wheels.values())
+    run(*pip, "--no-index", "--no-deps", *(wheels[name] for name in MADE if name != "vllm_cacheclip"))
     [packages] = home.glob("lib/python*/site-packages")
     here = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     (packages / "behind.pth").write_text("\n".join(here))  # whose own .pth files, of editable installs, are not read

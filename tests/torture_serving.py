@@ -1,4 +1,4 @@
-"""Interrupts and forks at random moments: ``python tests/torture_serving.py`` (minutes).
+"""Interrupts and forks at random moments.
 
 `test_forks.py` and `test_interrupts.py` run shorter versions. Only public functions of an engine are called; what it
 answers is compared with what it answers undisturbed.
@@ -6,13 +6,10 @@ answers is compared with what it answers undisturbed.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -281,29 +278,3 @@ def forks(folder: Path, rounds: int, seed: int = 0, threads: int = 3) -> Tally:
             if thread.is_alive():
                 tally.failed.append("a thread of the parent hangs")
     return tally
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Interrupt and fork a busy engine; count what is lost or hangs.")
-    parser.add_argument("--interrupts", type=int, default=2_000)
-    parser.add_argument("--forks", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    options = parser.parse_args()
-    logging.disable()
-    torch.set_num_threads(1)
-    print(f"seed {options.seed}", flush=True)
-    good = True
-    with tempfile.TemporaryDirectory(prefix="torture-") as name:
-        for title, run in {
-            "interrupts": lambda: interrupts(options.interrupts, options.seed),
-            "forks": lambda: forks(Path(name), options.forks, options.seed),
-        }.items():
-            start = time.monotonic()
-            tally = run()
-            good &= tally.good
-            print(f"{title} ({time.monotonic() - start:.0f} s): {tally}", flush=True)
-    return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -38,20 +38,36 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all addresses.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
-        list[str] | None, typer.Option(metavar="KEY[=TENANT]", help="Who may ask, and whose chunks that are.")
+        list[str] | None,
+        typer.Option(metavar="KEY[=TENANT]", help="Who may ask, and whose chunks that are.", show_default="none"),
     ] = None,
-    api_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, one a line.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, one a line.", show_default="none")
+    ] = None,
     store: store_cli.Folder = store_cli.DEFAULT,
-    method: Annotated[str | None, typer.Option(help="Default: cacheclip with an auxiliary model, else auto.")] = None,
-    auxiliary: Annotated[str | None, typer.Option(help="A small model that selects tokens; default: none.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How tokens to recompute are chosen.", show_default="cacheclip with an auxiliary model, else auto"
+        ),
+    ] = None,
+    auxiliary: Annotated[
+        str | None, typer.Option(help="A small model that selects tokens.", show_default="none")
+    ] = None,
     secret_file: store_cli.Secret = None,
-    remote: Annotated[str, typer.Option(metavar="URL", help="A remote store, as in s3://bucket/kv.")] = "",
+    remote: Annotated[
+        str, typer.Option(metavar="URL", help="A remote store, as in s3://bucket/kv.", show_default="none")
+    ] = "",
     kv_dtype: Annotated[str, typer.Option(help="The dtype of stored KV: auto or int8.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cap: Annotated[
-        str | None, typer.Option(help="The most that KV may take on the disk; default: 32GiB, or twice what is there.")
+        str | None,
+        typer.Option(help="The most that KV may take on the disk.", show_default="32GiB, or twice what is there"),
     ] = None,
+    fuse_when_idle: Annotated[
+        bool, typer.Option("--fuse-when-idle", help="While nothing is asked, fuse chunks that prompts held together.")
+    ] = False,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="This library's own engine, also where vLLM is installed.")
     ] = False,
@@ -59,12 +75,14 @@ def serve(
     """Answer over HTTP as OpenAI's API does, from documents that clients put there.
 
     Where vLLM and vllm-cacheclip are installed, vLLM serves, and takes its own options here. Elsewhere, and with
-    --embedded, this library's engine does, one request at a time: pip install 'cacheclip-rag[serve]'.
+    --embedded, this library's engine does, one request at a time: pip install 'cacheclip-rag\\[serve]'.
 
     Then: curl -X PUT localhost:8000/v1/documents/ID -H 'Content-Type: application/json' -d '{"texts": ["..."]}'
     """
     if not embedded and find_spec("vllm") is not None and find_spec("cacheclip_vllm") is not None:
         options: dict[str, Any] = {"store": str(store.expanduser().absolute()), "kv_dtype": kv_dtype}
+        if fuse_when_idle:
+            options["fuse_when_idle"] = True
         if cap is not None:
             options["disk_bytes"] = store_cli.nbytes(cap)
         options |= {name: value for name, value in (("method", method), ("remote", remote)) if value}
@@ -104,6 +122,7 @@ def serve(
                 tenant=tenant,
                 secret=store_cli.secret_of(secret_file, store),
                 remote=remote or None,
+                fuse_when_idle=fuse_when_idle,
                 kv_dtype=cast(Any, kv_dtype),  # Engine checks it
             )
 
@@ -125,6 +144,8 @@ _OWN = (
     "--cap",
 )
 """Options of ours with a value. All others are vLLM's."""
+_SWITCHES = ("--fuse-when-idle", "--embedded")
+"""Options of ours without a value."""
 
 
 def _others(arguments: Sequence[str], model: str) -> list[str]:
@@ -134,7 +155,7 @@ def _others(arguments: Sequence[str], model: str) -> list[str]:
         name, equals, _ = argument.partition("=")
         if skip or name in _OWN:
             skip = not skip and not equals
-        else:
+        elif name not in _SWITCHES:
             left.append(argument)
     left.remove(model)
     return left

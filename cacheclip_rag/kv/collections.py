@@ -27,12 +27,12 @@ class Collection:
     preambles of prompts with these chunks.
     """
 
-    def __init__(self, library: Library, memory: MemoryBudget | None = None) -> None:
+    def __init__(self, library: Library, memory: MemoryBudget) -> None:
         self.library = library
         self.variants = FusedVariants(library)
         encoder = library.encoder
-        self.harvested = HarvestedVariants(encoder) if isinstance(encoder, Harvested) else None
-        self.preambles = PreambleCache(memory=memory)
+        self.harvested = HarvestedVariants(encoder, memory) if isinstance(encoder, Harvested) else None
+        self.preambles = PreambleCache(memory)
 
     def drop(self, text: str, name: str) -> None:
         """Delete a chunk's KV; ``name`` is its key in the index. Fused variants are left to `Library.forget`."""
@@ -83,7 +83,7 @@ class Collections:
         """The prefix cache of this kind, opened if need be."""
         with self._lock:
             if caching not in self._prefix_caches:
-                self._prefix_caches[caching] = caching.open()
+                self._prefix_caches[caching] = caching.open(self._place.memory)
             return self._prefix_caches[caching]
 
     def __iter__(self) -> Iterator[Collection]:
@@ -92,15 +92,8 @@ class Collections:
             return iter(list(self._opened.values()))
 
     def memory_by_kind(self) -> dict[str, int]:
-        """Bytes of KV in memory by kind. Chunks and preambles share one budget; prefix caches and harvested variants
-        have caps of their own.
-        """
-        kinds = self._place.memory.by_kind()
-        with self._lock:
-            caches = list(self._prefix_caches.values())
-        kinds["prefix caches"] = sum(cache.nbytes for cache in caches)
-        kinds["harvested variants"] = sum(each.harvested.nbytes for each in self if each.harvested is not None)
-        return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
+        """Bytes of KV in memory by kind; together they are within the place's budget."""
+        return self._place.memory.by_kind()
 
     def libraries(self) -> list[Library]:
         """The libraries opened so far, the auxiliary model's last."""
@@ -152,7 +145,8 @@ class Collections:
     def clear_prefix_caches(self) -> None:
         """Empty all prefix caches: they may contain any text."""
         with self._lock:
-            self._prefix_caches.clear()
+            for cache in self._prefix_caches.values():
+                cache.clear()
 
     def _lose(self, gone: Container[str], forgotten: bool) -> list[str]:
         """Drop the texts whose KV had one of these keys and is in no library any more, or, if another process has

@@ -19,18 +19,16 @@ WORTH = 8
 
 
 class PreambleCache:
-    """KV of the ``size`` most recently used preambles (the prompt's tokens before its first chunk), at most
-    ``capacity_bytes`` in total, and within the ``memory`` budget shared with stored chunks, if one is given.
+    """KV of at most ``size`` preambles (the prompt's tokens before its first chunk), the most recently used ones,
+    within the ``memory`` budget.
 
     This is prefix caching as in vLLM and SGLang, for the one prefix that RAG prompts share. A preamble that is itself
     the beginning of another one is not kept beside it. Thread-safe.
     """
 
-    def __init__(self, size: int = 8, capacity_bytes: int = 1 << 30, memory: MemoryBudget | None = None) -> None:
+    def __init__(self, memory: MemoryBudget, size: int = 8) -> None:
         self._size = size
-        self._kept: LRUCache[tuple[int, ...], tuple[Tensor, Tensor]] = LRUCache(
-            memory or MemoryBudget(capacity_bytes), "preambles", capacity_bytes
-        )
+        self._kept: LRUCache[tuple[int, ...], tuple[Tensor, Tensor]] = LRUCache(memory, "preambles")
         self._lock = threading.Lock()
 
     @property

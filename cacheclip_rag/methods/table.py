@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from .. import spec
-from ..deprecation import warn
+from ..deprecation import warn, warn_dropped
 from ..errors import ConfigurationError
 from ..kv.encode import Blanks, Harvested, Isolated, WithActivations
 from ..kv.fit import Fit, LongestPath, Nearest, Ordered
@@ -250,6 +250,10 @@ def _changed(method: Method, name: str, value: Any) -> Method:
         warn(f"the parameter {name}", RENAMED[name], stacklevel=4)
         name = RENAMED[name]
     parts = {part: getattr(method, part) for part in _PARTS if getattr(method, part) is not None}
+    for part in parts.values():
+        if instead := getattr(part, "dropped", {}).get(name):
+            warn_dropped(f"the parameter {name}", instead, stacklevel=4)
+            return method
     takers = {p: v for p, v in parts.items() if name in {f.name for f in dataclasses.fields(v)}}
     if not takers and name not in _OWN:
         valid = ", ".join(sorted({*_OWN, FUSED, *spec.parameters(list(parts.values()))}))

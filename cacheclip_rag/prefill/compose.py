@@ -281,7 +281,8 @@ def _outright(asked: PrefillRequest, layout: Layout, collection: Collection) -> 
         return None
     kept = collection.preambles.longest(layout.ids)
     prefix = 0 if kept is None else min(kept[0].shape[2], _first(layout.reusable, len(layout)))
-    return outright(layout, getattr(asked.method.select, "passes", 0.0) if asked.ratio else 0.0, prefix)
+    passes = getattr(asked.method.select, "passes", 0.0) if asked.ratio else 0.0
+    return outright(layout, passes, prefix, asked.ratio)
 
 
 def shared_positions(layout: Layout) -> Tensor:

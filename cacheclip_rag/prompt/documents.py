@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
+from itertools import groupby, takewhile
 
 from ..chunks import MIN_CHARS
 from .index import Span
@@ -54,9 +56,42 @@ def documents(
     return found
 
 
+def inside(prompt: str, control: Collection[str], opening: str, closing: str) -> Stretch:
+    """What of a finished prompt may be documents as a whole: all but the chat template's control tokens at both ends,
+    so that a document which reproduces the prompt's beginning or end does not turn them into text.
+
+    It begins behind the control tokens that the prompt and ``opening`` have in common, or behind all of ``opening``,
+    and ends before ``closing``. Where either is missing, the prompt may begin or end with a document: it is all of it.
+    """
+    most = min(len(prompt), len(opening))
+    alike = next((n for n, (a, b) in enumerate(zip(prompt, opening, strict=False)) if a != b), most)
+    tokens = any_of(control).finditer(opening, 0, alike)
+    left = alike if alike == len(opening) else max((token.end() for token in tokens), default=0)
+    right = len(prompt) - len(closing)
+    return (left, right) if 0 < left <= right and prompt.endswith(closing) else (0, len(prompt))
+
+
 def any_of(control: Collection[str]) -> re.Pattern[str]:
     """Matches any of these tokens, the longest first, since one may begin with another; of none nothing."""
-    return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+    return _any_of(frozenset(control))
+
+
+@lru_cache(maxsize=16)
+def _any_of(control: frozenset[str]) -> re.Pattern[str]:
+    return re.compile(_branches(sorted(control - {""})) or r"(?!)")
+
+
+def _branches(tokens: Sequence[str]) -> str:
+    """A pattern of these sorted tokens in which no two branches begin alike: some models have thousands of control
+    tokens that do, and an alternation would try them one by one.
+    """
+    branches = []
+    for _, group in groupby(filter(None, tokens), key=lambda token: token[0]):
+        alike = list(group)
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(alike[0], alike[-1], strict=False))
+        size = sum(1 for _ in shared)
+        branches.append(re.escape(alike[0][:size]) + _branches([token[size:] for token in alike]))
+    return f"(?:{'|'.join(branches)}){'' if tokens[0] else '?'}" if branches else ""
 
 
 def _inside(start: int, end: int, stretches: Sequence[Stretch]) -> bool:

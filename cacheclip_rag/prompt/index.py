@@ -58,6 +58,7 @@ class ChunkIndex:
         self._tries = self._most = 0  # matches that may still be tried, characters that may be compared for them
         self._shared: list[int] = []  # where it holds windows that more than MAX_CANDIDATES chunks share
         self._hinted: dict[int, list[int]] | None = None  # places of the hinted chunks' windows
+        self._few: dict[int, list[int]] = {}  # those of windows of many chunks that are looked at
         self.compared = 0
         """Characters that the last `find` compared."""
         self._lock = threading.RLock()
@@ -138,11 +139,10 @@ class ChunkIndex:
         with self._lock:
             self._tries = MAX_TRIES + len(prompt) // 64
             self.compared, self._most = 0, MAX_COMPARED + COMPARED_EACH * len(prompt)
-            self._shared, self._hinted = [], None
+            self._shared, self._hinted, self._few = [], None, {}
             spans = self._scan(prompt, 0, len(prompt), hints, common=False)
             if not self._shared:
                 return spans
-            self._shared = sorted(set(self._shared))
             gaps, last = [], 0
             for span in spans:
                 gaps.append((last, span.start))
@@ -162,31 +162,42 @@ class ChunkIndex:
 
     def _scan(self, prompt: str, start: int, end: int, hints: Collection[str], common: bool) -> list[Span]:
         spans: list[Span] = []
+        anchors, shared = self._anchors, self._shared
         last = position = start
         while position <= end - ANCHOR_LENGTH:
             if common:  # the other windows have been looked at
-                at = bisect_left(self._shared, position)
-                if at == len(self._shared) or (position := self._shared[at]) > end - ANCHOR_LENGTH:
+                at = bisect_left(shared, position)
+                if at == len(shared) or (position := shared[at]) > end - ANCHOR_LENGTH:
                     break
-            elif hash(prompt[position : position + ANCHOR_LENGTH]) not in self._anchors:
+            known = anchors.get(hash(prompt[position : position + ANCHOR_LENGTH]))
+            if known is None:  # nearly always, so this is all that text costs
                 position += 1
-                continue  # nearly always, so this is all that text costs
-            found = self._longest(prompt, position, last, end, hints, common)
+                continue
+            if not (common or isinstance(known, int)) and len(known) > MAX_CANDIDATES:  # left to the second pass
+                shared.append(position)
+                position += 1
+                continue
+            found = self._longest(prompt, position, known, last, end, hints)
             if found is None:
-                # A chunk's next anchor is twice as far.
-                position += 1 if self._tries > 0 else ANCHOR_LENGTH // 2
+                # A chunk that begins on the way has its second anchor behind it.
+                position += 1 if self._tries > 0 else ANCHOR_LENGTH
                 continue
             # A neighbour that overlaps a chunk holds its first lines and the blank ones before: its match begins a
             # little earlier and ends soon. A part of a chunk therefore gives way to a longer match inside it.
-            ahead = position + 1
-            while ahead <= found.end - ANCHOR_LENGTH and not self.whole(found) and self._tries > 0:
-                if hash(prompt[ahead : ahead + ANCHOR_LENGTH]) in self._anchors:
-                    other = self._longest(prompt, ahead, last, end, hints, common, besides=found)
+            ahead, part = position + 1, not self.whole(found)
+            while part and ahead <= found.end - ANCHOR_LENGTH and self._tries > 0:
+                known = anchors.get(hash(prompt[ahead : ahead + ANCHOR_LENGTH]))
+                if known is None:
+                    pass
+                elif not (common or isinstance(known, int)) and len(known) > MAX_CANDIDATES:
+                    shared.append(ahead)
+                else:
+                    other = self._longest(prompt, ahead, known, last, end, hints, besides=found)
                     if other is not None and self._better(other, found, hints):
                         if other.start - found.start >= MIN_CHARS:
                             spans.append(Span(found.start, other.start, found.key, found.offset))
                             last = other.start
-                        found = other
+                        found, part = other, not self.whole(other)
                 ahead += 1
             spans.append(found)
             last = position = found.end
@@ -205,24 +216,18 @@ class ChunkIndex:
         self,
         prompt: str,
         position: int,
+        known: int | dict[int, None],
         left: int,
         right: int,
         hints: Collection[str],
-        common: bool,
         besides: Span | None = None,
     ) -> Span | None:
-        """The best match through the window at ``position``, if it is worth it; another one than ``besides``."""
-        window = hash(prompt[position : position + ANCHOR_LENGTH])
-        known = self._anchors.get(window)
-        if known is None:
-            return None
+        """The best match through the window at ``position``, whose places are ``known``, if it is worth it; another one
+        than ``besides``.
+        """
         places: Collection[int] = (known,) if isinstance(known, int) else known
         if len(places) > MAX_CANDIDATES:
-            if not common:
-                self._shared.append(position)
-                return None
-            hinted = self._hinted_places(hints).get(window, [])
-            places = [*hinted[:MAX_CANDIDATES], *islice(places, max(0, MAX_CANDIDATES - len(hinted)))]
+            places = self._few_of(places, prompt[position : position + ANCHOR_LENGTH], hints)
         if besides is not None:  # that window of it gives the same match again
             number, offset = self._numbers[besides.key], besides.offset + position - besides.start
             places = [p for p in places if p != number << 32 | offset]
@@ -244,18 +249,23 @@ class ChunkIndex:
                 best, found = rank, Span(start, end, key, offset)
         return found
 
-    def _hinted_places(self, hints: Collection[str]) -> dict[int, list[int]]:
-        """The places of the hinted chunks' windows, by hash."""
+    def _few_of(self, places: Collection[int], window: str, hints: Collection[str]) -> Collection[int]:
+        """The places of a window that are looked at although there are more: those of hinted chunks, then the first."""
         if self._hinted is None:
             self._hinted = {}
             for key in hints:
                 if key in self._texts:
                     for anchor, place in self._places(self._texts[key], self._numbers[key]):
                         self._hinted.setdefault(anchor, []).append(place)
-        return self._hinted
+        if (few := self._few.get(hash(window))) is None:
+            hinted = self._hinted.get(hash(window), [])[:MAX_CANDIDATES]
+            few = self._few[hash(window)] = [*hinted, *islice(places, MAX_CANDIDATES - len(hinted))]
+        return few
 
     def _extend(self, prompt: str, position: int, place: int, left: int, right: int) -> tuple[int, int] | None:
-        """Where the longest match through the window at ``position`` begins and ends, within ``[left, right)``."""
+        """Where the longest match through the window at ``position`` begins and ends, within ``[left, right)``; None if
+        it is too short to count.
+        """
         key, offset = self._keys[place >> 32], place & 0xFFFFFFFF
         if key is None:
             return None
@@ -275,6 +285,13 @@ class ChunkIndex:
             else:
                 limit, step, grows = after + size - 1, max(1, size // 2), False
         before, limit, step, grows = 0, min(offset, position - left), ANCHOR_LENGTH, True
+        needed = MIN_CHARS - after
+        if needed > 0:
+            self.compared += needed
+            if needed > limit or not text.startswith(prompt[position - needed : position], offset - needed):
+                self.compared += compared
+                return None
+            before = needed
         while before < limit:
             size = min(step, limit - before)
             compared += size

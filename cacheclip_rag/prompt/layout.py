@@ -11,13 +11,12 @@ from torch import Tensor
 
 from .index import Span
 
-RUN_COST = 8
-"""What putting one piece of stored KV in its place costs, in tokens that are computed; measured it is between less than
-one (a model of half a billion parameters on a CPU) and ten (on a GPU)."""
-
-
-SHORT = 512
-"""Tokens of a prompt below which it matters little how it is prefilled."""
+RUN_COST, PASS_COST = 8, 64
+"""What putting one piece of stored KV in its place costs, and what a selection's pass of the model costs besides its
+tokens, both in tokens that are computed (`python benchmarks/outright.py`)."""
+OWN_RATIO = 0.2
+"""The share of chunk tokens that methods recompute by default, at most; who asks for more wants it, however long it
+takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +63,16 @@ class Layout:
         ]
 
 
-def outright(layout: Layout, passes: float = 0.0, prefix: int = 0) -> str | None:
+def outright(layout: Layout, passes: float = 0.0, prefix: int = 0, ratio: float = 0.0) -> str | None:
     """Why full prefill of this prompt is faster than reuse, or None if it is not.
 
     Tokens without stored KV are computed ``passes`` more times than once: 1 for a selection that first runs them
     through the whole model, less if it stops at a depth. The KV of the first ``prefix`` tokens is there from an earlier
-    prompt. The recompute ratio does not count, since whoever asks for a high one wants it. None for short prompts.
+    prompt. ``ratio`` of the tokens with stored KV is recomputed, of which `OWN_RATIO` counts.
     """
     count, reusable, runs = len(layout), int(layout.reusable.sum()), len(layout.runs())
-    saved = prefix + reusable - passes * (count - reusable - prefix)
-    if not reusable or count < SHORT or saved > RUN_COST * runs:
+    saved = prefix + reusable * (1 - min(ratio, OWN_RATIO)) - passes * (count - reusable - prefix)
+    if not reusable or saved > RUN_COST * runs + PASS_COST * (passes > 0):
         return None
     return (
         f"full prefill: {reusable:,} of {count:,} tokens have stored KV, in {runs:,} pieces; "
@@ -100,6 +99,7 @@ def align(
     token = np.full(count, -1, dtype=np.int64)
     edge = np.zeros(count, dtype=bool)
     characters = offsets.numpy()
+    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # each chunk's codes and their order: it may stand there often
     starts = np.searchsorted(characters[:, 0], [span.start for span in spans])
     stops = np.searchsorted(characters[:, 0], [span.end for span in spans])
     for number, (span, stored) in enumerate(zip(spans, tokens, strict=True)):
@@ -107,8 +107,10 @@ def align(
         if stored is None or rows.start == rows.stop or not len(stored[0]):
             continue
         mine = _codes(characters[rows] - (span.start - span.offset))
-        theirs = _codes(stored[1].numpy())
-        order = np.argsort(theirs, kind="stable")
+        if id(stored[1]) not in known:
+            codes = _codes(stored[1].numpy())
+            known[id(stored[1])] = codes, np.argsort(codes, kind="stable")
+        theirs, order = known[id(stored[1])]
         place = order[np.searchsorted(theirs, mine, sorter=order).clip(max=len(theirs) - 1)]
         same = (theirs[place] == mine) & (stored[0].numpy()[place] == ids.numpy()[rows])
         same &= characters[rows, 1] <= span.end

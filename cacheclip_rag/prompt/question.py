@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +12,9 @@ from .documents import any_of
 from .index import Span
 from .layout import Layout
 from .rendered import Stretch, contents, joined, without
+
+_LETTER = re.compile(r"[^\W_]")
+"""A letter or a digit, of any script."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ def find_question(
     if known and known.strip():
         known = known.strip()
         for start, end in [*reversed(without(own or (), chunks)), *reversed(gaps)]:
-            if (at := prompt.rfind(known, start, end)) >= 0:
-                return Question(known, at, at + len(known))
+            if (stop := next(ends_of(known, prompt, start, end), None)) is not None:
+                return Question(known, stop - len(known), stop)
         return Question(known)
     if own:
         return _of_messages(prompt, own, chunks)
@@ -55,6 +59,18 @@ def find_question(
         if _says(text):
             return Question(text, start, end)
     return _last_words(prompt)
+
+
+def ends_of(part: str, text: str, start: int, end: int) -> Iterator[int]:
+    """Where ``part`` ends in ``[start, end)`` of a text, the last place first.
+
+    Backwards with `str.find`, since `str.rfind` takes the product of both lengths for text that repeats itself.
+    """
+    part, text = part[::-1], text[start:end][::-1]
+    at = text.find(part)
+    while at >= 0:
+        yield end - at
+        at = text.find(part, at + 1)
 
 
 def _of_messages(prompt: str, own: Sequence[Stretch], chunks: Sequence[Stretch]) -> Question:
@@ -74,7 +90,7 @@ def _of_messages(prompt: str, own: Sequence[Stretch], chunks: Sequence[Stretch])
 
 
 def _says(text: str) -> bool:
-    return any(character.isalnum() for character in text)
+    return _LETTER.search(text) is not None
 
 
 def _last_words(prompt: str) -> Question:

@@ -13,6 +13,8 @@ from .rendered import Stretch
 _MODULI = (2**31 - 1, 2**31 - 19)
 _BEGINNING = 64
 """Beginnings of this length are looked for first: nearly all of a prompt begins no text."""
+_BLOCK = 1 << 15
+"""Places that are looked at together: so many fit into a core's cache."""
 
 Numbers = NDArray[np.uint64]
 
@@ -29,7 +31,7 @@ class WholeTexts:
 
     def __init__(self) -> None:
         self._texts: dict[str, tuple[str, dict[int, int]]] = {}
-        self._table: tuple[Numbers, Numbers, NDArray[np.int64]] | None = None
+        self._table: tuple[Numbers, list[tuple[Numbers, NDArray[np.int64]]]] | None = None
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -40,8 +42,8 @@ class WholeTexts:
         for bit in reversed(range(len(text).bit_length())):
             if len(text) >> bit & 1:
                 lengths.append(len(text) >> bit << bit)
-        places = np.zeros(len(lengths), dtype=np.int64)
-        self._texts[key] = text, dict(zip(lengths, _hashes(sums, places, np.array(lengths)).tolist(), strict=True))
+        hashes = _hashes(sums, _starts(sums, np.zeros(1, dtype=np.int64)), np.array(lengths))
+        self._texts[key] = text, dict(zip(lengths, hashes.tolist(), strict=True))
         self._table = None
 
     def remove(self, key: str) -> None:
@@ -52,17 +54,10 @@ class WholeTexts:
         """The characters of the prompt where one of the texts stands, in disjoint stretches and in order."""
         if not self._texts or len(prompt) < _BEGINNING:
             return []
-        beginnings, known, longest = self._tables()
         sums = _sums(prompt)
-        places = np.arange(len(prompt) - _BEGINNING + 1)
-        places = places[_among(_hashes(sums, places, np.full(len(places), _BEGINNING)), beginnings)[0]]
-        lengths, found = np.zeros(len(places), dtype=np.int64), np.zeros(len(places), dtype=np.int64)
-        for bit in reversed(range(max(len(text) for text, _ in self._texts.values()).bit_length())):
-            rows = np.flatnonzero(places + lengths + (1 << bit) <= len(prompt))
-            tried = lengths[rows] + (1 << bit)
-            hit, at = _among(_hashes(sums, places[rows], tried), known)
-            lengths[rows[hit]], found[rows[hit]] = tried[hit], longest[at[hit]]
-        places, ends = places[found > 0], (places + found)[found > 0]
+        count = len(prompt) - _BEGINNING + 1
+        found = [self._found(sums, first, min(first + _BLOCK, count)) for first in range(0, count, _BLOCK)]
+        places, ends = (np.concatenate(parts) for parts in zip(*found, strict=True))
         if not len(places):
             return []
         ends = np.maximum.accumulate(ends)
@@ -70,12 +65,29 @@ class WholeTexts:
         firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(places)]]) - 1
         return list(zip(places[firsts].tolist(), ends[lasts].tolist(), strict=True))
 
-    def _tables(self) -> tuple[Numbers, Numbers, NDArray[np.int64]]:
-        """Hashes of the texts' first characters; hashes of their beginnings, and how long the longest text is that
-        stands at the beginning of each.
+    def _found(self, sums: list[Numbers], first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The places from ``first`` to ``stop`` at which a text stands, and where the longest text there ends."""
+        beginnings, by_bit = self._tables()
+        characters = len(sums[0]) - 1
+        places = np.arange(first, stop)
+        places = places[_among(_hashes(sums, _starts(sums, places), places + _BEGINNING), beginnings)[0]]
+        starts, reached, ends = _starts(sums, places), places, places
+        for bit, (known, longest) in reversed(list(enumerate(by_bit))):
+            if not len(known):
+                continue
+            tried = np.minimum(reached + (1 << bit), characters)
+            hit, at = _among(_hashes(sums, starts, tried), known)
+            hit &= tried - reached == 1 << bit
+            reached = np.where(hit, tried, reached)
+            ends = np.where(hit, places + longest[at], ends)
+        return places[ends > places], ends[ends > places]
+
+    def _tables(self) -> tuple[Numbers, list[tuple[Numbers, NDArray[np.int64]]]]:
+        """Hashes of the texts' first characters; by the lowest bit of their lengths, hashes of the texts' beginnings,
+        and how long the longest text is that stands at the beginning of each.
         """
         if self._table is None:
-            longest: dict[int, int] = {}
+            longest: list[dict[int, int]] = [{} for _ in range(64)]
             chain: list[str] = []  # texts that the current one begins with
             for text, hashes in sorted(self._texts.values(), key=lambda entry: entry[0]):
                 while chain and not text.startswith(chain[-1]):
@@ -83,13 +95,14 @@ class WholeTexts:
                 chain.append(text)
                 for length, value in hashes.items():
                     at = bisect_right(chain, length, key=len)
-                    longest[value] = len(chain[at - 1]) if at else 0
+                    longest[(length & -length).bit_length() - 1][value] = len(chain[at - 1]) if at else 0
             beginnings = sorted({hashes[_BEGINNING] for _, hashes in self._texts.values()})
-            known = sorted(longest)
             self._table = (
                 np.array(beginnings, dtype=np.uint64),
-                np.array(known, dtype=np.uint64),
-                np.array([longest[value] for value in known], dtype=np.int64),
+                [
+                    (np.array(sorted(each), dtype=np.uint64), np.array([each[v] for v in sorted(each)], dtype=np.int64))
+                    for each in longest
+                ],
             )
         return self._table
 
@@ -117,19 +130,26 @@ def _sums(text: str) -> list[Numbers]:
             forth = _grown(forth, base, modulus, len(codes) + 1)
             back = _grown(back, pow(base, -1, modulus), modulus, len(codes) + 1)
             _powers[number] = forth, back
-        running = np.cumsum(codes * forth[: len(codes)] % np.uint64(modulus), dtype=np.uint64)
+        running = np.cumsum(codes * forth[: len(codes)] % np.uint64(modulus), dtype=np.uint64) % np.uint64(modulus)
         sums.append(np.concatenate([np.zeros(1, np.uint64), running]))
     return sums
 
 
-def _hashes(sums: list[Numbers], places: NDArray[np.int64], lengths: NDArray[np.int64]) -> Numbers:
-    """The hashes of the stretches that begin at ``places`` and have these ``lengths``."""
+def _starts(sums: list[Numbers], places: NDArray[np.int64]) -> list[tuple[Numbers, Numbers]]:
+    """What `_hashes` needs of the stretches that begin at ``places``."""
+    return [
+        (np.uint64(modulus) - sums[number][places], _powers[number][1][places])
+        for number, modulus in enumerate(_MODULI)
+    ]
+
+
+def _hashes(sums: list[Numbers], starts: list[tuple[Numbers, Numbers]], ends: NDArray[np.int64]) -> Numbers:
+    """The hashes of the stretches that begin at `_starts` and end before ``ends``."""
     parts = []
-    for number, modulus in enumerate(_MODULI):
-        stretch = (sums[number][places + lengths] - sums[number][places]) % np.uint64(modulus)
-        parts.append(stretch * _powers[number][1][places] % np.uint64(modulus))
-    mixed = (parts[0] << np.uint64(32)) ^ parts[1]
-    return mixed ^ (lengths.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    for (less, power), running, modulus in zip(starts, sums, _MODULI, strict=True):
+        product = (running[ends] + less) * power
+        parts.append(product - product // np.uint64(modulus) * np.uint64(modulus))  # faster than %
+    return (parts[0] << np.uint64(32)) ^ parts[1]
 
 
 def _among(values: Numbers, known: Numbers) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from .documents import documents
+from .documents import documents, inside
 from .index import ChunkIndex, Span
 from .question import Question, find_question
 from .rendered import Stretch, contents
@@ -44,8 +44,12 @@ def recognise(prompt: str, index: ChunkIndex, frame: Frame, hints: Collection[st
     """The documents in a prompt: known chunks and parts of them, the chat template's own text left out."""
     spans = index.find(prompt, hints)
     if contents(prompt) is None:
-        quoted = index.quoted(prompt)
-        spans = documents(prompt, spans, index.whole, frame.control_tokens, frame.opening, frame.closing, quoted)
+        control, opening, closing = frame.control_tokens, frame.opening, frame.closing
+        left, right = inside(prompt, control, opening, closing)
+        if right - left < len(prompt):
+            opening, closing = prompt[:left], prompt[right:]
+        quoted = [(left + start, left + end) for start, end in index.quoted(prompt[left:right])]
+        spans = documents(prompt, spans, index.whole, control, opening, closing, quoted)
     else:  # it says itself what is text
         quoted = []
         spans = documents(prompt, spans, index.whole, ())

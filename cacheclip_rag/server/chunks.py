@@ -37,6 +37,23 @@ class NewChunks(Texts):
     document: Document | None = None
 
 
+class Fusion(BaseModel):
+    """A chunk, and the chunks that it is likely to follow in a prompt, the nearest first."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str
+    neighbours: list[str]
+
+
+class Fusions(BaseModel):
+    """Chunks to be fused; without any, those that were used together."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    chunks: list[Fusion] | None = None
+
+
 class Route(APIRoute):
     """Answers errors in the shape of OpenAI's API, in whatever application it is mounted."""
 
@@ -59,8 +76,8 @@ class Route(APIRoute):
 
 
 def router(chunks: ChunkService) -> APIRouter:
-    """``POST /v1/chunks``, ``PUT`` and ``DELETE /v1/documents/{id}``, ``POST /v1/chunks/forget`` and
-    ``GET /v1/chunks/stats``. Repeating a request does no harm, so a client may after any failure.
+    """``POST /v1/chunks``, ``PUT`` and ``DELETE /v1/documents/{id}``, ``POST /v1/chunks/forget``, ``POST
+    /v1/chunks/fuse`` and ``GET /v1/chunks/stats``. Repeating a request does no harm, so a client may after any failure.
     """
     routes = APIRouter(prefix="/v1", route_class=Route, tags=["chunks"])
     documents = WeakValueDictionary[tuple[str, str], asyncio.Lock]()
@@ -95,6 +112,11 @@ def router(chunks: ChunkService) -> APIRouter:
     async def forget(body: Texts, request: Request) -> dict[str, Any]:
         await chunks.forget(tenant_of(request.scope), body.texts)
         return {"deleted": True}
+
+    @routes.post("/chunks/fuse")
+    async def fuse(body: Fusions, request: Request) -> dict[str, Any]:
+        wanted = None if body.chunks is None else {one.text: one.neighbours for one in body.chunks}
+        return asdict(await chunks.fuse(tenant_of(request.scope), wanted))
 
     @routes.get("/chunks/stats")
     async def stats(request: Request) -> dict[str, Any]:

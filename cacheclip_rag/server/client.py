@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
@@ -56,6 +56,12 @@ class ChunkClient:
         """Delete the document's chunks, except those that another document has as well."""
         self._ask(_document("DELETE", document))
 
+    def fuse(self, neighbours: Mapping[str, Iterable[str]] | None = None) -> Added:
+        """Store a variant of each of these chunks, computed behind its neighbours (see `Engine.fuse`); None: of those
+        that were used together.
+        """
+        return _added(self._ask(_fusing(neighbours)))
+
     def stats(self) -> ChunkStats:
         return ChunkStats(**self._ask(_STATS))
 
@@ -95,6 +101,9 @@ class AsyncChunkClient:
 
     async def forget_document(self, document: str) -> None:
         await self._ask(_document("DELETE", document))
+
+    async def fuse(self, neighbours: Mapping[str, Iterable[str]] | None = None) -> Added:
+        return _added(await self._ask(_fusing(neighbours)))
 
     async def stats(self) -> ChunkStats:
         return ChunkStats(**await self._ask(_STATS))
@@ -146,6 +155,11 @@ def _document(method: str, document: str, body: dict[str, Any] | None = None) ->
 
 def _forgetting(texts: Iterable[str]) -> Call:
     return "POST", "/chunks/forget", _json({"texts": _listed(texts)})
+
+
+def _fusing(neighbours: Mapping[str, Iterable[str]] | None) -> Call:
+    pairs = None if neighbours is None else [{"text": t, "neighbours": _listed(n)} for t, n in neighbours.items()]
+    return "POST", "/chunks/fuse", _json({"chunks": pairs})
 
 
 def _adding(texts: Iterable[str], document: str | None) -> Iterator[tuple[int, Call]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from .service import Added, ChunkStats, Replaced, Skipped
 T = TypeVar("T")
 
 _THREADS = 4
-"""Requests about chunks that are worked on at the same time; answers have threads of their own."""
+"""Ingestions at the same time. Answers have threads of their own, and forgetting does not wait for ingestion."""
 
 
 class Engines:
@@ -49,7 +49,9 @@ class Engines:
         if isinstance(chosen.encode, Harvested):
             raise ConfigurationError(f'method "{chosen.name}" keeps the KV of prompts, which no request may ask for')
         if chosen.encode not in (row.encode, self._method.encode) or chosen.prefix_cache != row.prefix_cache:
-            raise ConfigurationError(f'"{method}" would encode chunks in a way of its own: start the server with it')
+            raise ConfigurationError(
+                f'"{method}" needs KV of its own, which no request may ask for: serve with --method'
+            )
 
     def close(self) -> None:
         """Stop what is being encoded, between two chunks, and background work. What is finished is kept."""
@@ -63,7 +65,7 @@ class Chunks:
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="cacheclip-chunks")
+        self._ingesting = ThreadPoolExecutor(_THREADS, thread_name_prefix="cacheclip-ingest")
 
     async def add(self, tenant: str, texts: Sequence[str], document: str | None) -> Added:
         def work(engine: Engine) -> Added:
@@ -71,20 +73,27 @@ class Chunks:
                 engine.documents.add(document, texts)
             return _added(texts, engine.ensure(texts, self._progress))
 
-        return await self._done(tenant, work)
+        return await self._done(tenant, work, self._ingesting)
 
     async def replace(self, tenant: str, document: str, texts: Sequence[str]) -> Replaced:
         def work(engine: Engine) -> Replaced:
             result = engine.replace_document(document, texts, self._progress)
             return Replaced(**vars(_added(texts, result)), removed=result.removed)
 
-        return await self._done(tenant, work)
+        return await self._done(tenant, work, self._ingesting)
 
     async def forget(self, tenant: str, texts: Sequence[str]) -> None:
         await self._done(tenant, lambda engine: engine.forget(texts))
 
     async def forget_document(self, tenant: str, document: str) -> None:
         await self._done(tenant, lambda engine: engine.forget_document(document))
+
+    async def fuse(self, tenant: str, neighbours: Mapping[str, Sequence[str]] | None) -> Added:
+        def work(engine: Engine) -> Added:
+            wanted = engine.contexts() if neighbours is None else neighbours
+            return _added(list(wanted), engine.fuse(wanted, self._progress))
+
+        return await self._done(tenant, work, self._ingesting)
 
     async def stats(self, tenant: str) -> ChunkStats:
         def work(engine: Engine) -> ChunkStats:
@@ -93,9 +102,9 @@ class Chunks:
 
         return await self._done(tenant, work)
 
-    async def _done(self, tenant: str, work: Callable[[Engine], T]) -> T:
+    async def _done(self, tenant: str, work: Callable[[Engine], T], threads: ThreadPoolExecutor | None = None) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: work(self._engines.of(tenant)))
+        return await loop.run_in_executor(threads, lambda: work(self._engines.of(tenant)))
 
     def _progress(self, done: int) -> None:
         if self._engines.closing.is_set():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,6 +76,12 @@ class ChunkService(Protocol):
 
     async def forget_document(self, tenant: str, document: str) -> None:
         """Delete the document's chunks, except those that another document has as well."""
+        ...
+
+    async def fuse(self, tenant: str, neighbours: Mapping[str, Sequence[str]] | None) -> Added:
+        """Store a variant of each of these chunks, computed behind its ``neighbours`` (see `Engine.fuse`); None: of the
+        chunks of two prompts or more, behind those that are likely to precede them.
+        """
         ...
 
     async def stats(self, tenant: str) -> ChunkStats: ...

@@ -6,7 +6,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
+
+from ..prompt.question import ends_of
 
 _KEPT, _RECENT = 256, 8
 """Announcements that are remembered, and of how many the chunks count: a prompt follows its retrieval soon."""
@@ -90,15 +93,10 @@ def _stands(question: str, prompt: str, first: int, last: int) -> int | None:
     before ``first`` on a line of its own, be it behind a label ("Query: ").
     """
     for start, end, alone in ((last, len(prompt), False), (0, first, True)):
-        stop = end
-        for _ in range(_LOOKED_AT):
-            at = prompt.rfind(question, start, stop)
-            if at < 0:
-                break
-            behind = at + len(question)
-            if _on_its_own(prompt, at, behind) if alone else _between_words(prompt, at, behind):
+        stands = _on_its_own if alone else _between_words
+        for behind in islice(ends_of(question, prompt, start, end), _LOOKED_AT):
+            if stands(prompt, behind - len(question), behind):
                 return behind
-            stop = behind - 1
     return None
 
 

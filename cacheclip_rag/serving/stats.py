@@ -57,8 +57,8 @@ class Stats:
     """The sum over the chunk stores of all encodings in use; bytes include the auxiliary model's. Hits and misses count
     all look-ups, including those of ingestion."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes of KV in memory by kind: ``chunks``, ``preambles``, ``prefix caches``, ``harvested variants``. The first
-    two share the engine's ``memory_bytes``; prefix caches and harvested variants have caps of their own."""
+    """Bytes of KV in memory by kind: ``chunks``, ``preambles``, ``prefix caches``, ``harvested variants``. Together at
+    most the engine's ``memory_bytes``."""
 
     @property
     def requests(self) -> int:

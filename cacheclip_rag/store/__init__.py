@@ -4,12 +4,13 @@ from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
 from .documents import Documents
 from .int8 import Int8Store
-from .memory import LRUCache, MemoryBudget, MemoryStore
+from .memory import NEVER, LRUCache, MemoryBudget, MemoryStore
 from .place import Place
 from .remote import Remote, RemoteStore
 from .tiered import TieredStore
 
 __all__ = [
+    "NEVER",
     "ChunkStore",
     "DiskStore",
     "Documents",

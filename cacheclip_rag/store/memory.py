@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ..chunks import ChunkKV
 from .base import Entry, StoreStats
@@ -18,8 +18,28 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
+class Evictable(Protocol):
+    """A cache whose bytes a `MemoryBudget` counts. All of it is called under the budget's lock."""
+
+    kind: str
+    nbytes: int
+    held_bytes: int
+    """Those that must stay for now."""
+
+    @property
+    def oldest(self) -> int:
+        """The tick (`MemoryBudget.ticks`) at which what was used longest ago was used; `NEVER` if nothing may go."""
+
+    def evict(self) -> bool:
+        """Drop something that may go; False where there is nothing."""
+
+
+NEVER = 1 << 62
+
+
 class MemoryBudget:
-    """At most ``cap`` bytes for the values of all its caches together; the least recently used value is evicted first.
+    """At most ``cap`` bytes for the values of all its caches together; the cache with the value that was used longest
+    ago evicts first.
 
     It keeps no cache alive; a cache that is gone takes no room. Thread-safe, and so are its caches.
     """
@@ -28,7 +48,7 @@ class MemoryBudget:
         self.cap = cap
         self.lock = threading.RLock()  # reentrant: a cache that is collected meanwhile is no longer counted
         self.ticks = itertools.count()
-        self._caches: weakref.WeakSet[LRUCache[object, object]] = weakref.WeakSet()
+        self._caches: weakref.WeakSet[Evictable] = weakref.WeakSet()
 
     @property
     def nbytes(self) -> int:
@@ -43,16 +63,17 @@ class MemoryBudget:
                 found[cache.kind] += cache.nbytes
         return {kind: nbytes for kind, nbytes in sorted(found.items()) if nbytes}
 
-    def add(self, cache: LRUCache[object, object]) -> None:
+    def add(self, cache: Evictable) -> None:
         with self.lock:
             self._caches.add(cache)
 
-    def fits(self, nbytes: int) -> bool:
-        """Whether so much can be added, with everything evicted that may be."""
-        return nbytes + sum(cache.held_bytes for cache in self._caches) <= self.cap
+    @property
+    def room(self) -> int:
+        """The bytes that can be added with everything evicted that may be."""
+        return self.cap - sum(cache.held_bytes for cache in self._caches)
 
     def shrink(self) -> None:
-        """Evict until all of it fits."""
+        """Evict until all of it fits. Under the lock, together with what made it grow."""
         while self.nbytes > self.cap:
             oldest = min(self._caches, key=lambda cache: cache.oldest, default=None)
             if oldest is None or not oldest.evict():
@@ -66,26 +87,21 @@ class _Item(Generic[V]):
     tick: int
 
 
-_NEVER = 1 << 62
-
-
 class LRUCache(Generic[K, V]):
     """Values by key in a `MemoryBudget`; any of them may be gone at any time, evicted for something else.
 
     KV that is cached in memory is kept here, so that one cap counts it and `MemoryBudget.by_kind` shows it. ``kind``
-    says what the values are; ``cap`` (bytes) bounds this cache alone, beside the budget's. ``evicted`` is called with
-    each evicted value, under the budget's lock: it must not wait for anything.
+    says what the values are. ``evicted`` is called with each evicted value, under the budget's lock: it must not wait
+    for anything.
     """
 
-    def __init__(
-        self, memory: MemoryBudget, kind: str, cap: int | None = None, evicted: Callable[[V], None] | None = None
-    ) -> None:
-        self._memory, self.kind, self._cap, self._evicted = memory, kind, cap, evicted
+    def __init__(self, memory: MemoryBudget, kind: str, evicted: Callable[[V], None] | None = None) -> None:
+        self._memory, self.kind, self._evicted = memory, kind, evicted
         self._items: OrderedDict[K, _Item[V]] = OrderedDict()
         self._held: set[K] | None = None
         self._holders = 0
         self.nbytes = self.held_bytes = 0
-        memory.add(self)  # type: ignore[arg-type]
+        memory.add(self)
 
     def get(self, key: K) -> V | None:
         """The value, which is then the one used last; None where there is none."""
@@ -100,7 +116,7 @@ class LRUCache(Generic[K, V]):
     def put(self, key: K, value: V, nbytes: int) -> bool:
         """Keep it, in the place of what was there. False where it, with what must stay, is more than fits."""
         with self._memory.lock:
-            if nbytes + self.held_bytes > self._limit or not self._memory.fits(nbytes):
+            if nbytes > self._memory.room:
                 return False
             self.pop(key)
             self._items[key] = _Item(value, nbytes, next(self._memory.ticks))
@@ -108,8 +124,6 @@ class LRUCache(Generic[K, V]):
             if self._held is not None:
                 self._held.add(key)
                 self.held_bytes += nbytes
-            while self.nbytes > self._limit and self.evict():
-                pass
             self._memory.shrink()
             return True
 
@@ -159,16 +173,15 @@ class LRUCache(Generic[K, V]):
     def room(self) -> int | None:
         """Bytes that may come while something is held; None where anything may be evicted for it."""
         with self._memory.lock:
-            held = sum(cache.held_bytes for cache in self._memory._caches)
-            return None if self._held is None else min(self._limit - self.held_bytes, self._memory.cap - held)
+            return None if self._held is None else self._memory.room
 
     # ---- for the memory ---------------------------------------------------------------------------------------------
 
     @property
     def oldest(self) -> int:
-        """When what would go first was used last; `_NEVER` where nothing may go."""
+        """When what would go first was used last; `NEVER` where nothing may go."""
         key = self._first()
-        return _NEVER if key is None else self._items[key].tick
+        return NEVER if key is None else self._items[key].tick
 
     def evict(self) -> bool:
         """Drop what was used longest ago, of what is not held; False where there is none."""
@@ -182,10 +195,6 @@ class LRUCache(Generic[K, V]):
 
     def _first(self) -> K | None:
         return next((key for key in self._items if not self._held or key not in self._held), None)
-
-    @property
-    def _limit(self) -> int:
-        return self._memory.cap if self._cap is None else min(self._cap, self._memory.cap)
 
 
 class MemoryStore:

@@ -30,7 +30,7 @@ from cacheclip_rag.chunks import MIN_CHARS, ChunkKV, canonical
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.kv.library import Library as ChunkLibrary
 from cacheclip_rag.store.admin import Administration
-from cacheclip_rag.store.files import make_directory
+from cacheclip_rag.store.files import TEMPORARY, make_directory, publish
 from cacheclip_rag.store.format import dump
 from cacheclip_rag.weights.pull import resolve
 
@@ -110,7 +110,7 @@ class Library:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "home"}
         if self.disk_bytes is None:  # versions before know no such setting
             del settings["disk_bytes"]
-        (self.folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        _note(self.folder / "settings.json", json.dumps(settings, indent=1))
 
     def llm(self, **options: Any) -> CacheClipLLM:
         if self.disk_bytes is None:
@@ -354,12 +354,30 @@ def _begin(library: Library) -> set[str]:
     before = {text_of(node) for node in library.vectors().get_nodes(node_ids=None)}
     with contextlib.suppress(OSError, ValueError):
         before.update(json.loads(library.unfinished.read_text(encoding="utf-8")))
-    library.unfinished.write_text(json.dumps(sorted(before)), encoding="utf-8")
+    _note(library.unfinished, json.dumps(sorted(before)))
+    for left in library.folder.glob(f"{TEMPORARY}*"):  # of a process that was killed; they may hold any text
+        left.unlink(missing_ok=True)
     with contextlib.suppress(ConfigurationError):
-        if Library.read(library.home).chunk_size != library.chunk_size:  # cut otherwise, every chunk is another
+        # cut otherwise, every chunk is another; and of what earlier versions left half written nothing is known
+        if Library.read(library.home).chunk_size != library.chunk_size or _known(library) is None:
             library.documents.unlink(missing_ok=True)
             library.client().delete_collection(_COLLECTION)
     return before
+
+
+def _note(path: Path, text: str) -> None:
+    """Write a file that is whole whenever the process ends."""
+    publish(path, text.encode())
+
+
+def _known(library: Library) -> SimpleDocumentStore | None:
+    """The documents whose chunks are in the vector store; None where the file cannot be read."""
+    if not library.documents.exists():
+        return SimpleDocumentStore()
+    try:
+        return SimpleDocumentStore.from_persist_path(str(library.documents))
+    except (OSError, ValueError):
+        return None
 
 
 def text_of(node: BaseNode) -> str:
@@ -444,8 +462,7 @@ def _embed(
     progress: Progress,
 ) -> None:
     """Split and embed what is new or changed, a few documents at a time, and drop what is gone from the vectors."""
-    path = library.documents
-    known = SimpleDocumentStore.from_persist_path(str(path)) if path.exists() else SimpleDocumentStore()
+    known = _known(library) or SimpleDocumentStore()
     for gone in set(known.get_all_document_hashes().values()) - {document.id_ for document in documents}:
         vectors.delete(gone)
         known.delete_document(gone)
@@ -463,5 +480,5 @@ def _embed(
             if known.get_document_hash(document.id_) is None:
                 vectors.delete(document.id_)  # of an ingestion that was interrupted
         pipeline.run(documents=batch)
-        known.persist(str(path))
-    known.persist(str(path))
+        _note(library.documents, json.dumps(known.to_dict()))
+    _note(library.documents, json.dumps(known.to_dict()))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.kv.prefix_caching import PrefixCaching
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.model.canvas import Canvas
 from cacheclip_rag.prefill.reading import borders_of
 from cacheclip_rag.prompt import ChunkIndex, recognise
+from cacheclip_rag.store import MemoryBudget
 
 from .data import Item, prompt
 
@@ -26,23 +25,25 @@ BYTES = 2
 
 
 def hits(
-    backbone: Backbone, items: Sequence[Item], methods: Sequence[str] = ("prefix-cache", "ragcache")
+    backbone: Backbone,
+    items: Sequence[Item],
+    methods: Sequence[str] = ("prefix-cache", "ragcache"),
+    memory_bytes: int = 1 << 30,
 ) -> Iterator[dict[str, Any]]:
     """One row per item and prefix caching method, in order: ``prompt_tokens``, and how many of them are ``found`` in
     the cache of earlier prompts. The last row of an item, `ANYWHERE`: the tokens of chunks of earlier items.
 
     Prefix caching gives the answers of full prefill, so methods differ in their hit rates only. The first item finds
-    nothing. The capacity is the method's own, at this model's bytes per token; `ANYWHERE` has no limit.
+    nothing. Each method has ``memory_bytes`` of this model's KV; `ANYWHERE` has no limit.
     """
     index = ChunkIndex(backbone.quotes)
     per_token = 2 * backbone.layers * backbone.kv_heads * backbone.head_dim * backbone.dtype.itemsize
     caches = {}
     for name in methods:
-        recipe: Any = resolve(name).prefix_cache
-        if recipe is None:
+        caching = resolve(name).prefix_cache
+        if caching is None:
             raise ConfigurationError(f'"{name}" does no prefix caching: measure it with cacheclip eval')
-        scaled: PrefixCaching = replace(recipe, capacity_bytes=recipe.capacity_bytes * BYTES // per_token)
-        caches[name] = scaled.open()
+        caches[name] = caching.open(MemoryBudget(memory_bytes * BYTES // per_token))
     seen: set[str] = set()
     for item in items:
         for passage in item.passages:

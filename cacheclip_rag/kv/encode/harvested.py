@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -13,8 +12,10 @@ from torch import Tensor
 
 from ...chunks import ChunkKV
 from ...compute import LayerInput, visible
+from ...deprecation import dropped_parameters
 from ...errors import PromptError
 from ...spec import at_least
+from ...store import LRUCache, MemoryBudget
 from .base import Front, Text
 from .isolated import Isolated
 
@@ -22,26 +23,26 @@ if TYPE_CHECKING:
     from ...model.backbone import Backbone
 
 
+@dropped_parameters(chunks="harvested variants share the engine's memory_bytes")
 @dataclass(frozen=True)
 class Harvested(Isolated):
     """Cache-Craft: no KV at ingestion; every full prefill leaves a variant of each chunk, contextualised by the chunks
     before it.
 
-    ``chunks``: how many chunks are kept (the least recently used are evicted); ``variants``: how many variants per
-    chunk (the least used are evicted). ``alpha`` scales the fix-up overhead, which decides how much to recompute. Only
-    full prefills are harvested: a variant from a repaired prompt would carry its remaining error into later prompts.
-    Variants are kept in memory. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
+    ``variants``: how many are kept per chunk (the least used are evicted). ``alpha`` scales the fix-up overhead, which
+    decides how much to recompute. Only full prefills are harvested: a variant from a repaired prompt would carry its
+    remaining error into later prompts. Variants are kept in memory, as many as fit; the least recently used chunk's are
+    evicted, where the paper keeps a number of chunks. Source: Cache-Craft (arXiv 2502.15734), sections 3 and 4.
     """
 
     prefix: str | None = None
-    chunks: int = 100
     variants: int = 5
     alpha: float = 1.0
 
     strategy: ClassVar[str] = "harvest"
 
     def __post_init__(self) -> None:
-        at_least(1, chunks=self.chunks, variants=self.variants)
+        at_least(1, variants=self.variants)
         at_least(0.0, alpha=self.alpha)
 
     def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
@@ -64,21 +65,19 @@ class HarvestedVariant:
 
 
 class HarvestedVariants:
-    """The variants of up to ``recipe.chunks`` chunks, by the chunks' names in the index."""
+    """The variants of chunks by the chunks' names in the index, within a `MemoryBudget`: they may be gone at the next
+    look.
+    """
 
-    def __init__(self, recipe: Harvested) -> None:
+    def __init__(self, recipe: Harvested, memory: MemoryBudget) -> None:
         self._recipe = recipe
-        self._kept: OrderedDict[str, list[HarvestedVariant]] = OrderedDict()
+        self._kept: LRUCache[str, tuple[HarvestedVariant, ...]] = LRUCache(memory, "harvested variants")
 
     def __contains__(self, name: object) -> bool:
         return name in self._kept
 
-    @property
-    def nbytes(self) -> int:
-        return sum(variant.kv.nbytes for variants in list(self._kept.values()) for variant in list(variants))
-
     def of(self, name: str) -> list[HarvestedVariant]:
-        return list(self._kept.get(name, ()))
+        return list(self._kept.get(name) or ())
 
     def best(self, name: str, before: Sequence[str]) -> tuple[HarvestedVariant, float] | None:
         """The variant with the lowest fix-up overhead behind the chunks ``before``, and that overhead; None if the
@@ -87,33 +86,33 @@ class HarvestedVariants:
         Of equal ones, the variant computed behind most of these chunks wins: a variant without any chunk before it
         always scores 0.
         """
-        if name not in self._kept:
-            return None
-        self._kept.move_to_end(name)
         alpha = self._recipe.alpha
-        scored = [(fix_overhead(v.cci, v.inter, v.before, before, alpha), v) for v in self._kept[name]]
+        scored = [(fix_overhead(v.cci, v.inter, v.before, before, alpha), v) for v in self.of(name)]
+        if not scored:
+            return None
         overhead, chosen = min(scored, key=lambda pair: (pair[0], -len(set(before) & set(pair[1].before))))
         chosen.uses += 1
         return chosen, overhead
 
     def add(self, name: str, variant: HarvestedVariant) -> None:
-        known = self._kept.setdefault(name, [])
-        self._kept.move_to_end(name)
+        known = self.of(name)
         if any(v.before == variant.before for v in known):
             return
         if len(known) >= self._recipe.variants:
             known.remove(min(known, key=lambda v: v.uses))
-        known.append(variant)
-        while len(self._kept) > self._recipe.chunks:
-            self._kept.popitem(last=False)
+        self._keep(name, [*known, variant])
 
     def forget(self, name: str) -> None:
         """Drop a chunk's variants, and all variants of other chunks that were computed behind it."""
-        self._kept.pop(name, None)
-        for other, variants in list(self._kept.items()):
-            self._kept[other] = [v for v in variants if name not in v.before]
-            if not self._kept[other]:
-                del self._kept[other]
+        self._kept.pop(name)
+        for other, variants in self._kept.items():
+            if left := [v for v in variants if name not in v.before]:
+                self._keep(other, left)
+            else:
+                self._kept.pop(other)
+
+    def _keep(self, name: str, variants: Sequence[HarvestedVariant]) -> None:
+        self._kept.put(name, tuple(variants), sum(variant.kv.nbytes for variant in variants))
 
 
 def contextualisation(inter: float, intra: float) -> float:

@@ -9,12 +9,18 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ...model.canvas import Canvas
+    from ...store import MemoryBudget
+
+KIND = "prefix caches"
+"""What `MemoryBudget.by_kind` calls them."""
 
 
 class PrefixCache(Protocol):
-    """KV of prompt prefixes, in memory, up to a number of bytes. Not thread-safe: callers hold the engine's lock."""
+    """KV of prompt prefixes, within a `MemoryBudget`: any of it may be gone at the next look."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
+
     written: int
     """Bytes written so far, including those evicted since."""
 
@@ -27,10 +33,12 @@ class PrefixCache(Protocol):
     def keep(self, ids: Tensor, borders: Sequence[int], canvas: Canvas, seconds_per_token: float) -> None:
         """Cache the rows of a finished prefill of ``ids [T]``, all of them computed or taken from this cache."""
 
+    def clear(self) -> None: ...
+
 
 class PrefixCaching(Protocol):
     """A kind of prefix cache and its parameters; `open` makes one. Frozen dataclasses."""
 
     strategy: ClassVar[str]
 
-    def open(self) -> PrefixCache: ...
+    def open(self, memory: MemoryBudget) -> PrefixCache: ...

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from ...deprecation import dropped_parameters
 from ...spec import at_least
-from .base import PrefixCache
+from ...store import LRUCache, MemoryBudget
+from .base import KIND, PrefixCache
 
 if TYPE_CHECKING:
     from ...model.canvas import Canvas
 
 
+@dropped_parameters(capacity_bytes="prefix caches share the engine's memory_bytes")
 @dataclass(frozen=True)
 class PrefixBlocks:
     """Full blocks of ``block`` tokens, each identified by a hash of its tokens and of all blocks before it.
@@ -26,45 +29,42 @@ class PrefixBlocks:
     """
 
     block: int = 16
-    capacity_bytes: int = 1 << 30
 
     strategy: ClassVar[str] = "prefix"
 
     def __post_init__(self) -> None:
-        at_least(1, block=self.block, capacity_bytes=self.capacity_bytes)
+        at_least(1, block=self.block)
 
-    def open(self) -> PrefixCache:
-        return _Blocks(self.block, self.capacity_bytes)
+    def open(self, memory: MemoryBudget) -> PrefixCache:
+        return _Blocks(self.block, memory)
 
 
 class _Blocks:
-    def __init__(self, block: int, capacity: int) -> None:
-        self._block, self._capacity = block, capacity
-        self._kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-        self.nbytes = self.written = 0
+    def __init__(self, block: int, memory: MemoryBudget) -> None:
+        self._block, self.written = block, 0
+        self._kept: LRUCache[bytes, tuple[Tensor, Tensor]] = LRUCache(memory, KIND)
+
+    @property
+    def nbytes(self) -> int:
+        return self._kept.nbytes
 
     def longest(self, ids: Tensor, borders: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        found = []
-        for name in self._names(ids[:-1]):
-            if name not in self._kept:
-                break
-            found.append(name)
-        for name in reversed(found):  # the deepest block is evicted first
-            self._kept.move_to_end(name)
-        return [self._kept[name] for name in found]
+        names = list(takewhile(self._kept.__contains__, self._names(ids[:-1])))
+        found: list[tuple[Tensor, Tensor]] = []
+        for name in reversed(names):  # the deepest block is evicted first
+            kv = self._kept.get(name)
+            found = [] if kv is None else [kv, *found]  # one that has just been evicted ends what is behind it
+        return found
 
     def keep(self, ids: Tensor, borders: Sequence[int], canvas: Canvas, seconds_per_token: float) -> None:
-        names = list(self._names(ids))
-        for number, name in reversed(list(enumerate(names))):
-            if name not in self._kept:
+        for number, name in reversed(list(enumerate(self._names(ids)))):
+            if self._kept.get(name) is None:
                 kv = canvas.read(slice(number * self._block, (number + 1) * self._block))
-                self._kept[name] = kv
-                self.nbytes += (size := sum(t.nbytes for t in kv))
-                self.written += size
-            self._kept.move_to_end(name)
-        while self.nbytes > self._capacity:
-            _, kv = self._kept.popitem(last=False)
-            self.nbytes -= sum(t.nbytes for t in kv)
+                size = sum(t.nbytes for t in kv)
+                self.written += size if self._kept.put(name, kv, size) else 0
+
+    def clear(self) -> None:
+        self._kept.clear()
 
     def _names(self, ids: Tensor) -> Iterator[bytes]:
         name = b""

@@ -9,32 +9,30 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ...spec import at_least
-from .base import PrefixCache
+from ...deprecation import dropped_parameters
+from ...store import NEVER, MemoryBudget
+from .base import KIND, PrefixCache
 
 if TYPE_CHECKING:
     from ...model.canvas import Canvas
 
 
+@dropped_parameters(capacity_bytes="prefix caches share the engine's memory_bytes")
 @dataclass(frozen=True)
 class DocumentTree:
     """A tree whose nodes are documents: each holds its KV computed behind the documents on the path to it. Below the
     root is the prompt's preamble.
 
     Leaves are evicted by PGDSF: ``priority = clock + frequency * seconds per token`` of the node's prefill; the clock
-    is the priority of the last evicted node, which ages frequencies. Not implemented: two tiers, speculative prefill.
-    Source: RAGCache (arXiv 2404.12457), knowledge tree and prefix-aware Greedy-Dual-Size-Frequency.
+    is the priority of the last evicted node, which ages frequencies. When the memory budget is full, the tree has to
+    evict one if its leaf used longest ago is older than all else in memory. Not implemented: two tiers, speculative
+    prefill. Source: RAGCache (arXiv 2404.12457), knowledge tree and prefix-aware Greedy-Dual-Size-Frequency.
     """
-
-    capacity_bytes: int = 1 << 30
 
     strategy: ClassVar[str] = "prefix"
 
-    def __post_init__(self) -> None:
-        at_least(1, capacity_bytes=self.capacity_bytes)
-
-    def open(self) -> PrefixCache:
-        return _Tree(self.capacity_bytes)
+    def open(self, memory: MemoryBudget) -> PrefixCache:
+        return _Tree(memory)
 
 
 @dataclass(eq=False)
@@ -45,6 +43,7 @@ class _Node:
     frequency: int = 0
     cost: float = 0.0  # seconds per token
     priority: float = 0.0
+    used: int = 0  # a tick of the memory budget
     children: dict[bytes, _Node] = field(default_factory=dict)
 
     @property
@@ -53,44 +52,69 @@ class _Node:
 
 
 class _Tree:
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    kind, held_bytes = KIND, 0
+
+    def __init__(self, memory: MemoryBudget) -> None:
+        self._memory = memory
         self._root = _Node(b"", None)
         self._clock = 0.0
         self.nbytes = self.written = 0
+        memory.add(self)
 
     def longest(self, ids: Tensor, borders: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        node, pieces = self._root, []
-        for _, _, name in _segments(ids, borders):
-            if (child := node.children.get(name)) is None:
-                break
-            node = child
-            self._touch(node)
-            assert node.kv is not None
-            pieces.append(node.kv)
-        return pieces
+        with self._memory.lock:
+            node, pieces = self._root, []
+            for _, _, name in _segments(ids, borders):
+                if (child := node.children.get(name)) is None:
+                    break
+                node = child
+                self._touch(node)
+                assert node.kv is not None
+                pieces.append(node.kv)
+            return pieces
 
     def keep(self, ids: Tensor, borders: Sequence[int], canvas: Canvas, seconds_per_token: float) -> None:
-        node = self._root
-        for start, stop, name in _segments(ids, borders):
-            child = node.children.get(name)
-            if child is None:
-                child = _Node(name, node, canvas.read(slice(start, stop)), cost=seconds_per_token)
-                node.children[name] = child
-                self.nbytes += child.nbytes
-                self.written += child.nbytes
-                self._touch(child)
-            node = child
-        while self.nbytes > self._capacity:
-            leaf = min((n for n in self._nodes() if not n.children), key=lambda n: n.priority)
-            assert leaf.parent is not None
-            self._clock = max(self._clock, leaf.priority)
-            del leaf.parent.children[leaf.ids]
-            self.nbytes -= leaf.nbytes
+        with self._memory.lock:
+            node, room = self._root, self._memory.room
+            for start, stop, name in _segments(ids, borders):
+                child = node.children.get(name)
+                if child is None:
+                    child = _Node(name, node, canvas.read(slice(start, stop)), cost=seconds_per_token)
+                    if child.nbytes > room:  # nor would a node behind it have any
+                        break
+                    node.children[name] = child
+                    self.nbytes += child.nbytes
+                    self.written += child.nbytes
+                    self._touch(child)
+                room -= child.nbytes
+                node = child
+            self._memory.shrink()
+
+    def clear(self) -> None:
+        with self._memory.lock:
+            self._root, self.nbytes = _Node(b"", None), 0
+
+    @property
+    def oldest(self) -> int:
+        return min((leaf.used for leaf in self._leaves()), default=NEVER)
+
+    def evict(self) -> bool:
+        leaf = min(self._leaves(), key=lambda n: n.priority, default=None)
+        if leaf is None:
+            return False
+        assert leaf.parent is not None
+        self._clock = max(self._clock, leaf.priority)
+        del leaf.parent.children[leaf.ids]
+        self.nbytes -= leaf.nbytes
+        return True
 
     def _touch(self, node: _Node) -> None:
         node.frequency += 1
         node.priority = self._clock + node.frequency * node.cost
+        node.used = next(self._memory.ticks)
+
+    def _leaves(self) -> Iterator[_Node]:
+        return (node for node in self._nodes() if not node.children)
 
     def _nodes(self) -> Iterator[_Node]:
         waiting = list(self._root.children.values())

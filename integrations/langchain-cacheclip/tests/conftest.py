@@ -12,7 +12,7 @@ import pytest
 from langchain_cacheclip import ChatCacheClip
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from recording import Calls, record, script
+from recording import Calls, asked, record, script
 from tiny import PASSAGES, TEMPLATE, two_layers
 
 from cacheclip_rag import Backbone, Engine
@@ -35,6 +35,11 @@ class Words(Embeddings):
 @pytest.fixture(scope="session")
 def recorder() -> Callable[[Engine], Calls]:
     return record
+
+
+@pytest.fixture(scope="session")
+def noting() -> Callable[[Engine], list[str]]:
+    return asked
 
 
 @pytest.fixture

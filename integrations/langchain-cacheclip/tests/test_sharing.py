@@ -9,15 +9,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_cacheclip import CacheClipCompressor, CacheClipVectorStore, ChatCacheClip
 from langchain_core.load import dumpd
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableParallel
 from langchain_core.vectorstores import InMemoryVectorStore
 
-from cacheclip_rag import ConfigurationError, Engine
+from cacheclip_rag import ConfigurationError, Engine, calling
 from cacheclip_rag.frameworks import engines
 
 
@@ -134,3 +137,34 @@ def test_a_forked_process_does_not_use_its_parents_engines(by_name: ChatCacheCli
         assert by_name.handle.peek() is None
     finally:
         engines._engines.update(before)
+
+
+@pytest.mark.behaviour("LangChain", "what one user's retrieval announces counts for that user only")
+@pytest.mark.parametrize("how", ["invoke", "stream", "ainvoke", "astream", "batch"])
+async def test_an_announced_question_belongs_to_its_caller(
+    how: str, engine: Engine, embedding: Any, documents_of: Any, noting: Any, recorder: Any
+) -> None:
+    store = CacheClipVectorStore(InMemoryVectorStore(embedding), engine)
+    store.add_documents(documents_of())
+    llm, questions = ChatCacheClip.from_engine(engine, max_tokens=2), noting(engine)
+    prompt = ChatPromptTemplate.from_messages([("system", "Use the context.\n\n{context}"), ("human", "{input}")])
+    retrieved = itemgetter("search") | store.as_retriever() | (lambda found: "\n\n".join(d.page_content for d in found))
+    chain = RunnableParallel(context=retrieved, input=itemgetter("input")) | prompt | llm
+    given = {"search": "what did it carry?", "input": "Who drove the last train, and what did it carry?"}
+    calls = recorder(engine)
+    with calling("one"):
+        if how == "invoke":
+            chain.invoke(given)
+        elif how == "stream":
+            list(chain.stream(given))
+        elif how == "ainvoke":
+            await chain.ainvoke(given)
+        elif how == "astream":
+            [chunk async for chunk in chain.astream(given)]
+        else:
+            chain.batch([given])
+    assert questions == [given["search"]]
+    for caller, expected in (("two", given["input"]), (None, given["input"]), ("one", given["search"])):
+        with calling(caller):
+            engine.generate(calls.prompts[0], max_new_tokens=1)
+        assert questions[-1] == expected, caller

@@ -13,7 +13,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.schema import MetadataMode, TextNode
 from llama_index.llms.cacheclip import CacheClipLLM
-from recording import Calls, record, script
+from recording import Calls, asked, record, script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cacheclip_rag import Backbone, Engine
@@ -68,6 +68,11 @@ def wanted(engine: Engine, response: Any) -> list[str]:
 @pytest.fixture(scope="session")
 def recorder() -> Callable[[Engine], Calls]:
     return record
+
+
+@pytest.fixture(scope="session")
+def noting() -> Callable[[Engine], list[str]]:
+    return asked
 
 
 @pytest.fixture

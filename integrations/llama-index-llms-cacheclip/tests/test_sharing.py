@@ -22,7 +22,7 @@ from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, CacheClipVectorStore
 from llama_index.postprocessor.cacheclip import CacheClipPostprocessor
 
-from cacheclip_rag import ConfigurationError, Engine
+from cacheclip_rag import ConfigurationError, Engine, calling
 from cacheclip_rag.frameworks import engines
 
 
@@ -162,3 +162,26 @@ def test_a_forked_process_does_not_use_its_parents_engines(by_name: CacheClipLLM
         assert by_name.handle.peek() is None
     finally:
         engines._engines.update(before)
+
+
+@pytest.mark.behaviour("LlamaIndex", "what one user's retrieval announces counts for that user only")
+@pytest.mark.parametrize("how", ["query", "aquery", "stream", "chat", "achat"])
+async def test_an_announced_question_belongs_to_its_caller(
+    how: str, informed: Engine, passages_index: VectorStoreIndex, noting: Any, recorder: Any
+) -> None:
+    llm, questions = CacheClipLLM.from_engine(informed, max_new_tokens=2), noting(informed)
+    options: Any = {"llm": llm, "similarity_top_k": 2, "node_postprocessors": [CacheClipPostprocessor(llm)]}
+    own, calls = "Who drove the last train?", recorder(informed)
+    with calling("one"):
+        if how in ("chat", "achat"):
+            engine = passages_index.as_chat_engine(chat_mode="context", **options)
+            str(engine.chat(own) if how == "chat" else await engine.achat(own))
+        else:
+            engine = passages_index.as_query_engine(streaming=how == "stream", **options)
+            str(await engine.aquery(own) if how == "aquery" else engine.query(own))
+    assert questions == [own]
+    prompt = calls.prompts[0].replace(own, f"{own} Say it twice.")
+    for caller, counts in (("two", False), (None, False), ("one", True)):
+        with calling(caller):
+            informed.generate(prompt, max_new_tokens=1)
+        assert (questions[-1] == own) == counts, caller

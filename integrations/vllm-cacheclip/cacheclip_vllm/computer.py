@@ -202,7 +202,7 @@ class PagedComputer:
         """The layers with full attention; all layers if every one has a sliding window."""
         return [layer for layer, window in enumerate(self.windows) if window is None] or list(range(self.layers))
 
-    def workspace(self, capacity: int, layers: int | None = None) -> Scratch:
+    def workspace(self, capacity: int, layers: int | None = None) -> Any:  # of a Workspace, what a forward needs
         """The request's own blocks again, whose KV is written back behind the forward."""
         return Scratch(self._workspace, layers or self.layers)
 

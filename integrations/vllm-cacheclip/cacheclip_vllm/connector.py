@@ -26,7 +26,7 @@ from .filling import Filler
 from .libraries import Libraries
 from .metrics import ReuseMetrics, ReuseStats
 from .plan import FIELD, Done, Plan
-from .planner import COPY, Planner
+from .planner import Planner
 from .served import ServedModel
 from .settings import Settings, settings
 from .trial import tried
@@ -35,8 +35,6 @@ log = logging.getLogger("cacheclip_rag")
 
 _IDLE = 0.01
 """Seconds that a step without rows waits for chunks that are being loaded, so that the scheduler does not spin."""
-_COPIES = 4
-"""Requests of a step that may need a copy of their question behind the prompt."""
 
 
 @dataclass
@@ -75,7 +73,8 @@ class CacheClipConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = settings(vllm_config)
-        self._obstacle = seams.obstacle(vllm_config, kv_cache_config) or _version_obstacle(self._settings)
+        self._obstacle = _obstacle(vllm_config, kv_cache_config, self._settings)
+        self._asked: set[str] = set()
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
         self._planner: Planner | None = None
         self._filler: Filler | None = None
@@ -86,33 +85,34 @@ class CacheClipConnector(KVConnectorBase_V1):
         self._in_scheduler = role == KVConnectorRole.SCHEDULER
         self._libraries = Libraries(ServedModel(vllm_config), self._settings, in_memory=not self._in_scheduler)
         if self._in_scheduler:
-            self._block = seams.block_size(kv_cache_config)
+            block = seams.block_size(kv_cache_config)
             self._planner = Planner(
                 self._libraries,
                 self._settings.default,
-                block=self._block,
-                hashed=kv_cache_config.hash_block_size or self._block,
+                block=block,
+                hashed=kv_cache_config.hash_block_size or block,
                 most=self._most,
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
             )
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
             self._counts = ReuseStats()
-            self._asked: set[str] = set()
             self._dropped: list[str] = []
         else:
+            self._block = seams.block_size(kv_cache_config)
             self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="cacheclip-load")
             self._loads: dict[str, Future[dict[str, ChunkKV]]] = {}
             self._wanted: dict[str, list[str]] = {}
             self._chunks: dict[str, dict[str, ChunkKV]] = {}
             self._results = Results()
             self._invalid: set[int] = set()
+            self._untried = "the model was not tried: start vLLM with --worker-cls cacheclip_vllm.worker.Worker"
 
     # ---- in the scheduler --------------------------------------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         if self._planner is not None:
-            self._planner.lend(seams.reserve(kv_cache_manager, _COPIES * -(-COPY // self._block)))
+            self._planner.loan = seams.Loan(kv_cache_manager)
 
     def on_new_request(self, request: Any) -> None:
         given = (request.kv_transfer_params or {}).get(FIELD)
@@ -122,17 +122,13 @@ class CacheClipConnector(KVConnectorBase_V1):
                 given.pop("tenant", None)
                 given.pop("encode", None)
             if given.get("report"):
-                self._reported(request.request_id)
+                self._asked.add(request.request_id)
         if self._planner is None:
             return
-        if (reason := seams.unsupported(request)) is not None:
+        if (reason := seams.unsupported(request, self._vllm_config)) is not None:
             self._planner.reasons[request.request_id] = reason
             return
         self._planner.add(request, given, self._caching)
-
-    def _reported(self, request: str) -> None:
-        if self._planner is not None:
-            self._asked.add(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return (0 if self._planner is None else self._planner.matched(request, num_computed_tokens)), False
@@ -151,7 +147,11 @@ class CacheClipConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         results = connector_output.kv_connector_worker_meta
-        if self._planner is None or results is None:
+        if self._planner is None:
+            return
+        if self._planner.loan is not None:
+            self._planner.loan.end()
+        if results is None:
             return
         for request, missing in results.loaded:
             self._planner.loaded(request, missing)
@@ -162,17 +162,18 @@ class CacheClipConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         name = request.request_id
+        asked = name in self._asked
+        self._asked.discard(name)
         if self._planner is None:
-            return False, None
+            return False, {FIELD: {"fallbacks": [self._obstacle]}} if asked else None
         if name in self._planner.plans:
             self._dropped.append(name)
         self._planner.finished(name)
         reason, done = self._planner.reasons.pop(name, None), self._reports.pop(name, None)
         if reason:
             self._counts.left(reason)
-        if name not in self._asked:
+        if not asked:
             return False, None
-        self._asked.discard(name)
         report: dict[str, Any] = {} if done is None else dict(done.report)
         if reason or (done is not None and done.failed):
             report["fallbacks"] = [reason or (done.failed if done is not None else None)]
@@ -181,6 +182,12 @@ class CacheClipConnector(KVConnectorBase_V1):
     def shutdown(self) -> None:
         if self._planner is not None:
             self._planner.close()
+
+    def held(self) -> dict[str, int]:
+        """How much is kept for requests, by kind: nothing once they have ended."""
+        if self._planner is not None:
+            return {**self._planner.held(), "reports": len(self._reports), "asked": len(self._asked)}
+        return {} if self._obstacle else {"loads": len(self._loads), "chunks": len(self._chunks)}
 
     def get_kv_connector_stats(self) -> ReuseStats | None:
         if self._planner is None:
@@ -205,7 +212,11 @@ class CacheClipConnector(KVConnectorBase_V1):
         model = seams.Model(module, self._vllm_config, self._kv_cache_config, device)
         filler = Filler(model, self._libraries, self._most)
         if (reason := tried(filler)) is not None:
-            raise ConfigurationError(f"the chunks of this model cannot be moved and joined inside vLLM: {reason}")
+            said = f"the chunks of this model cannot be moved and joined inside vLLM: {reason}"
+            if self._settings.unsupported != "plain":
+                raise ConfigurationError(f'{said} (to serve it without reuse, set "unsupported": "plain")')
+            self._untried = said
+            return
         self._filler = filler
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -213,14 +224,14 @@ class CacheClipConnector(KVConnectorBase_V1):
         assert isinstance(work, Work)
         if self._obstacle:
             return
-        for request in work.dropped:
-            self._loads.pop(request, None)
-            self._chunks.pop(request, None)
         for request, tenant, encoder, keys in work.load:
             library = self._libraries.of(tenant, encoder)
             self._wanted[request] = keys
             self._loads[request] = self._threads.submit(_load, library, keys)
-        if work.plans and self._filler is not None:
+        for request in work.dropped:
+            for kept in (self._loads, self._wanted, self._chunks):
+                kept.pop(request, None)
+        if work.plans:
             self._fill(work.plans)
         if work.idle and self._loads:
             wait(self._loads.values(), timeout=_IDLE, return_when="FIRST_COMPLETED")
@@ -231,15 +242,17 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._results.loaded.append((request, [key for key in wanted if key not in chunks]))
 
     def _fill(self, plans: list[Plan]) -> None:
-        assert self._filler is not None
+        done = [Done(failed=self._untried) for _ in plans]
         try:
-            done = self._filler.fill(plans, self._chunks)
+            if self._filler is not None:
+                done = self._filler.fill(plans, self._chunks)
         except Exception as error:  # vLLM computes them ("recompute"), as it does where one plan fails
             log.exception("cacheclip: reuse failed for the requests of a step")
             done = [Done(failed=repr(error)) for _ in plans]
         for plan, result in zip(plans, done, strict=True):
+            self._chunks.pop(plan.request, None)  # not for as long as it decodes; a preempted one loads them again
             if result.failed:
-                self._invalid.update(plan.blocks[plan.first // self._filler.model.block_size :])
+                self._invalid.update(plan.blocks[plan.first // self._block :])
             self._results.done[plan.request] = result
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -270,11 +283,16 @@ def _load(library: Any, keys: Iterable[str]) -> dict[str, ChunkKV]:
     return {key: chunk for key in keys if (chunk := library.get(key)) is not None}
 
 
-def _version_obstacle(chosen: Settings) -> str | None:
-    """Why this version of vLLM is not served with reuse. Raises `ConfigurationError` unless that is wanted."""
-    if seams.MINOR in seams.TESTED:
-        return None
-    said = f"it was tested with vLLM {', '.join(seams.TESTED)} and this is {seams.version()}"
-    if chosen.untested != "plain":
-        raise ConfigurationError(f'{said}: install that, or set "untested": "plain" to serve without reuse')
-    return said
+def _obstacle(vllm_config: Any, kv_cache_config: Any, chosen: Settings) -> str | None:
+    """Why nothing is reused, where that is to be served. Raises `ConfigurationError` where it is to be refused."""
+    if seams.minor() not in seams.TESTED:
+        said = f"it was tested with vLLM {', '.join(seams.TESTED)} and this is {seams.version()}"
+        if chosen.untested != "plain":
+            raise ConfigurationError(f'{said}: install that, or set "untested": "plain" to serve without reuse')
+        return said
+    reason = seams.obstacle(vllm_config, kv_cache_config)
+    if reason is not None and chosen.unsupported != "plain":
+        raise ConfigurationError(
+            f'no chunk can be reused, because {reason} ("unsupported": "plain" serves without reuse)'
+        )
+    return reason

@@ -32,7 +32,8 @@ def encode_request(
     """
     encoder = method.encode if isinstance(method, Method) else _method(method).encode
     text, context = canonical(text), [canonical(other) for other in context]
-    pieces = [encoder.prefix_ids(model), *(model.tokenise(piece, plain=True).ids for piece in (*context, text))]
+    tokens: Any = model  # an encoder asks for nothing but tokens here
+    pieces = [encoder.prefix_ids(tokens), *(model.tokenise(piece, plain=True).ids for piece in (*context, text))]
     ids = torch.cat([*pieces, torch.zeros(1, dtype=torch.long)]).tolist()
     name = method.name if isinstance(method, Method) else method
     encode = {"text": text, "context": context, "in_sequence": in_sequence}

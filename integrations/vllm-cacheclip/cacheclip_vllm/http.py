@@ -6,9 +6,10 @@ Both are named on vLLM's command line: the endpoints by ``VLLM_PLUGINS=cacheclip
 
 from __future__ import annotations
 
+import asyncio
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,20 @@ KEYS, KEYS_FILE, METHOD = "CACHECLIP_API_KEYS", "CACHECLIP_API_KEYS_FILE", "CACH
 """Environment variables: API keys (``key`` or ``key=tenant``, one a line), a file of them, the default method."""
 
 
+def _keys() -> dict[str, str]:
+    """Tenants by API key. Raises `ConfigurationError`."""
+    file = os.environ.get(KEYS_FILE)
+    return read_keys(filter(None, os.environ.get(KEYS, "").splitlines()), Path(file) if file else None)
+
+
 class ServerAccess(Access):
     """`Access` as a middleware of vLLM's, which makes it from the application alone: keys come from the environment."""
 
     def __init__(self, app: App) -> None:
-        file = os.environ.get(KEYS_FILE)
-        keys = read_keys(filter(None, os.environ.get(KEYS, "").splitlines()), Path(file) if file else None)
         default = resolve(os.environ.get(METHOD, "auto"))
         super().__init__(
             app,
-            keys=keys,
+            keys=_keys(),
             check_method=lambda method: options({"method": method}, default),
             added={"proof": os.environ.get(PROOF, "")},
         )
@@ -63,6 +68,8 @@ class ChunkEndpoints:
         chosen = settings(config)
         libraries = Libraries(ServedModel(config), chosen, in_memory=False, remote=True)
         self._chunks.bound = Chunks(engine_client, libraries, chosen.default)
+        if chosen.fuse_when_idle:
+            self._fusing = asyncio.create_task(self._chunks.bound.fuse_when_idle(sorted({"", *_keys().values()})))
 
 
 class _Unbound:
@@ -86,6 +93,9 @@ class _Unbound:
 
     async def forget_document(self, tenant: str, document: str) -> None:
         await self._ready().forget_document(tenant, document)
+
+    async def fuse(self, tenant: str, neighbours: Mapping[str, Sequence[str]] | None) -> Added:
+        return await self._ready().fuse(tenant, neighbours)
 
     async def stats(self, tenant: str) -> ChunkStats:
         return await self._ready().stats(tenant)

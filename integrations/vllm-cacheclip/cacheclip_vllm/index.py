@@ -9,8 +9,12 @@ import numpy as np
 
 ANCHOR = 16
 """Tokens of an anchor. Any common stretch of twice as many, less one, contains one; shorter ones are not reused."""
+BORDER = 2
+"""A chunk's first tokens without an anchor: what stands before it in a prompt may be merged with them."""
 MAX_CANDIDATES = 32
 """Of chunks that share an anchor, as many are compared with the prompt; the longest match wins."""
+_FIRST = 64
+"""Tokens that a candidate is compared with at first; twice as many each time that all are equal."""
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _POWERS = np.array([pow(int(_BASE), k, 1 << 64) for k in range(ANCHOR)], dtype=np.uint64)
@@ -29,19 +33,22 @@ class Match:
 class TokenIndex:
     """Finds the token ids of known chunks in a prompt's. Not thread-safe.
 
-    Anchors are windows of `ANCHOR` tokens at 0, 16, 32, ... of each chunk, by hash and sorted. One binary search finds
+    Anchors are windows of `ANCHOR` tokens at 2, 18, 34, ... of each chunk, by hash and sorted. One binary search finds
     all of a prompt's windows among them, so the work is some ``T log A`` for T tokens and A anchors, in numpy. Hashes
     only nominate; token ids decide.
     """
 
     def __init__(self) -> None:
         self._ids: dict[str, np.ndarray] = {}
-        self._names: list[str] = []  # by number
         self._numbers: dict[str, int] = {}
+        self._names: dict[int, str] = {}  # by number; a chunk that comes back has a new one
+        self._next = 0
         self._hashes = np.zeros(0, dtype=np.uint64)  # sorted
         self._places = np.zeros(0, dtype=np.int64)  # number << 32 | offset, of each hash
         self._added: list[tuple[np.ndarray, np.ndarray]] = []
         self._removed: set[int] = set()
+        self.compared = 0
+        """Tokens that the last `find` compared."""
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -61,21 +68,25 @@ class TokenIndex:
         if name in self._ids:
             return
         mine = np.asarray(ids, dtype=np.int64)
-        self._ids[name], self._numbers[name] = mine, len(self._names)
-        self._names.append(name)
-        hashes = window_hashes(mine)[::ANCHOR]
+        number, self._next = self._next, self._next + 1
+        self._ids[name], self._numbers[name], self._names[number] = mine, number, name
+        hashes = window_hashes(mine)
         if len(hashes):
-            self._added.append((hashes, (self._numbers[name] << 32) + ANCHOR * np.arange(len(hashes), dtype=np.int64)))
+            offsets = np.arange(min(BORDER, len(hashes) - 1), len(hashes), ANCHOR, dtype=np.int64)
+            self._added.append((hashes[offsets], (number << 32) + offsets))
 
     def remove(self, name: str) -> None:
         if self._ids.pop(name, None) is not None:
-            self._removed.add(self._numbers.pop(name))
+            number = self._numbers.pop(name)
+            del self._names[number]
+            self._removed.add(number)
 
     def find(self, prompt: Sequence[int] | np.ndarray) -> list[Match]:
         """The known stretches of a prompt's token ids, disjoint and in order: greedy from the left, the longest match
         at each place, of equal ones the one nearest to its chunk's start.
         """
         self._settle()
+        self.compared = 0
         ids = np.asarray(prompt, dtype=np.int64)
         windows = window_hashes(ids)
         if not len(self._hashes) or not len(windows):
@@ -98,13 +109,26 @@ class TokenIndex:
         ].tolist():
             name, offset = self._names[place >> 32], place & 0xFFFFFFFF
             chunk = self._ids[name]
-            back = _common(ids[taken:row][::-1], chunk[:offset][::-1])
-            length = back + _common(ids[row:], chunk[offset:])
+            back = self._common(ids[taken:row][::-1], chunk[:offset][::-1])
+            length = back + self._common(ids[row:], chunk[offset:])
             if length < back + ANCHOR:
                 continue
             if best is None or (length, back - offset) > (best.length, -best.offset):
                 best = Match(row - back, name, offset - back, length)
         return best
+
+    def _common(self, a: np.ndarray, b: np.ndarray) -> int:
+        """How many elements from the first on are equal. Looks at few more: a prompt of a long chunk's anchors in
+        another order would otherwise be compared with the whole chunk at each of them.
+        """
+        size, start, step = min(len(a), len(b)), 0, _FIRST
+        while start < size:
+            different = np.flatnonzero(a[start : min(start + step, size)] != b[start : min(start + step, size)])
+            self.compared += min(step, size - start)
+            if len(different):
+                return start + int(different[0])
+            start, step = start + step, 2 * step
+        return size
 
     def _settle(self) -> None:
         """Merge what was added and removed into the sorted anchors."""
@@ -133,10 +157,3 @@ def window_hashes(ids: np.ndarray) -> np.ndarray:
     for k, power in enumerate(_POWERS):
         total += mixed[k : k + count] * power
     return total
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many elements from the first on are equal."""
-    size = min(len(a), len(b))
-    different = np.flatnonzero(a[:size] != b[:size])
-    return int(different[0]) if len(different) else size

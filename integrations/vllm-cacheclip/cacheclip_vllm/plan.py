@@ -148,6 +148,7 @@ class Plan:
     first: int = 0
     blocks: list[int] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)
+    filled: bool = False
 
     def layout(self) -> Layout:
         """The prompt by tokens, as methods see it; spans are rows instead of characters."""
@@ -162,8 +163,8 @@ class Plan:
                 continue
             edge[start:end] = True
             for row, offset, length in place.runs:
-                rows = slice(row, row + length)
-                chunk[rows], token[rows], edge[rows] = number, np.arange(offset, offset + length), False
+                held = slice(row, row + length)
+                chunk[held], token[held], edge[held] = number, np.arange(offset, offset + length), False
         rows = torch.arange(count)
         return Layout(
             "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -106,7 +106,8 @@ class Planner:
         """Plans of requests that are part of the step being scheduled."""
         self._saving = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-usage")
         self._busy = 0
-        self._spare: list[int] = []
+        self.loan: seams.Loan | None = None
+        """Where blocks for copies of questions come from."""
         self._model = libraries.model
         self._closing = self._model.tokenise(self._model.closing).ids.numpy()
         self._turn = self._model.turn()
@@ -116,10 +117,6 @@ class Planner:
         if tenant not in self._known:
             self._known[tenant] = Known(self._libraries, tenant)
         return self._known[tenant]
-
-    def lend(self, blocks: Iterable[int]) -> None:
-        """Blocks that no request has, for copies of questions."""
-        self._spare.extend(blocks)
 
     # ---- a new request -----------------------------------------------------------------------------------------------
 
@@ -136,6 +133,10 @@ class Planner:
         self.plans[request.request_id] = plan
         if caching:
             seams.keep_private(request, self._shared(plan) // self._block, self._hashed, self._block)
+        self._load(plan)
+
+    def _load(self, plan: Plan) -> None:
+        """Have the workers load the plan's chunks; it is carried out in none of the steps before they have."""
         if plan.keys:
             self._loading[plan.request] = self._ranks
             self.to_load.append((plan.request, plan.tenant, plan.method.encode, plan.keys))
@@ -252,7 +253,7 @@ class Planner:
             question_ids=np.arange(0),
             encode=encode,
         )
-        return self._too_much(plan) if plan.cost > self._most else plan
+        return (self._too_much(plan) or plan) if plan.cost > self._most else plan
 
     # ---- scheduling --------------------------------------------------------------------------------------------------
 
@@ -261,11 +262,11 @@ class Planner:
         plan = self.plans.get(request.request_id)
         if plan is None:
             return 0
+        if plan.filled:  # it was preempted
+            plan.filled = False
+            self._load(plan)
         if self._loading.get(plan.request) or (self._busy and self._busy + plan.cost > self._most):
             return None
-        need = -(-COPY // self._block) if plan.copies_question else 0
-        if need and len(self._spare) - sum(len(other.spare) for other in self.ready) < need:
-            return None if self.ready else 0
         # A request that was preempted finds its own blocks in the prefix cache. It is filled again as a whole, so that
         # the same rows are chosen as the first time.
         start = min(local, self._shared(plan) // self._block * self._block)
@@ -281,11 +282,10 @@ class Planner:
         if not external:
             return
         plan = self.plans[request.request_id]
-        plan.blocks = list(blocks)
-        if plan.copies_question:
-            size = -(-COPY // self._block)
-            used = sum(len(other.spare) for other in self.ready)
-            plan.spare = self._spare[used : used + size]
+        plan.blocks, plan.filled = list(blocks), True
+        plan.spare = []
+        if plan.copies_question and self.loan is not None:  # without, its end is asked, as far as the last block holds
+            plan.spare = self.loan.take(-(-COPY // self._block))
         self.ready.append(plan)
 
     def end_of_step(self) -> list[Plan]:
@@ -308,6 +308,10 @@ class Planner:
             if reason is not None and plan.encode is None:
                 self.reasons[request] = reason
                 self.finished(request)
+
+    def held(self) -> dict[str, int]:
+        """How much is kept for requests, by kind."""
+        return {"plans": len(self.plans), "reasons": len(self.reasons), "loading": len(self._loading)}
 
     def close(self) -> None:
         """Save what is counted."""

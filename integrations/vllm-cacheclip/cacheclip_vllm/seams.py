@@ -1,7 +1,7 @@
 """Every name of vLLM's that is not its documented connector API, each in one function, for vLLM 0.32.
 
 What this package needs from vLLM beyond `KVConnectorBase_V1` stands here and nowhere else, so that another version
-fails in this file and by name (tests/test_seams.py holds the names against a version's source).
+fails in this file and by name (tests/vllm/test_seams.py holds all names against a version's source).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def version() -> str:
     return str(vllm.__version__)
 
 
-MINOR = ".".join(version().split(".")[:2])
+def minor() -> str:
+    return ".".join(version().split(".")[:2])
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -89,24 +90,41 @@ def block_size(kv_cache_config: Any) -> int:
     return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
 
 
-def reserve(kv_cache_manager: Any, count: int) -> list[int]:
-    """Take ``count`` blocks out of the scheduler's pool for good; their ids."""
-    return [block.block_id for block in kv_cache_manager.block_pool.get_new_blocks(count)]
+class Loan:
+    """Blocks of the scheduler's pool that belong to no request, for the length of a step."""
+
+    def __init__(self, kv_cache_manager: Any) -> None:
+        self._pool = kv_cache_manager.block_pool
+        self._lent: list[Any] = []
+
+    def take(self, count: int) -> list[int]:
+        """The ids of ``count`` blocks; none if there are not as many."""
+        if self._pool.get_num_free_blocks() < count:
+            return []
+        blocks = self._pool.get_new_blocks(count)
+        self._lent += blocks
+        return [block.block_id for block in blocks]
+
+    def end(self) -> None:
+        """Give back what was taken."""
+        if self._lent:
+            self._pool.free_blocks(self._lent)
+            self._lent = []
 
 
 # ---- the scheduler's requests ----------------------------------------------------------------------------------------
 
 
-def unsupported(request: Any) -> str | None:
+def unsupported(request: Any, vllm_config: Any) -> str | None:
     """Why this request is served without reuse, or None."""
+    if vllm_config.lora_config is not None:
+        return "LoRA: adapters are mapped to the rows of vLLM's own step, so that no other rows can be computed"
     if request.sampling_params is None:
         return "a pooling request"
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "prompt embeddings"
     if request.mm_features:
         return "a multimodal prompt: its placeholders' KV is not a text's"
-    if request.lora_request is not None:
-        return "LoRA: adapters are mapped to the rows of vLLM's own step"
     if request.sampling_params.prompt_logprobs is not None:
         return "prompt_logprobs: they need every row's logits"
     if request.resumable:
@@ -125,6 +143,11 @@ def keep_private(request: Any, block: int, hash_size: int, size: int) -> None:
     del request.block_hashes[first:]
     request.block_hashes.append(os.urandom(32))
     request.update_block_hashes()
+
+
+def idle(engine: Any) -> bool:
+    """Whether the API server's engine has no request."""
+    return not engine.output_processor.has_unfinished_requests()
 
 
 # ---- the worker's model ----------------------------------------------------------------------------------------------
@@ -165,7 +188,7 @@ class Model:
         """Each layer's sliding window in tokens; None for full attention."""
         return [getattr(layer, "sliding_window", None) or None for layer in self.layers]
 
-    def rotary(self, layer: int) -> nn.Module:
+    def rotary(self, layer: int) -> Any:
         """The rotary embedding that turns this layer's queries and keys. Raises AttributeError if there is none."""
         parent = self.module.get_submodule(self.names[layer].rsplit(".", 1)[0])
         return parent.rotary_emb
@@ -239,7 +262,7 @@ class Model:
         return before
 
 
-def rotary_table(rotary: nn.Module) -> tuple[Tensor, Tensor, bool]:
+def rotary_table(rotary: Any) -> tuple[Tensor, Tensor, bool]:
     """A rotary embedding's cos and sin, ``[positions, d/2]`` float32 as vLLM rounds them, and whether dimension i is
     paired with i + d/2 (else with its neighbour).
     """

@@ -39,7 +39,7 @@ class ServedModel(PromptTokenizer):
         self.longest: int = vllm_config.scheduler_config.max_num_batched_tokens
         """Rows that one pass takes, and so the longest chunk that can be encoded with its prefix."""
         self._identity = {
-            "engine": f"vllm {seams.MINOR}",
+            "engine": f"vllm {seams.minor()}",
             "architecture": model.hf_text_config.model_type,
             "weights": weights_digest(seams.weights_folder(model)),
             "config": _digest(

@@ -19,6 +19,7 @@ from cacheclip_rag.methods import Method
 from cacheclip_rag.server.service import Added, ChunkStats, Replaced, Skipped
 from cacheclip_rag.store import Documents, Place
 
+from . import seams
 from .encoding import encode_request
 from .libraries import Libraries
 
@@ -28,6 +29,8 @@ _AT_ONCE = 16
 """Chunks of all requests that the engine is given at the same time; it takes as many of them into a pass as fit."""
 _NEIGHBOURS = 10
 """The longest context that a chunk is fused with by use, in chunks."""
+_PAUSE = 10.0
+"""Seconds between two looks at what was used together."""
 _VARIANTS = 3
 """Fused variants that are kept of a chunk."""
 _NOT_STORED = "it could not be encoded or kept: the server's log says why (a full store, or a failure)"
@@ -76,7 +79,8 @@ class Chunks:
         the chunks that occurred in two prompts or more, behind those that are likely to precede them.
         """
         wanted = await asyncio.to_thread(self._used, tenant) if neighbours is None else dict(neighbours)
-        library, variants = (of(tenant, self._method.encode) for of in (self._libraries.of, self._libraries.variants))
+        library = self._libraries.of(tenant, self._method.encode)
+        variants = self._libraries.variants(tenant, self._method.encode)
         await asyncio.to_thread(library.store.refresh)
         reasons: dict[str, str] = {}
         todo: list[tuple[str, list[str]]] = []
@@ -94,6 +98,19 @@ class Chunks:
         places = {text: number for number, text in enumerate(wanted)}
         skipped = [Skipped(places[text], reason) for text, reason in reasons.items() if text in places]
         return Added(len(todo) - sum(map(bool, failures)), len(wanted) - len(todo) - len(reasons), skipped)
+
+    async def fuse_when_idle(self, tenants: Sequence[str]) -> None:
+        """For ever: while the engine has no request, fuse what was used together, one chunk at a time."""
+        while True:
+            await asyncio.sleep(_PAUSE)
+            for tenant in tenants:
+                try:
+                    for text, others in (await asyncio.to_thread(self._used, tenant)).items():
+                        if not seams.idle(self._engine):
+                            break
+                        await self.fuse(tenant, {text: others})
+                except Exception:  # a store that is away; the next round tries again
+                    log.exception("cacheclip: chunks could not be fused in idle time")
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 

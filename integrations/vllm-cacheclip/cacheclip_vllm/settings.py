@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from cacheclip_rag import methods
 from cacheclip_rag.errors import ConfigurationError
@@ -14,13 +14,17 @@ from .libraries import StoreOptions
 
 @dataclass(frozen=True)
 class Settings(StoreOptions):
-    """The store's options; ``method`` and ``recompute_ratio`` of requests that name none; and ``untested``: what to do
-    with a version of vLLM that the tests were not run with: "refuse", or serve it "plain", without reuse.
+    """The store's options; ``method`` and ``recompute_ratio`` of requests that name none; ``fuse_when_idle``: fuse
+    chunks that prompts held together while there is no request; ``untested``: whether a version of vLLM that the
+    tests were not run with is to "refuse" to start, or is served "plain", without reuse; ``unsupported``: the same for
+    a model or a configuration whose KV cannot be reused.
     """
 
     method: str = "auto"
     recompute_ratio: float | None = None
-    untested: str = "refuse"
+    fuse_when_idle: bool = False
+    untested: Literal["refuse", "plain"] = "refuse"
+    unsupported: Literal["refuse", "plain"] = "refuse"
 
     @property
     def default(self) -> Method:
@@ -37,4 +41,7 @@ def settings(vllm_config: Any) -> Settings:
     known = {one.name for one in fields(Settings)}
     if unknown := set(extra) - known:
         raise ConfigurationError(f"unknown option {sorted(unknown)[0]!r}; there are: {', '.join(sorted(known))}")
+    for name in ("untested", "unsupported"):
+        if extra.get(name, "plain") not in ("refuse", "plain"):
+            raise ConfigurationError(f'{name} is "refuse" or "plain", not {extra[name]!r}')
     return Settings(**extra)

@@ -132,6 +132,12 @@ class Served:
         """Tokens of a block of the KV cache."""
         return self.llm.llm_engine.vllm_config.cache_config.block_size
 
+    def connectors(self) -> tuple[Any, Any]:
+        """The connector's half in the scheduler, and the one in the worker, both of which are in this process."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return self.llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()
+
     def preemptions(self) -> int:
         """How often a running request was preempted."""
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")

@@ -117,6 +117,7 @@ def test_a_question_before_the_context(served: Served, engine: Engine) -> None:
         rows, others = set(recomputed(report["sources"])), set(recomputed(runs))
         assert len(rows & others) >= 0.9 * len(others)  # its words are cut otherwise when they stand alone
         assert not report["fallbacks"] and len(answer) == 12
+    assert served.llm.reset_prefix_cache()  # the blocks are given back
 
 
 def test_requests_together_equal_one_after_another(served: Served) -> None:

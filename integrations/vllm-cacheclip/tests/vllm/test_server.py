@@ -49,6 +49,7 @@ class Server:
             KEY,
             "--api-key",
             f"{OTHER}=acme",
+            "--fuse-when-idle",
             *FLAGS.split(),
             *MEMORY.split(),
         ]
@@ -199,6 +200,19 @@ def test_documents_change_and_go(server: Server, chunks: ChunkClient) -> None:
     assert server.ask([OTHERS[2]])[1]["fallbacks"] == ["no chunk in this prompt has stored KV"]
 
 
+def test_fused_variants_are_made_and_used(server: Server, chunks: ChunkClient) -> None:
+    """By neighbours, and by use: the chunks that prompts held together."""
+    before = server.ask(PASSAGES[:2])[1]
+    done = chunks.fuse({PASSAGES[1]: PASSAGES[:1], PASSAGES[2]: ["nobody has added this"]})
+    assert done.encoded == 1 and [one.index for one in done.skipped] == [1]
+    after = server.ask(PASSAGES[:2])[1]
+    assert after["fit"] > before["fit"] and chunks.stats().fused == 1
+    assert chunks.fuse({PASSAGES[1]: PASSAGES[:1]}).kept == 1
+    chunks.forget(PASSAGES[:1])
+    assert chunks.stats().fused == 0  # it contains what was forgotten
+    chunks.add(PASSAGES, document="lighthouse")
+
+
 def test_a_kill_damages_nothing(server: Server, chunks: ChunkClient) -> None:
     """In the middle of an ingestion and of two hundred requests; then it starts again and goes on."""
     expected = server.ask(PASSAGES)[0]
@@ -222,3 +236,17 @@ def test_a_kill_damages_nothing(server: Server, chunks: ChunkClient) -> None:
     done = chunks.replace("many", OTHERS)
     assert done.encoded + done.kept == len(OTHERS) and not done.skipped
     assert not list(server.store.rglob("*.bad"))
+
+
+def test_what_is_used_together_is_fused_in_idle_time(server: Server, chunks: ChunkClient) -> None:
+    """Behind the other tests, whose counts it would change."""
+    texts = [f"{number} {text}" for number, text in enumerate(OTHERS[:2])]
+    chunks.add(texts)
+    before = server.ask(texts)[1]
+    with ThreadPoolExecutor(8) as threads:  # the scheduler saves its counts every 64 prompts
+        list(threads.map(lambda _: server.ask(texts), range(70)))
+    for _ in range(100):
+        if server.ask(texts)[1]["fit"] > before["fit"]:
+            return
+        time.sleep(1)
+    raise AssertionError("the second chunk was not fused with the first")

@@ -1,0 +1,97 @@
+"""Fairness and safety inside a step: budgets, shared beginnings, aborted requests, many at once."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from cacheclip_vllm import batch, filling
+from serving import PASSAGES, Served, asking
+
+ORDERS = [PASSAGES[k:] + PASSAGES[:k] for k in range(5)]
+SYSTEM = "You answer questions about a small town by the sea, from passages only, briefly and without guessing. " * 3
+
+
+def with_system(served: Served, passages: list[str]) -> list[int]:
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "\n\n".join([*passages, "Who drove the last train?"])},
+    ]
+    return served.model.tokenise_prompt(served.model.chat(messages)).ids.tolist()
+
+
+def test_passes_and_steps_keep_to_the_budget(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a pass nor all plans of a step compute more rows than --max-num-batched-tokens."""
+    most = served.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    steps, passes = list[int](), list[int]()
+    fill, run = filling.Filler.fill, batch.run_forward
+
+    def filled(self: Any, plans: Any, chunks: Any) -> Any:
+        steps.append(sum(plan.cost for plan in plans))
+        return fill(self, plans, chunks)
+
+    def ran(model: Any, parts: Any, depth: Any) -> None:
+        passes.append(sum(len(part.rows) for part in parts))
+        run(model, parts, depth)
+
+    monkeypatch.setattr(filling.Filler, "fill", filled)
+    monkeypatch.setattr(batch, "run_forward", ran)
+    served.ask([served.prompt(order) for order in ORDERS * 3], recompute_ratio=0.9)
+    assert len(steps) > 1 and max(steps) <= most and max(passes) <= most
+
+
+def test_the_beginning_is_shared_and_exact(served: Served) -> None:
+    """A system prompt that vLLM has cached is neither computed again nor written; answers are those of a cold cache."""
+    prompts = [with_system(served, order) for order in ORDERS]
+    plain = [served.ask([ids], reuse=False)[0][0] for ids in prompts]
+    for method in ("auto", "infoflow", "cacheblend"):
+        whole = served.ask(prompts, method=method, recompute_ratio=1.0)
+        assert [answer for answer, _ in whole] == plain
+        assert all(report["tokens"]["prefix"] >= served.block for _, report in whole[1:])
+        assert served.llm.reset_prefix_cache()  # no block of the pool is kept
+        cold = [served.ask([ids], method=method)[0][0] for ids in prompts[:1]]
+        warm = [served.ask([ids], method=method)[0][0] for ids in prompts[:1]]
+        assert cold == warm
+
+
+def test_64_requests_some_of_them_aborted(served: Served) -> None:
+    """Each answers as it does alone; the aborted ones disturb nobody, whatever they were about to do."""
+    kinds: list[dict[str, Any]] = [{}, {"reuse": False}, {"method": "naive"}, {"recompute_ratio": 0.5}]
+    jobs = [(served.prompt(order), kind) for order in ORDERS for kind in kinds]
+    alone = [served.ask([ids], **kind)[0][0] for ids, kind in jobs]
+    engine, chance = served.llm.llm_engine, random.Random(1)
+    numbers = [chance.randrange(len(jobs)) for _ in range(64)]
+    aborted = {f"many-{k}" for k in chance.sample(range(64), 12)}
+    for k, number in enumerate(numbers):
+        ids, kind = jobs[number]
+        engine.add_request(f"many-{k}", {"prompt_token_ids": ids}, asking(kind, max_tokens=12))
+    answers: dict[str, list[int]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        if steps in (0, 1, 2, 5):  # before they are planned, loaded and filled, and while they decode
+            engine.abort_request([name for name in sorted(aborted)[steps % 4 :: 4]])
+        for output in engine.step():
+            if output.finished:
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+        steps += 1
+    finished = {name: answer for name, answer in answers.items() if len(answer) == 12}
+    assert set(finished) >= {f"many-{k}" for k in range(64)} - aborted
+    for k, number in enumerate(numbers):
+        if (name := f"many-{k}") in finished:
+            assert finished[name] == alone[number]
+
+
+def test_nothing_is_left_of_finished_requests(served: Served) -> None:
+    """Neither the planner nor the worker keeps what belonged to requests that have ended or were aborted."""
+    prompts = [served.prompt(order) for order in ORDERS]
+    served.ask(prompts)
+    engine = served.llm.llm_engine
+    for k, ids in enumerate(prompts):
+        engine.add_request(f"gone-{k}", {"prompt_token_ids": ids}, asking({}, max_tokens=12))
+    engine.abort_request([f"gone-{k}" for k in range(5)])
+    served.ask(prompts)
+    served.ask(prompts[:1], reuse=False)  # workers are told of the last ones with the next step
+    scheduler, worker = served.connectors()
+    held = {**scheduler.held(), **worker.held()}
+    assert not any(held.values()), held
