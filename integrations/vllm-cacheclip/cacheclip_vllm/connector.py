@@ -200,8 +200,10 @@ class CacheClipConnector(KVConnectorBase_V1):
         return ReuseStats(data or {})
 
     @classmethod
-    def build_prom_metrics(cls, *given: Any) -> ReuseMetrics:
-        return ReuseMetrics(*given)
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> ReuseMetrics:
+        return ReuseMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ---- in a worker -------------------------------------------------------------------------------------------------
 
