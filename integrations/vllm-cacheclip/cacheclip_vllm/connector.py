@@ -197,7 +197,7 @@ class CacheClipConnector(KVConnectorBase_V1):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:
-        return ReuseStats(data or {})
+        return ReuseStats(data=data or {})
 
     @classmethod
     def build_prom_metrics(

@@ -85,7 +85,7 @@ distributed.kv_transfer.kv_transfer_state:has_kv_transfer_group()
 distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector(name, module_path, class_name)
 distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.__init__(vllm_config, role, kv_cache_config)
 distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1._get_connector_metadata()
-distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats(data)
+distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats(data=)
 distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics.__init__(vllm_config, metric_types, labelnames, \
 per_engine_labelvalues)
 platforms.interface:Platform.is_cpu()
@@ -214,7 +214,7 @@ def callable_with(made: Signature, passed: list[str]) -> str | None:
 
 def overridden_by(theirs: Signature, ours: Any) -> str | None:
     """Why our method cannot stand for vLLM's, or None."""
-    mine = list(inspect.signature(ours).parameters)[1:]
+    mine = list(inspect.signature(ours).parameters)[not inspect.ismethod(ours) :]  # a class method is bound
     return None if list(theirs.parameters) == mine else f"its parameters are {list(theirs.parameters)}, ours {mine}"
 
 
