@@ -62,7 +62,7 @@ class ReuseStats(KVConnectorStats):
             self.count(FALLBACKS, kind_of(reason))
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for metric, values in other.data.items():
