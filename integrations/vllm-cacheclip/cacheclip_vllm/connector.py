@@ -24,6 +24,7 @@ from cacheclip_rag.kv.encode import Encoder
 from . import PROOF, seams
 from .filling import Filler
 from .libraries import Libraries
+from .metrics import ReuseMetrics, ReuseStats
 from .plan import FIELD, Done, Plan
 from .planner import Planner
 from .served import ServedModel
@@ -95,6 +96,7 @@ class CacheClipConnector(KVConnectorBase_V1):
             )
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
+            self._counts = ReuseStats()
             self._dropped: list[str] = []
         else:
             self._block = seams.block_size(kv_cache_config)
@@ -154,6 +156,7 @@ class CacheClipConnector(KVConnectorBase_V1):
         for request, missing in results.loaded:
             self._planner.loaded(request, missing)
         for request, done in results.done.items():
+            self._counts.done(done)
             if request in self._asked:
                 self._reports[request] = done
 
@@ -167,6 +170,8 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._dropped.append(name)
         self._planner.finished(name)
         reason, done = self._planner.reasons.pop(name, None), self._reports.pop(name, None)
+        if reason:
+            self._counts.left(reason)
         if not asked:
             return False, None
         report: dict[str, Any] = {} if done is None else dict(done.report)
@@ -183,6 +188,22 @@ class CacheClipConnector(KVConnectorBase_V1):
         if self._planner is not None:
             return {**self._planner.held(), "reports": len(self._reports), "asked": len(self._asked)}
         return {} if self._obstacle else {"loads": len(self._loads), "chunks": len(self._chunks)}
+
+    def get_kv_connector_stats(self) -> ReuseStats | None:
+        if self._planner is None:
+            return None
+        counts, self._counts = self._counts, ReuseStats()
+        return counts
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:
+        return ReuseStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> ReuseMetrics:
+        return ReuseMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ---- in a worker -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import sources
 import vllm
 from cacheclip_vllm import seams
 from cacheclip_vllm.connector import CacheClipConnector, Results
+from cacheclip_vllm.metrics import ReuseMetrics, ReuseStats
 from cacheclip_vllm.worker import Worker
 from sources import Missing
 
@@ -53,6 +54,8 @@ distributed.kv_transfer.kv_connector.v1.base:KVConnectorMetadata
 distributed.kv_transfer.kv_connector.v1.base:KVConnectorRole.SCHEDULER
 distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1._vllm_config _kv_cache_config
 v1.outputs:KVConnectorOutput.kv_connector_worker_meta
+distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats.data
+distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics._counter_cls per_engine_labelvalues
 platforms:current_platform
 v1.worker.cpu_worker:CPUWorker
 v1.worker.worker_base:WorkerBase.model_runner device
@@ -82,6 +85,9 @@ distributed.kv_transfer.kv_transfer_state:has_kv_transfer_group()
 distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector(name, module_path, class_name)
 distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.__init__(vllm_config, role, kv_cache_config)
 distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1._get_connector_metadata()
+distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats(data=)
+distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics.__init__(vllm_config, metric_types, labelnames, \
+per_engine_labelvalues)
 platforms.interface:Platform.is_cpu()
 v1.worker.gpu_worker:Worker.initialize_from_config(kv_cache_config)
 v1.worker.gpu_model_runner:GPUModelRunner.get_model()
@@ -94,6 +100,7 @@ v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update(layer, 
 """What is called, and what with; a name with ``=`` is passed as a keyword. No other parameter may be required."""
 
 CONNECTOR = "distributed.kv_transfer.kv_connector.v1.base"
+METRICS = "distributed.kv_transfer.kv_connector.v1.metrics"
 OVERRIDDEN: list[tuple[str, str, type]] = [
     *(
         (CONNECTOR, f"KVConnectorBase_V1.{name}", CacheClipConnector)
@@ -111,9 +118,15 @@ OVERRIDDEN: list[tuple[str, str, type]] = [
             "wait_for_layer_load",
             "save_kv_layer",
             "wait_for_save",
+            "shutdown",
+            "get_kv_connector_stats",
+            "build_kv_connector_stats",
+            "build_prom_metrics",
         )
     ),
     (CONNECTOR, "KVConnectorWorkerMetadata.aggregate", Results),
+    *((METRICS, f"KVConnectorStats.{name}", ReuseStats) for name in ("reset", "aggregate", "reduce", "is_empty")),
+    (METRICS, "KVConnectorPromMetrics.observe", ReuseMetrics),
     ("v1.worker.gpu_worker", "Worker.initialize_from_config", Worker),
 ]
 """What vLLM calls: our method has its parameters, by name and in their order."""
@@ -201,7 +214,7 @@ def callable_with(made: Signature, passed: list[str]) -> str | None:
 
 def overridden_by(theirs: Signature, ours: Any) -> str | None:
     """Why our method cannot stand for vLLM's, or None."""
-    mine = list(inspect.signature(ours).parameters)[1:]
+    mine = list(inspect.signature(ours).parameters)[not inspect.ismethod(ours) :]  # a class method is bound
     return None if list(theirs.parameters) == mine else f"its parameters are {list(theirs.parameters)}, ours {mine}"
 
 
