@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
@@ -80,14 +80,23 @@ def serve(
     Then: curl -X PUT localhost:8000/v1/documents/ID -H 'Content-Type: application/json' -d '{"texts": ["..."]}'
     """
     if not embedded and find_spec("vllm") is not None and find_spec("cacheclip_vllm") is not None:
-        options: dict[str, Any] = {"store": str(store.expanduser().absolute()), "kv_dtype": kv_dtype}
+        if auxiliary is not None:
+            raise ConfigurationError(
+                "vLLM's scheduler has no text for an auxiliary model: leave it out, or use --embedded"
+            )
+        options: dict[str, Any] = {
+            "store": str(store.expanduser().absolute()),
+            "kv_dtype": kv_dtype,
+            "disk_bytes": store_cli.room(store, cap),
+        }
         if fuse_when_idle:
             options["fuse_when_idle"] = True
-        if cap is not None:
-            options["disk_bytes"] = store_cli.nbytes(cap)
         options |= {name: value for name, value in (("method", method), ("remote", remote)) if value}
         lines = [*(api_key or ()), *([] if api_keys is None else api_keys.read_text("utf-8").splitlines())]
         flags = _others(ctx.meta[_ARGUMENTS], model)
+        if not any(flag.partition("=")[0] == "--host" for flag in flags):  # vLLM's own default is all addresses
+            flags += ["--host", host]
+        _warn(lines, host, port)
         serve_vllm(model, flags, options, lines, store_cli.secret_of(secret_file, store))
     if ctx.args:
         raise ConfigurationError(f"no such option: {' '.join(ctx.args)} (vLLM's need vllm-cacheclip installed)")
@@ -102,8 +111,7 @@ def serve(
     from ..weights.pull import resolve
 
     keys = read_keys(api_key or (), api_keys)
-    if not keys and host not in _LOCAL:
-        typer.echo(f"cacheclip: whoever reaches {host}:{port} may ask, store and forget: see --api-key", err=True)
+    _warn(keys, host, port)
     tenants = sorted({*keys.values()} or {""})
     with quietly(), bar() as progress:
         progress("opening the model", 0, 0)
@@ -130,6 +138,11 @@ def serve(
         for tenant in tenants:  # what is wrong with the store is said now
             engines.of(tenant)
     run(engines, model, keys, host, port)
+
+
+def _warn(keys: Collection[str], host: str, port: int) -> None:
+    if not keys and host not in _LOCAL:
+        typer.echo(f"cacheclip: whoever reaches {host}:{port} may ask, store and forget: see --api-key", err=True)
 
 
 _OWN = (

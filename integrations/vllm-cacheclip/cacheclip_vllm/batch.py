@@ -63,19 +63,33 @@ class Batch:
             try:
                 with seams.same_stream(stream), torch.inference_mode():
                     results[task.number] = works[task.number](ask)
-            except Exception as error:  # this request's alone
-                results[task.number] = error
+            except BaseException as error:  # this request's alone
+                results[task.number] = error if isinstance(error, Exception) else RuntimeError(repr(error))
             task.done = True
             self._asked.set()
 
         for task in tasks:
             thread = threading.Thread(target=start, args=(task,), name="cacheclip-request", daemon=True)
             self._until_asked(task, thread.start)
+        self._agree(tasks, results)
         while waiting := [task for task in tasks if not task.done]:
             self._answer(waiting)
             for task in waiting:
                 self._until_asked(task, task.resume.set)
+            self._agree(tasks, results)
         return results
+
+    def _agree(self, tasks: Sequence[_Task], results: list[Any]) -> None:
+        """What has failed on one rank fails on all of them, or the others would wait for it in a collective."""
+        fine = seams.on_all_ranks([not isinstance(results[task.number], Exception) for task in tasks])
+        for task, agreed in zip(tasks, fine, strict=True):
+            if agreed or isinstance(results[task.number], Exception):
+                continue
+            error = RuntimeError("it failed on another rank")
+            if not task.done:
+                task.error = error
+                self._until_asked(task, task.resume.set)
+            results[task.number] = error
 
     def _until_asked(self, task: _Task, go: Callable[[], None]) -> None:
         """Let one task run until it asks for something or ends."""
@@ -95,6 +109,8 @@ class Batch:
                 try:
                     self._pass(parts, depth or None)
                 except Exception as error:  # of the pass: all that share it
+                    if seams.rank()[1] > 1:  # the other ranks are in the middle of it
+                        raise
                     for task in group:
                         task.error = error
 

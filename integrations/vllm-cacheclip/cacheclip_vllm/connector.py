@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ from .trial import tried
 
 log = logging.getLogger("cacheclip_rag")
 
+_UNFILLED = "its beginning is computed in this very step, by another request"
 _IDLE = 0.01
 """Seconds that a step without rows waits for chunks that are being loaded, so that the scheduler does not spin."""
 
@@ -85,7 +87,7 @@ class CacheClipConnector(KVConnectorBase_V1):
         self._in_scheduler = role == KVConnectorRole.SCHEDULER
         self._libraries = Libraries(ServedModel(vllm_config), self._settings, in_memory=not self._in_scheduler)
         if self._in_scheduler:
-            block = seams.block_size(kv_cache_config)
+            self._block = block = seams.block_size(kv_cache_config)
             self._planner = Planner(
                 self._libraries,
                 self._settings.default,
@@ -97,7 +99,6 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
             self._counts = ReuseStats()
-            self._dropped: list[str] = []
         else:
             self._block = seams.block_size(kv_cache_config)
             self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="cacheclip-load")
@@ -106,11 +107,14 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._chunks: dict[str, dict[str, ChunkKV]] = {}
             self._results = Results()
             self._invalid: set[int] = set()
+            self._failed: set[int] = set()
+            """Blocks that failed to be filled in the step before: vLLM computes them at the earliest in this one."""
             self._untried = "the model was not tried: start vLLM with --worker-cls cacheclip_vllm.worker.Worker"
 
     # ---- in the scheduler --------------------------------------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        self._manager = kv_cache_manager
         if self._planner is not None:
             self._planner.loan = seams.Loan(kv_cache_manager)
 
@@ -118,7 +122,10 @@ class CacheClipConnector(KVConnectorBase_V1):
         given = (request.kv_transfer_params or {}).get(FIELD)
         if isinstance(given, dict):
             given = dict(given)
-            if given.pop("proof", None) != os.environ.get(PROOF):  # from a client, who may not say these
+            proof, said = os.environ.get(PROOF, ""), str(given.pop("proof", ""))
+            if not proof or not hmac.compare_digest(
+                said.encode(), proof.encode()
+            ):  # from a client, who may not say these
                 given.pop("tenant", None)
                 given.pop("encode", None)
             if given.get("report"):
@@ -141,9 +148,10 @@ class CacheClipConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._planner is None:
             return Work([], [], [], idle=False)
-        load, self._planner.to_load = self._planner.to_load, []
-        dropped, self._dropped = self._dropped, []
-        return Work(load, self._planner.end_of_step(), dropped, scheduler_output.total_num_scheduled_tokens == 0)
+        if self._planner.ready:
+            self._planner.bar(seams.blocks_computed(scheduler_output, self._manager, self._block))
+        plans, load, dropped = self._planner.end_of_step()
+        return Work(load, plans, dropped, scheduler_output.total_num_scheduled_tokens == 0)
 
     def update_connector_output(self, connector_output: Any) -> None:
         results = connector_output.kv_connector_worker_meta
@@ -166,8 +174,6 @@ class CacheClipConnector(KVConnectorBase_V1):
         self._asked.discard(name)
         if self._planner is None:
             return False, {FIELD: {"fallbacks": [self._obstacle]}} if asked else None
-        if name in self._planner.plans:
-            self._dropped.append(name)
         self._planner.finished(name)
         reason, done = self._planner.reasons.pop(name, None), self._reports.pop(name, None)
         if reason:
@@ -207,13 +213,13 @@ class CacheClipConnector(KVConnectorBase_V1):
 
     # ---- in a worker -------------------------------------------------------------------------------------------------
 
-    def attach(self, module: torch.nn.Module, device: torch.device) -> None:
+    def attach(self, module: torch.nn.Module, device: torch.device, kernel_blocks: Sequence[int] = ()) -> None:
         """The worker's loaded model. It is tried on a few tokens before any request comes."""
         if self._obstacle:
             return
         model = seams.Model(module, self._vllm_config, self._kv_cache_config, device)
         filler = Filler(model, self._libraries, self._most)
-        if (reason := tried(filler)) is not None:
+        if (reason := model.obstacle(kernel_blocks) or tried(filler)) is not None:
             said = f"the chunks of this model cannot be moved and joined inside vLLM: {reason}"
             if self._settings.unsupported != "plain":
                 raise ConfigurationError(f'{said} (to serve it without reuse, set "unsupported": "plain")')
@@ -226,15 +232,16 @@ class CacheClipConnector(KVConnectorBase_V1):
         assert isinstance(work, Work)
         if self._obstacle:
             return
+        for request in work.dropped:
+            for kept in (self._loads, self._wanted, self._chunks):
+                kept.pop(request, None)
         for request, tenant, encoder, keys in work.load:
             library = self._libraries.of(tenant, encoder)
             self._wanted[request] = keys
             self._loads[request] = self._threads.submit(_load, library, keys)
-        for request in work.dropped:
-            for kept in (self._loads, self._wanted, self._chunks):
-                kept.pop(request, None)
         if work.plans:
             self._fill(work.plans)
+        self._failed = set(self._invalid)
         if work.idle and self._loads:
             wait(self._loads.values(), timeout=_IDLE, return_when="FIRST_COMPLETED")
         for request in [request for request, future in self._loads.items() if future.done()]:
@@ -244,11 +251,16 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._results.loaded.append((request, [key for key in wanted if key not in chunks]))
 
     def _fill(self, plans: list[Plan]) -> None:
-        done = [Done(failed=self._untried) for _ in plans]
+        lost = [plan.barred or not self._failed.isdisjoint(plan.blocks[: plan.first // self._block]) for plan in plans]
+        done = [Done(failed=_UNFILLED if gone else self._untried) for gone in lost]
+        able = [number for number, gone in enumerate(lost) if not gone]
         try:
-            if self._filler is not None:
-                done = self._filler.fill(plans, self._chunks)
+            if self._filler is not None and able:
+                for number, result in zip(able, self._filler.fill([plans[n] for n in able], self._chunks), strict=True):
+                    done[number] = result
         except Exception as error:  # vLLM computes them ("recompute"), as it does where one plan fails
+            if seams.rank()[1] > 1:  # the other ranks wait in a collective: better no engine than one that hangs
+                raise
             log.exception("cacheclip: reuse failed for the requests of a step")
             done = [Done(failed=repr(error)) for _ in plans]
         for plan, result in zip(plans, done, strict=True):

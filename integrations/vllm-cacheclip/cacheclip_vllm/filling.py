@@ -183,7 +183,7 @@ class _Work:
             self._note_front(known)
 
     def _note_front(self, known: int) -> None:
-        if self.plan.prefix and not known:
+        if self.plan.prefix and not known and (self.plan.encode is not None or self.plan.head >= self.plan.prefix):
             assert self.workspace is not None
             self._filler.keep_front(self.plan, self.workspace)
 

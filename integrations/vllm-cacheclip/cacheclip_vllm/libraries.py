@@ -45,6 +45,10 @@ class Libraries:
         self._opened: dict[tuple[str, Encoder], Library] = {}
         self._variants: dict[tuple[str, Encoder], FusedVariants] = {}
 
+    @property
+    def has_remote(self) -> bool:
+        return self._remote and bool(self._options.remote)
+
     def place(self, tenant: str) -> Place:
         """Where the chunks of this tenant are."""
         if tenant not in self._places:

@@ -16,6 +16,7 @@ from cacheclip_rag.methods import Method, check_ratio
 from cacheclip_rag.methods.attend.base import Plain
 from cacheclip_rag.methods.recompute.carry import Carry
 from cacheclip_rag.methods.recompute.once import Once
+from cacheclip_rag.methods.select.cacheblend import KeyDeviation
 from cacheclip_rag.methods.select.query_guided import QueryGuided
 from cacheclip_rag.prompt import Layout, Span
 
@@ -130,7 +131,8 @@ class Plan:
 
     ``prefix``: rows from 0 on that hold the encode prefix; ``head``: rows before it are exact, so that a shared block
     may hold them; ``first``: rows before it are there already; ``question``: the question's rows; ``spare``: blocks
-    behind the request's own ``blocks``, for a copy of the question.
+    behind the request's own ``blocks``, for a copy of the question; ``local``: tokens that vLLM's prefix cache had when
+    it was asked last; ``barred``: rows before `first` are only computed in this step, so that it cannot be filled.
     """
 
     request: str
@@ -149,6 +151,8 @@ class Plan:
     blocks: list[int] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)
     filled: bool = False
+    local: int = 0
+    barred: bool = False
 
     def layout(self) -> Layout:
         """The prompt by tokens, as methods see it; spans are rows instead of characters."""
@@ -184,9 +188,12 @@ class Plan:
 
     @property
     def cost(self) -> int:
-        """Rows that passes compute for it, at most."""
+        """The rows of its largest pass, at most."""
         held = sum(length for place in self.places if place.key is not None for _, _, length in place.runs)
-        return len(self.ids) - held + int(self.ratio * held)
+        ratio = max(self.ratio, self.method.fitted_ratio or 0.0)
+        if ratio and isinstance(self.method.select, KeyDeviation):  # compares with a forward over the whole prompt
+            ratio = 1.0
+        return len(self.ids) - held + int(ratio * held)
 
     @property
     def keys(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +26,9 @@ log = logging.getLogger("cacheclip_rag")
 
 COPY = 64
 """Tokens of a question that is copied behind the prompt, at most."""
+_HELD = 2
+"""Prompts of a step have at most so many tokens as passes have rows, times this: each one's KV is kept at hand once
+more while its blocks are filled."""
 _GONE = "its stored KV is gone or damaged"
 _OTHERWISE = 'not encoded as {name} wants it: add its chunks with "method": "{name}"'
 
@@ -102,10 +105,13 @@ class Planner:
         self._loading: dict[str, int] = {}
         self.to_load: list[tuple[str, str, Encoder, list[str]]] = []
         """Of each new plan, the request, the tenant, the encoding and the keys that workers are to load."""
+        self.dropped: list[str] = []
+        """Requests whose chunks workers need no longer."""
+        self._at_workers: set[str] = set()
         self.ready: list[Plan] = []
         """Plans of requests that are part of the step being scheduled."""
         self._saving = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-usage")
-        self._busy = 0
+        self._busy = self._tokens = 0
         self.loan: seams.Loan | None = None
         """Where blocks for copies of questions come from."""
         self._model = libraries.model
@@ -127,6 +133,9 @@ class Planner:
             plan = self._encoding(request, asked) if asked.encode is not None else self._plan(request, asked)
         except CacheClipError as error:
             plan = str(error)
+        except Exception as error:  # of the store, for example: it must not end vLLM's scheduler
+            log.exception("cacheclip: a request is served without reuse")
+            plan = f"it could not be planned: {error!r}"
         if isinstance(plan, str):
             self.reasons[request.request_id] = plan
             return
@@ -152,7 +161,10 @@ class Planner:
         ids = np.asarray(request.prompt_token_ids, dtype=np.int64)
         known = self.known(asked.tenant)
         known.follow(asked.method.encode)
-        matches = known.index.find(ids[:-1])  # the last row is vLLM's
+        prefix = self._libraries.of(asked.tenant, asked.method.encode).prefix_ids.numpy()
+        begins = len(prefix) if np.array_equal(ids[: len(prefix)], prefix) else 0  # no chunk reaches into it
+        found = known.index.find(ids[begins:-1])  # the last row is vLLM's
+        matches = [dataclasses.replace(match, row=match.row + begins) for match in found]
         if not matches:
             return "no chunk in this prompt has stored KV"
         places: list[Place] = []
@@ -160,7 +172,6 @@ class Planner:
             places.append(known.place(group, [place.text for place in places], asked.method))
         if not any(place.key for place in places):
             return str(places[0].missing)
-        prefix = self._libraries.of(asked.tenant, asked.method.encode).prefix_ids.numpy()
         rows = self._question(ids, matches)
         plan = Plan(
             request=request.request_id,
@@ -168,7 +179,7 @@ class Planner:
             tenant=asked.tenant,
             method=asked.method,
             ratio=asked.ratio,
-            prefix=len(prefix) if np.array_equal(ids[: len(prefix)], prefix) else 0,
+            prefix=begins,
             places=places,
             question=rows,
             question_ids=self._copy(ids[rows]),
@@ -227,8 +238,6 @@ class Planner:
         assert asked.encode is not None
         ids = np.asarray(request.prompt_token_ids, dtype=np.int64)
         library = self._libraries.of(asked.tenant, asked.method.encode)
-        known = self.known(asked.tenant)
-        known.follow(asked.method.encode)
         text, in_sequence = canonical(asked.encode["text"]), bool(asked.encode.get("in_sequence", False))
         context: list[Place] = []
         row = len(library.prefix_ids)
@@ -265,7 +274,8 @@ class Planner:
         if plan.filled:  # it was preempted
             plan.filled = False
             self._load(plan)
-        if self._loading.get(plan.request) or (self._busy and self._busy + plan.cost > self._most):
+        full = self._busy + plan.cost > self._most or self._tokens + len(plan.ids) > _HELD * self._most
+        if self._loading.get(plan.request) or (self._busy and full):
             return None
         # A request that was preempted finds its own blocks in the prefix cache. It is filled again as a whole, so that
         # the same rows are chosen as the first time.
@@ -273,7 +283,12 @@ class Planner:
         count = len(plan.ids) - 1
         if count <= local:
             return 0
-        self._busy += plan.cost
+        # What another request of this very step computes counts as cached, and is not there when blocks are filled.
+        grown, plan.local = local > plan.local, local
+        if grown:
+            return None
+        self._busy += max(1, plan.cost)
+        self._tokens += len(plan.ids)
         plan.first = start
         return count - local
 
@@ -288,10 +303,23 @@ class Planner:
             plan.spare = self.loan.take(-(-COPY // self._block))
         self.ready.append(plan)
 
-    def end_of_step(self) -> list[Plan]:
-        """The plans to be carried out in this step; a new one begins."""
-        ready, self.ready, self._busy = self.ready, [], 0
-        return ready
+    def bar(self, computed: Mapping[str, set[int]]) -> None:
+        """Bar plans that share blocks with others that are computed, or filled, in this step itself. ``computed``: by
+        request.
+        """
+        for plan in self.ready:
+            mine = {plan.request: set[int]()}
+            filled = {other.request: set(other.blocks[other.first // self._block :]) for other in self.ready}
+            others = set[int]().union(*({**computed, **filled, **mine}).values())
+            plan.barred = not others.isdisjoint(plan.blocks[: plan.first // self._block])
+
+    def end_of_step(self) -> tuple[list[Plan], list[tuple[str, str, Encoder, list[str]]], list[str]]:
+        """What workers are to carry out, to load and to drop in this step; a new one begins."""
+        step = self.ready, self.to_load, self.dropped
+        self._at_workers |= {request for request, *_ in self.to_load}
+        self._at_workers -= {plan.request for plan in self.ready}  # a worker that has filled blocks drops the chunks
+        self.ready, self.to_load, self.dropped, self._busy, self._tokens = [], [], [], 0, 0
+        return step
 
     def loaded(self, request: str, missing: Collection[str]) -> None:
         """A worker has loaded a plan's chunks, except for those with the keys ``missing``."""
@@ -304,14 +332,21 @@ class Planner:
                 dataclasses.replace(place, key=None, missing=_GONE) if place.key in missing else place
                 for place in plan.places
             ]
-            reason = self._too_much(plan) if plan.keys else _GONE
-            if reason is not None and plan.encode is None:
+            lost = (
+                plan.encode is not None or not plan.keys
+            )  # a chunk is computed behind all of its context or not at all
+            if (reason := _GONE if lost else self._too_much(plan)) is not None:
                 self.reasons[request] = reason
                 self.finished(request)
 
     def held(self) -> dict[str, int]:
         """How much is kept for requests, by kind."""
-        return {"plans": len(self.plans), "reasons": len(self.reasons), "loading": len(self._loading)}
+        return {
+            "plans": len(self.plans),
+            "reasons": len(self.reasons),
+            "loading": len(self._loading),
+            "sent": len(self._at_workers),
+        }
 
     def close(self) -> None:
         """Save what is counted."""
@@ -320,9 +355,13 @@ class Planner:
             known.save()
 
     def finished(self, request: str) -> None:
-        """The request has ended, or was aborted."""
+        """The request has ended, was aborted, or is served without reuse."""
         self.plans.pop(request, None)
         self._loading.pop(request, None)
+        self.to_load = [job for job in self.to_load if job[0] != request]
+        if request in self._at_workers:
+            self._at_workers.discard(request)
+            self.dropped.append(request)
 
 
 def _by_chunk(matches: Sequence[Match]) -> list[list[Match]]:

@@ -80,6 +80,11 @@ def obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return "of context parallelism: a rank holds some of a prompt's rows only"
     if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
         return "of experts spread over data-parallel ranks, which would wait for our passes"
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method != "ngram":
+        return (
+            f"of speculative decoding by {drafts.method}: a draft model needs the prompt's KV as well; ngram does not"
+        )
     if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
         return 'a failed reuse would fail the request: set "kv_load_failure_policy": "recompute"'
     return None
@@ -88,6 +93,18 @@ def obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
 def block_size(kv_cache_config: Any) -> int:
     """Tokens of a KV cache block."""
     return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+
+
+def blocks_computed(scheduler_output: Any, kv_cache_manager: Any, size: int) -> dict[str, set[int]]:
+    """By request, the blocks whose rows vLLM computes in this step, or has filled by us."""
+    cached = scheduler_output.scheduled_cached_reqs
+    begun = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    begun |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    found = {}
+    for request, count in scheduler_output.num_scheduled_tokens.items():
+        (blocks,) = kv_cache_manager.get_block_ids(request)
+        found[request] = set(blocks[begun[request] // size : -(-(begun[request] + count) // size)])
+    return found
 
 
 class Loan:
@@ -129,6 +146,8 @@ def unsupported(request: Any, vllm_config: Any) -> str | None:
         return "prompt_logprobs: they need every row's logits"
     if request.resumable:
         return "streaming input"
+    if request.skip_reading_prefix_cache:
+        return "skip_reading_prefix_cache: vLLM then takes no external KV"
     return None
 
 
@@ -187,6 +206,18 @@ class Model:
     def windows(self) -> list[int | None]:
         """Each layer's sliding window in tokens; None for full attention."""
         return [getattr(layer, "sliding_window", None) or None for layer in self.layers]
+
+    def obstacle(self, kernel_blocks: Sequence[int]) -> str | None:
+        """Why rows of our own cannot be computed with these layers, or None. ``kernel_blocks``: see that function."""
+        if len({layer.attn_backend for layer in self.layers}) > 1:
+            return "its layers have different attention backends"
+        if any(size != self.block_size for size in kernel_blocks):
+            return (
+                f"its backend's blocks are not vLLM's ({self.block_size} tokens): set --block-size {kernel_blocks[0]}"
+            )
+        if any(layer.kv_sharing_target_layer_name is not None for layer in self.layers):
+            return "its layers share KV"
+        return None
 
     def rotary(self, layer: int) -> Any:
         """The rotary embedding that turns this layer's queries and keys. Raises AttributeError if there is none."""
@@ -262,6 +293,11 @@ class Model:
         return before
 
 
+def kernel_blocks(runner: Any) -> list[int]:
+    """Tokens of the blocks that the attention backend sees, if the model runner says so."""
+    return list(getattr(runner, "_kernel_block_sizes", None) or [])
+
+
 def rotary_table(rotary: Any) -> tuple[Tensor, Tensor, bool]:
     """A rotary embedding's cos and sin, ``[positions, d/2]`` float32 as vLLM rounds them, and whether dimension i is
     paired with i + d/2 (else with its neighbour).
@@ -300,6 +336,17 @@ def mean_over_ranks(scores: Tensor) -> Tensor:
 
     group = get_tp_group()
     return scores if group.world_size == 1 else group.broadcast(group.all_reduce(scores) / group.world_size)
+
+
+def on_all_ranks(flags: Sequence[bool]) -> list[bool]:
+    """Which of these flags are true on all ranks."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1 or not flags:
+        return list(flags)
+    counts = group.all_reduce(torch.tensor(flags, dtype=torch.float32, device=group.device))
+    return [bool(count == group.world_size) for count in counts.tolist()]
 
 
 def gather_heads(part: Tensor, heads: int) -> Tensor:

@@ -168,6 +168,9 @@ class Chunks:
             places.setdefault(canonical(text), index)
         reasons = {text: reason for text in places if (reason := self._refused(text)) is not None}
         missing = [text for text in places if text not in reasons and library.key(text) not in library.store]
+        if self._libraries.has_remote:  # another server may have encoded it
+            fetched = await asyncio.gather(*(asyncio.to_thread(library.get, library.key(text)) for text in missing))
+            missing = [text for text, chunk in zip(missing, fetched, strict=True) if chunk is None]
         failures = await asyncio.gather(*(self._encode(tenant, text) for text in missing))
         await asyncio.to_thread(library.store.refresh)
         for text, failure in zip(missing, failures, strict=True):

@@ -7,6 +7,8 @@ from typing import Any
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.platforms import current_platform
 
+from . import seams
+
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Base
 else:
@@ -19,4 +21,4 @@ class Worker(Base):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         if has_kv_transfer_group() and hasattr(connector := get_kv_transfer_group(), "attach"):
-            connector.attach(self.model_runner.get_model(), self.device)
+            connector.attach(self.model_runner.get_model(), self.device, seams.kernel_blocks(self.model_runner))

@@ -209,3 +209,57 @@ def test_sampling_options_stay_vllms(served: Served) -> None:
     one = served.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
     many = served.llm.generate([{"prompt_token_ids": ids}] * 4, [params] * 4, use_tqdm=False)
     assert {tuple(output.outputs[0].token_ids) for output in many} == {tuple(one[0].outputs[0].token_ids)}
+
+
+def test_a_chunk_that_looks_like_the_template_does_not_reach_into_it(served: Served, folder: Path) -> None:
+    """The prefix's KV is kept for all that follows, so nothing approximate may come into it."""
+    text = served.model.shared_prefix() + "A passage that begins as the template does, and says little else. " * 2
+    served.encode([text])
+    prompts = [served.prompt([text[len(served.model.shared_prefix()) :], *PASSAGES[k:]]) for k in range(3)]
+    expected = [plain(served, ids) for ids in prompts]
+    assert [answer for answer, _ in served.ask(prompts, recompute_ratio=1.0)] == expected
+    place = Place(served.store, 0, 1 << 40)
+    place.forget_everywhere({place.documents.text(text.strip())})
+
+
+def test_requests_aborted_before_a_step_leave_nothing(served: Served) -> None:
+    engine = served.llm.llm_engine
+    engine.add_request("early", {"prompt_token_ids": served.prompt(PASSAGES)}, asking({}, max_tokens=4))
+    engine.abort_request(["early"])
+    served.ask([served.prompt(PASSAGES)], reuse=False)
+    scheduler, worker = served.connectors()
+    assert not any({**scheduler.held(), **worker.held()}.values())
+
+
+def test_errors_of_the_store_do_not_end_the_scheduler(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cacheclip_vllm.planner import Known
+
+    def fail(*args: Any) -> None:
+        raise OSError("the folder is away")
+
+    ids = served.prompt(PASSAGES)
+    with monkeypatch.context() as patched:
+        patched.setattr(Known, "follow", fail)
+        [(answer, report)] = served.ask([ids])
+    assert "the folder is away" in report["fallbacks"][0] and answer == plain(served, ids)
+
+
+def test_a_failure_is_that_of_all_who_share_the_blocks(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests of one step with a new beginning: the first should have filled the second one's blocks."""
+    from cacheclip_vllm import filling
+
+    work = filling._Work.run
+
+    def fail_once(self: Any, ask: Any) -> Any:
+        if failing:
+            failing.pop()
+            raise RuntimeError("on purpose")
+        return work(self, ask)
+
+    failing = [True]
+    beginning = "A beginning that no prompt has had so far. " * 8
+    prompts = [served.prompt(order, head=beginning) for order in (PASSAGES, PASSAGES[::-1])]
+    monkeypatch.setattr(filling._Work, "run", fail_once)
+    got = served.ask(prompts, recompute_ratio=1.0)
+    monkeypatch.undo()
+    assert [answer for answer, _ in got] == [plain(served, ids) for ids in prompts]

@@ -55,6 +55,18 @@ def test_the_beginning_is_shared_and_exact(served: Served) -> None:
         assert cold == warm
 
 
+@pytest.mark.parametrize("kinds", [({"reuse": False}, {}), ({}, {}), ({}, {"reuse": False}), ({"method": "naive"}, {})])
+def test_a_beginning_that_is_computed_in_the_same_step(served: Served, kinds: tuple[dict[str, Any], ...]) -> None:
+    """It counts as cached for the second request, which must not be filled before it is there."""
+    beginning = f"A beginning that no prompt has had so far, {kinds}. " * 8
+    prompts = [served.prompt(order, head=beginning) for order in ORDERS[:3]]
+    last = {"recompute_ratio": 1.0} if "reuse" not in kinds[1] else kinds[1]
+    got = served.ask_each([(prompts[0], kinds[0]), (prompts[1], last), (prompts[2], last)])
+    assert served.llm.reset_prefix_cache()
+    assert [answer for answer, _ in got[1:]] == [served.ask([ids], reuse=False)[0][0] for ids in prompts[1:]]
+    assert not any(reason for _, report in got[1:] for reason in report["fallbacks"] if reason != "not wanted")
+
+
 def test_64_requests_some_of_them_aborted(served: Served) -> None:
     """Each answers as it does alone; the aborted ones disturb nobody, whatever they were about to do."""
     kinds: list[dict[str, Any]] = [{}, {"reuse": False}, {"method": "naive"}, {"recompute_ratio": 0.5}]
