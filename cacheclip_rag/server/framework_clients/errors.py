@@ -20,7 +20,7 @@ def servers_errors(base_url: str) -> Iterator[None]:
     except openai.APITimeoutError as error:
         raise ServerError(f"{base_url} did not answer in time: {error.message}") from error
     except openai.APIConnectionError as error:
-        raise ServerError(f"{base_url} did not answer: {error.__cause__ or error.message}") from error
+        raise ServerError(f"{base_url} did not answer: {_reason(error)}") from error
     except openai.APIError as error:  # in the middle of a stream
         raise ServerError(_said(error)) from error
 
@@ -29,3 +29,10 @@ def _said(error: Exception) -> str:
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
     return str(said or getattr(error, "message", error))
+
+
+def _reason(error: BaseException) -> str:
+    """What the network said, beneath what clients make of it ("Connection error.")."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__

@@ -37,7 +37,7 @@ class ServerHandle(Handle):
     @property
     def engine(self) -> NoReturn:
         raise ConfigurationError(
-            f"the engine is in another process, at {self.base_url}: ask it for answers, and give it chunks and documents"
+            f"the engine is in another process, at {self.base_url}: ask it for answers, give it chunks and documents"
         )
 
     def check_fusing(self, count: int) -> None:
