@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
 from weakref import WeakValueDictionary
@@ -94,11 +95,8 @@ def router(chunks: ChunkService) -> APIRouter:
     @routes.delete("/chunks")
     async def forget(body: OfDocument, request: Request) -> dict[str, Any]:
         tenant = tenant_of(request.scope)
-        if body.document is None:
-            await chunks.forget(tenant, body.texts)
-        else:
-            async with one_at_a_time(tenant, body.document):
-                await chunks.forget(tenant, body.texts, body.document)
+        async with nullcontext() if body.document is None else one_at_a_time(tenant, body.document):
+            await chunks.forget(tenant, body.texts, body.document)
         return {"deleted": True}
 
     @routes.get("/chunks/stats")
