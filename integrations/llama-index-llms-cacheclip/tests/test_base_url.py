@@ -15,6 +15,9 @@ from llama_index.core import MockEmbedding, StorageContext, VectorStoreIndex
 from llama_index.core.agent import FunctionAgent
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.base import BaseEvent
 from llama_index.core.llms import ChatMessage
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.prompts import PromptTemplate
@@ -149,7 +152,22 @@ def test_options_of_the_llm_and_of_a_call(informed: Served) -> None:
     assert informed.llm(stop=" Two", max_new_tokens=64).complete(PROMPT).text == "One."
 
 
-def test_closing_a_stream_ends_its_request(informed: Served) -> None:
+class Keeping(BaseEventHandler):
+    """Keeps events, and with them the exception a stream was closed with."""
+
+    events: list[Any] = []  # noqa: RUF012
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "Keeping"
+
+    def handle(self, event: BaseEvent, **kwargs: Any) -> Any:
+        self.events.append(event)
+
+
+def test_closing_a_stream_ends_its_request(informed: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = Keeping()
+    monkeypatch.setattr(get_dispatcher(), "event_handlers", [handler])
     token = BACKBONE.tokenise("a", plain=True).ids.tolist()
 
     def endless(*_: Any, **__: Any) -> Iterator[int]:
@@ -160,6 +178,7 @@ def test_closing_a_stream_ends_its_request(informed: Served) -> None:
     stream = informed.llm(max_new_tokens=100_000).stream_chat([ChatMessage(QUESTION)])
     next(stream)
     stream.close()
+    assert handler.events
     until(lambda: informed.engine.stats().finished.get("auto") == {"cancelled": 1})
     assert informed.engine.stats().in_flight == 0
 
@@ -258,6 +277,9 @@ def test_what_another_document_has_stays(served: Served) -> None:
         return made
 
     mine.add([node("a", "a")])
+    other.add([node("b", "b")])
+    other.delete_nodes(["b"])  # of its document, not the whole of it
+    assert served.knows(PASSAGES[0]) == [True]
     other.add([node("b", "b")])
     mine.delete("a")
     assert served.knows(PASSAGES[0]) == [True]
