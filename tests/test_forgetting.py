@@ -20,7 +20,7 @@ from tiny import PASSAGES, prompt_of, tiny_backbone
 
 from cacheclip_rag import Engine
 from cacheclip_rag.errors import ConfigurationError, StoreError
-from cacheclip_rag.frameworks.chunk_kv import encode
+from cacheclip_rag.frameworks import encode
 from cacheclip_rag.store import (
     DiskStore,
     Documents,

@@ -98,6 +98,17 @@ def test_texts_are_forgotten_whatever_document_they_are_of(served: Served) -> No
         assert served.known() == [2]
 
 
+def test_texts_that_leave_a_document_stay_where_another_has_them(served: Served) -> None:
+    with served.client() as client:
+        client.add(PASSAGES[:3], document="one")
+        client.add(PASSAGES[1:2], document="two")
+        for _ in range(2):  # it may be repeated
+            client.forget(PASSAGES[:2], document="one")
+            assert served.known() == [1, 2]
+        client.forget_document("two")
+        assert served.known() == [2]
+
+
 def test_tenants_do_not_see_each_other_s_chunks(served: Served) -> None:
     with served.client("red") as red, served.client("blue") as blue:
         red.add(PASSAGES[:2], document="one")
@@ -197,6 +208,7 @@ async def test_the_client_for_await_is_the_same(served: Served) -> None:
         assert (await client.add(PASSAGES[:3], "one")).encoded == 3
         assert (await client.replace("one", PASSAGES[1:3])).removed == 1
         await client.forget(PASSAGES[1:2])
+        assert (await client.models())[0]["id"] == "tiny"
         assert (await client.stats()).chunks == 1
         await client.forget_document("one")
         with pytest.raises(ServerError, match="401"):
@@ -247,8 +259,8 @@ class Recorder:
         await self._note("replace", tenant, document, texts)
         return Replaced(1, 2, [], 4)
 
-    async def forget(self, tenant: str, texts: Sequence[str]) -> None:
-        await self._note("forget", tenant, texts)
+    async def forget(self, tenant: str, texts: Sequence[str], document: str | None = None) -> None:
+        await self._note("forget", tenant, texts, document)
 
     async def forget_document(self, tenant: str, document: str) -> None:
         await self._note("forget_document", tenant, document)
@@ -274,12 +286,14 @@ async def test_the_answers_are_as_documented() -> None:
     assert (await client.put("/documents/d/e", json={"texts": []})).json() == replaced
     assert (await client.delete("/documents/d%2Fe")).json() == {"id": "d/e", "deleted": True}
     assert (await client.post("/chunks/forget", json={"texts": ["a"]})).json() == {"deleted": True}
+    assert (await client.post("/chunks/forget", json={"texts": ["a"], "document": "d"})).json() == {"deleted": True}
     assert (await client.get("/chunks/stats")).json()["chunks"] == 5
     assert service.calls == [
         ("add", "", ["a"], "d"),
         ("replace", "", "d/e", []),
         ("forget_document", "", "d/e"),
-        ("forget", "", ["a"]),
+        ("forget", "", ["a"], None),
+        ("forget", "", ["a"], "d"),
         ("stats", ""),
     ]
 

@@ -5,9 +5,10 @@ follows a vector store. Nothing here loads torch or transformers before the firs
 frameworks' models are in `frameworks.fields`, which needs pydantic.
 """
 
-from .chunk_kv import OnMiss, encode, prepare_retrieved, warm
+from .chunk_kv import ChunkKV, Handle, OnMiss, Part, prepare_retrieved
+from .engine_kv import encode
 from .engines import EngineHandle, EngineSettings, encoding_of, handle_of
-from .follow import StoreFollower, ingested
+from .follow import StoreFollower
 from .fuser import Fuser
 from .held_ids import HeldIds, StoredChunk
 from .options import call_options, check_fields, read_options
@@ -16,11 +17,14 @@ from .request import ChatRequest, chat_request, engine_name, guided, needed_dial
 
 __all__ = [
     "ChatRequest",
+    "ChunkKV",
     "EngineHandle",
     "EngineSettings",
     "Fuser",
+    "Handle",
     "HeldIds",
     "OnMiss",
+    "Part",
     "StoreFollower",
     "StoredChunk",
     "call_options",
@@ -32,10 +36,8 @@ __all__ = [
     "guided",
     "handle_of",
     "in_thread",
-    "ingested",
     "needed_dialect",
     "prepare_retrieved",
     "pump",
     "read_options",
-    "warm",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from .chunk_kv import ChunkKV, Handle
 
 if TYPE_CHECKING:  # torch and transformers are loaded with the first engine, so that ingestion workers need not wait
     from ..engine import Engine
@@ -104,7 +105,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-class EngineHandle:
+class EngineHandle(Handle):
     """A reference to an engine that the user gave, or that is opened from settings at first use.
 
     It can be pickled. In another process a handle with settings opens an engine of its own there; one around a given
@@ -114,7 +115,6 @@ class EngineHandle:
     def __init__(self, settings: EngineSettings | None = None, engine: Engine | None = None) -> None:
         self.settings = settings
         self.token = uuid.uuid4().hex
-        self.travelled = False  # whether it came to where it is by pickle
         self._engine = engine
         if engine is not None:
             _given[self.token] = engine
@@ -138,6 +138,17 @@ class EngineHandle:
             return _engines.get(self.settings)
         return self._engine or _given.get(self.token)
 
+    @property
+    def kv(self) -> ChunkKV:
+        return _kv_of(self.engine)
+
+    def peek_kv(self) -> ChunkKV | None:
+        engine = self.peek()
+        return None if engine is None else _kv_of(engine)
+
+    def check_fusing(self, count: int) -> None:
+        """Any engine can."""
+
     def token_ids(self, text: str) -> list[int]:
         """The model's tokens of a text. A function for whoever counts, which can be copied and pickled."""
         ids: list[int] = self.engine.backbone.tokenise(text).ids.tolist()
@@ -158,7 +169,7 @@ class EngineHandle:
         return _arrive, (self.settings, self.token)
 
 
-def handle_of(source: Any) -> EngineHandle:
+def handle_of(source: Any) -> Handle:
     """The handle of a framework's model, also of one with bound arguments, or a new one around an `Engine`.
 
     Raises TypeError for anything else.
@@ -170,9 +181,15 @@ def handle_of(source: Any) -> EngineHandle:
     while hasattr(source, "bound"):  # LangChain's model.bind(...), model.bind_tools(...), model.with_config(...)
         source = source.bound
     handle = getattr(source, "handle", None)
-    if isinstance(handle, EngineHandle):
+    if isinstance(handle, Handle):
         return handle
     raise TypeError(f"a CacheClipLLM, a ChatCacheClip or a cacheclip_rag.Engine is wanted, not {type(source).__name__}")
+
+
+def _kv_of(engine: Engine) -> ChunkKV:
+    from .engine_kv import EngineKV
+
+    return EngineKV(engine)
 
 
 def _arrive(settings: EngineSettings | None, token: str) -> EngineHandle:

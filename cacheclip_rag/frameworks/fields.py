@@ -80,8 +80,13 @@ def checked_fields(
             fields.pop(other, None)
     check_fields(fields, known, foreign)
     encoding_of(fields.get("method"))
-    read_options({name: _number(value) for name, value in fields.items() if name in _CHECKED})
+    check_values(fields)
     return fields
+
+
+def check_values(fields: Mapping[str, Any]) -> None:
+    """Raises `ConfigurationError` for the value of a field of an answer that makes no sense."""
+    read_options({name: _number(value) for name, value in fields.items() if name in _CHECKED})
 
 
 _CHECKED = {*PER_CALL, "max_tokens", "max_new_tokens"}

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
-from .chunk_kv import OnMiss, encode, prepare_retrieved
-from .engines import EngineHandle
+from .chunk_kv import Handle, OnMiss, prepare_retrieved
 from .forgetting import Forgetting
 from .fuser import Fuser
 from .held_ids import HeldIds, StoredChunk
-
-if TYPE_CHECKING:
-    from ..engine import Engine
 
 log = logging.getLogger("cacheclip_rag")
 
 _RETRIEVED = 256
 """Chunks that were retrieved before the model was open, at most."""
-
-Part = tuple[str | None, str]
-"""A document's name, where it is known, and the text of one of its chunks."""
 
 
 class StoreFollower:
@@ -37,7 +29,7 @@ class StoreFollower:
 
     def __init__(
         self,
-        handle: EngineHandle,
+        handle: Handle,
         *,
         grace: float = 0.0,
         fuser: Fuser | None = None,
@@ -60,16 +52,17 @@ class StoreFollower:
         """The store has these chunks now, perhaps under ids that held others."""
         replaced = self.held.get(chunk.id for chunk in chunks)
         self.held.hold(chunks)
-        self._forgetting.back({chunk.document for chunk in chunks})
+        back = self._forgetting.back({chunk.document for chunk in chunks})
+        parts = [(chunk.document, chunk.text) for chunk in chunks]
         try:
-            _encode(self._handle.engine, [(c.document, c.text) for c in chunks], self._fuser, show_progress)
+            self._handle.kv.encode(parts, fuser=self._fuser, show_progress=show_progress, replaced=back)
         except Exception:
             log.exception("chunks not encoded; prompts that contain them are prefilled as usual")
         self._forgetting.later((chunk.document, chunk.text) for chunk in replaced)
         self.flush()  # before fusing: what was fused with a text that goes would go with it
         if self._fuser is not None:
             try:
-                self._fuser(self._handle.engine, show_progress)
+                self._handle.kv.fuse(self._fuser, show_progress)
             except Exception:
                 log.exception("chunks not fused; they are used as they are")
 
@@ -87,10 +80,10 @@ class StoreFollower:
         encoded now. Raises what the engine does, and can be begun again: it goes on where it was.
         """
         self.held.hold(chunk for chunk in chunks if chunk.id)
-        engine = self._handle.engine
-        encoded = _encode(engine, [(c.document, c.text) for c in chunks], self._fuser, show_progress)
+        kv = self._handle.kv
+        encoded = kv.encode([(c.document, c.text) for c in chunks], fuser=self._fuser, show_progress=show_progress)
         if self._fuser is not None:
-            self._fuser(engine, show_progress)
+            kv.fuse(self._fuser, show_progress)
         return encoded
 
     def retrieved(self, texts: Iterable[str], question: str | None, on_miss: OnMiss) -> None:
@@ -99,73 +92,10 @@ class StoreFollower:
         """
         if on_miss == "ignore":
             return
-        if self._handle.peek() is None:
+        if self._handle.peek_kv() is None:
             self._retrieved.extend(texts)
             return
         earlier = [self._retrieved.popleft() for _ in range(len(self._retrieved))]
         if earlier:
             prepare_retrieved(self._handle, earlier, None, on_miss)
         prepare_retrieved(self._handle, texts, question, on_miss)
-
-
-def ingested(
-    engine: Engine,
-    source: str,
-    parts: Sequence[Part],
-    *,
-    fuser: Fuser | None = None,
-    vectors: Mapping[str, Any] | None = None,
-    show_progress: bool = True,
-) -> None:
-    """Encode what an ingestion step was given: all chunks that these documents have now. Deletions it is not told of.
-
-    Chunks that a document had at an earlier call with this ``source`` and that no document has now are forgotten.
-    ``vectors``: for the ``fuser``, embeddings that are there already, by text.
-    """
-    _encode(engine, parts, fuser, show_progress)
-    _forget_replaced(engine, source, parts)
-    if fuser is not None:
-        fuser(engine, show_progress, vectors=vectors, without=_perhaps_replaced(engine, parts))
-
-
-def _encode(engine: Engine, parts: Sequence[Part], fuser: Fuser | None, show_progress: bool) -> int:
-    if fuser is not None:
-        fuser.follow(engine)
-    # Whose chunks these are, so that engine.forget_document finds them.
-    engine.documents.note((document, text) for document, text in parts if document)
-    return encode(engine, [text for _, text in parts], show_progress)
-
-
-_ingested: weakref.WeakKeyDictionary[Engine, dict[tuple[str, str], frozenset[str]]] = weakref.WeakKeyDictionary()
-"""By engine, source and document, the keys of the chunks it had at its latest ingestion."""
-_lock = threading.Lock()
-
-
-def _forget_replaced(engine: Engine, source: str, parts: Iterable[Part]) -> None:
-    if not engine.composable:
-        return
-    now: dict[str, set[str]] = {}
-    for document, text in parts:
-        if document is not None:
-            now.setdefault(document, set()).add(engine.library.key(text))
-    with _lock:
-        known = _ingested.setdefault(engine, {})
-        gone: set[str] = set()
-        for document, keys in now.items():
-            replaced = known.get((source, document), frozenset()) - keys
-            engine.documents.discard(document, filter(None, map(engine.index.text, replaced)))
-            gone |= replaced
-            known[source, document] = frozenset(keys)
-        if gone:
-            gone.difference_update(*known.values())
-    # Another process may have ingested a document that has such a text, too.
-    engine.forget(engine.documents.unheld(old for key in gone if (old := engine.index.text(key)) is not None))
-
-
-def _perhaps_replaced(engine: Engine, parts: Iterable[Part]) -> list[str]:
-    """What only these documents had, perhaps in an earlier process, and no longer have: it may soon be gone."""
-    parts = list(parts)
-    now = {engine.documents.text(text) for _, text in parts}
-    before = engine.documents.only({document for document, _ in parts if document}) - now
-    known = engine.index.texts() if before else []
-    return [text for text in known if engine.documents.text(text) in before]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable
 
 from ..errors import CacheClipError
-from .engines import EngineHandle
+from .chunk_kv import Handle, Part
 from .held_ids import HeldIds, canonical
 
 log = logging.getLogger("cacheclip_rag")
@@ -21,14 +21,14 @@ class Forgetting:
     more.
     """
 
-    def __init__(self, handle: EngineHandle, held: HeldIds, grace: float) -> None:
+    def __init__(self, handle: Handle, held: HeldIds, grace: float) -> None:
         self._handle, self._held, self._grace = handle, held, grace
-        self._parts: dict[tuple[str | None, str], None] = {}
+        self._parts: dict[Part, None] = {}
         self._documents: dict[str, None] = {}
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
-    def later(self, parts: Iterable[tuple[str | None, str]], documents: Iterable[str] = ()) -> None:
+    def later(self, parts: Iterable[Part], documents: Iterable[str] = ()) -> None:
         """``parts``: texts, with the document each was of, where that is known. ``documents``: all of each is gone,
         which an earlier process may have ingested.
         """
@@ -44,54 +44,44 @@ class Forgetting:
         if not self._grace:
             self.now()
 
-    def back(self, documents: Iterable[str | None]) -> None:
-        """These documents are there again, changed or not."""
+    def back(self, documents: Iterable[str | None]) -> list[str]:
+        """These documents are there again, changed or not. Those of them that were to be forgotten."""
         with self._lock:
-            for document in documents:
-                self._documents.pop(document or "", None)
+            back = [document for document in documents if document and document in self._documents]
+            for document in back:
+                del self._documents[document]
+        return back
 
     def now(self) -> None:
         """Never raises."""
         parts, documents = self._take()
         unused = set(self._held.unused(text for _, text in parts))
         texts = [text for _, text in parts if canonical(text) in unused]
-        left = [(d, text) for d, text in parts if d is not None and not self._held.has(d, text)]
+        left: list[Part] = [(d, text) for d, text in parts if d is not None and not self._held.has(d, text)]
         if not (texts or left or documents):
             return
         try:
-            engine = self._handle.engine
-            for document, text in left:
-                engine.documents.discard(document, [text])
-            # What another document has, ingested by whatever process, stays.
-            engine.forget(engine.documents.unheld(texts))
-            if documents:
-                engine.forget_document(*documents)
+            self._handle.kv.forget(left, texts, documents)
         except Exception:
             log.exception("the KV of deleted chunks was not dropped")
 
     def at_the_end(self) -> None:
         """As `now`, for the end of a process: a model that is not open is not opened for it."""
-        if self._handle.peek() is not None:
+        if self._handle.peek_kv() is not None:
             self.now()
 
-    def _noted(self, documents: Iterable[str]) -> list[tuple[str | None, str]]:
+    def _noted(self, documents: Iterable[str]) -> list[Part]:
         """The documents' texts, as far as an engine is open. Without them only the document could be forgotten, and if
         it comes back changed not even that. Never raises.
         """
-        engine = self._handle.peek()
-        if engine is None:
-            return []
-        parts: list[tuple[str | None, str]] = []
+        kv = self._handle.peek_kv()
         try:
-            for document in documents:
-                noted = engine.documents.of(document)
-                known = engine.index.texts() if noted else []
-                parts += [(document, text) for text in known if engine.documents.text(text) in noted]
+            return [] if kv is None else kv.noted(documents)
         except CacheClipError:
             log.exception("the chunks of a deleted document are not known")
-        return parts
+            return []
 
-    def _take(self) -> tuple[list[tuple[str | None, str]], list[str]]:
+    def _take(self) -> tuple[list[Part], list[str]]:
         with self._lock:
             parts, self._parts = self._parts, {}
             documents, self._documents = self._documents, {}

@@ -141,8 +141,10 @@ class Record:
         text = (
             f"{self.method}: {self.cached_tokens:,} of {self.prompt_tokens:,} prompt tokens from cache, "
             f"{self.recomputed:,} recomputed ({self.ratio:.0%} of {self.reused + self.recomputed:,}), "
-            f"{self.fresh:,} fresh; first token after {self.ttft:.2f} s"
+            f"{self.fresh:,} fresh"
         )
+        if self.ttft:  # vLLM's server does not tell
+            text += f"; first token after {self.ttft:.2f} s"
         if self.seconds:
             text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
         for reason in self.fallbacks:

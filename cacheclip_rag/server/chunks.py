@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
 from weakref import WeakValueDictionary
@@ -33,7 +34,7 @@ class Texts(BaseModel):
     texts: list[str]
 
 
-class NewChunks(Texts):
+class OfDocument(Texts):
     document: Document | None = None
 
 
@@ -87,7 +88,7 @@ def router(chunks: ChunkService) -> APIRouter:
         return documents.setdefault((tenant, document), asyncio.Lock())
 
     @routes.post("/chunks")
-    async def add(body: NewChunks, request: Request) -> dict[str, Any]:
+    async def add(body: OfDocument, request: Request) -> dict[str, Any]:
         tenant = tenant_of(request.scope)
         if body.document is None:
             return asdict(await chunks.add(tenant, body.texts, None))
@@ -109,8 +110,10 @@ def router(chunks: ChunkService) -> APIRouter:
 
     @routes.post("/chunks/forget")
     @routes.delete("/chunks")
-    async def forget(body: Texts, request: Request) -> dict[str, Any]:
-        await chunks.forget(tenant_of(request.scope), body.texts)
+    async def forget(body: OfDocument, request: Request) -> dict[str, Any]:
+        tenant = tenant_of(request.scope)
+        async with nullcontext() if body.document is None else one_at_a_time(tenant, body.document):
+            await chunks.forget(tenant, body.texts, body.document)
         return {"deleted": True}
 
     @routes.post("/chunks/fuse")

@@ -23,6 +23,7 @@ _TIMEOUT = httpx.Timeout(10, read=None)
 """Chunks take as long as the model takes to read them."""
 
 _STATS = ("GET", "/chunks/stats", b"")
+_MODELS = ("GET", "/models", b"")
 
 Call = tuple[str, str, bytes]
 """Method, path, body."""
@@ -36,7 +37,7 @@ class ChunkClient:
     """
 
     def __init__(self, base_url: str, api_key: str | None = None, *, client: httpx.Client | None = None) -> None:
-        self._base, self._headers = _root(base_url), _key(api_key)
+        self._base, self._headers = root(base_url), _key(api_key)
         self._client = client or httpx.Client(timeout=_TIMEOUT)
 
     def add(self, texts: Iterable[str], document: str | None = None) -> Added:
@@ -48,9 +49,11 @@ class ChunkClient:
         answer = self._ask(_document("PUT", document, {"texts": _listed(texts)}))
         return Replaced(**vars(_added(answer)), removed=answer["removed"])
 
-    def forget(self, texts: Iterable[str]) -> None:
-        """Delete the KV of these chunks, whatever documents they are parts of."""
-        self._ask(_forgetting(texts))
+    def forget(self, texts: Iterable[str], document: str | None = None) -> None:
+        """Delete the KV of these chunks, whatever documents they are parts of. With a ``document`` they are no parts of
+        it any longer, and the KV of those goes that no other document has.
+        """
+        self._ask(_forgetting(texts, document))
 
     def forget_document(self, document: str) -> None:
         """Delete the document's chunks, except those that another document has as well."""
@@ -64,6 +67,12 @@ class ChunkClient:
 
     def stats(self) -> ChunkStats:
         return ChunkStats(**self._ask(_STATS))
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the server says of its models, the one that answers first: ``id`` and, of vLLM's and of ours,
+        ``max_model_len``, the tokens that its window has room for.
+        """
+        return list(self._ask(_MODELS)["data"])
 
     def close(self) -> None:
         self._client.close()
@@ -86,7 +95,7 @@ class AsyncChunkClient:
     """As `ChunkClient`, for ``await``."""
 
     def __init__(self, base_url: str, api_key: str | None = None, *, client: httpx.AsyncClient | None = None) -> None:
-        self._base, self._headers = _root(base_url), _key(api_key)
+        self._base, self._headers = root(base_url), _key(api_key)
         self._client = client or httpx.AsyncClient(timeout=_TIMEOUT)
 
     async def add(self, texts: Iterable[str], document: str | None = None) -> Added:
@@ -96,8 +105,8 @@ class AsyncChunkClient:
         answer = await self._ask(_document("PUT", document, {"texts": _listed(texts)}))
         return Replaced(**vars(_added(answer)), removed=answer["removed"])
 
-    async def forget(self, texts: Iterable[str]) -> None:
-        await self._ask(_forgetting(texts))
+    async def forget(self, texts: Iterable[str], document: str | None = None) -> None:
+        await self._ask(_forgetting(texts, document))
 
     async def forget_document(self, document: str) -> None:
         await self._ask(_document("DELETE", document))
@@ -107,6 +116,9 @@ class AsyncChunkClient:
 
     async def stats(self) -> ChunkStats:
         return ChunkStats(**await self._ask(_STATS))
+
+    async def models(self) -> list[dict[str, Any]]:
+        return list((await self._ask(_MODELS))["data"])
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -127,7 +139,7 @@ class AsyncChunkClient:
             raise _unreachable(self._base, error) from error
 
 
-def _root(base_url: str) -> str:
+def root(base_url: str) -> str:
     """With /v1, which OpenAI clients want at the end and people leave out."""
     return base_url.rstrip("/").removesuffix("/v1") + "/v1"
 
@@ -153,8 +165,8 @@ def _document(method: str, document: str, body: dict[str, Any] | None = None) ->
     return method, f"/documents/{quote(document, safe='')}", b"" if body is None else _json(body)
 
 
-def _forgetting(texts: Iterable[str]) -> Call:
-    return "POST", "/chunks/forget", _json({"texts": _listed(texts)})
+def _forgetting(texts: Iterable[str], document: str | None) -> Call:
+    return "POST", "/chunks/forget", _json({"texts": _listed(texts), "document": document})
 
 
 def _fusing(neighbours: Mapping[str, Iterable[str]] | None) -> Call:

@@ -82,8 +82,15 @@ class Chunks:
 
         return await self._done(tenant, work, self._ingesting)
 
-    async def forget(self, tenant: str, texts: Sequence[str]) -> None:
-        await self._done(tenant, lambda engine: engine.forget(texts))
+    async def forget(self, tenant: str, texts: Sequence[str], document: str | None = None) -> None:
+        def work(engine: Engine) -> None:
+            if document is None:
+                engine.forget(texts)
+            else:
+                engine.documents.discard(document, texts)
+                engine.forget(engine.documents.unheld(texts))
+
+        await self._done(tenant, work)
 
     async def forget_document(self, tenant: str, document: str) -> None:
         await self._done(tenant, lambda engine: engine.forget_document(document))

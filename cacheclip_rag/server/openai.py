@@ -122,13 +122,17 @@ def router(engines: Engines, model: str) -> APIRouter:
     routes = APIRouter(prefix="/v1", route_class=Route, tags=["answers"])
     about = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "cacheclip-rag"}
 
+    async def described(request: Request) -> dict[str, Any]:
+        engine = await asyncio.to_thread(engines.of, tenant_of(request.scope))
+        return about | {"max_model_len": engine.backbone.context_length}  # as vLLM's server calls it
+
     @routes.get("/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [about]}
+    async def models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [await described(request)]}
 
     @routes.get("/models/{name:path}")
-    async def one_model(name: str) -> Response:
-        return JSONResponse(about) if name == model else unknown(name)
+    async def one_model(name: str, request: Request) -> Response:
+        return JSONResponse(await described(request)) if name == model else unknown(name)
 
     @routes.post("/chat/completions")
     async def chat(body: Chat, request: Request) -> Response:

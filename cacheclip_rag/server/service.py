@@ -70,8 +70,10 @@ class ChunkService(Protocol):
         """Let the document have these chunks and no others."""
         ...
 
-    async def forget(self, tenant: str, texts: Sequence[str]) -> None:
-        """Delete the KV of these chunks, whatever document they are parts of."""
+    async def forget(self, tenant: str, texts: Sequence[str], document: str | None = None) -> None:
+        """Delete the KV of these chunks, whatever document they are parts of. With a ``document`` they are no parts of
+        it any longer, and the KV of those goes that no other document has.
+        """
         ...
 
     async def forget_document(self, tenant: str, document: str) -> None:

@@ -60,8 +60,11 @@ class ChatCacheClip(BaseChatModel):
     Chunks are recognised by their text in the final prompt, so chains, retrievers and agents work unchanged. Weights
     are loaded at the first use, once per process for all objects that ask for the same model and KV folder.
 
+    With ``base_url`` it is a model behind a server, and the object a `ChatCacheClipServer`, which is used the same way.
+
     Example:
         ``llm = ChatCacheClip(model="qwen2.5-coder-0.5b-instruct", kv_dir=".cacheclip")``
+        ``llm = ChatCacheClip(base_url="http://localhost:8000/v1", api_key="...")``
 
     """
 
@@ -88,8 +91,20 @@ class ChatCacheClip(BaseChatModel):
 
     _last_report: Any = PrivateAttr(default=None)
 
+    def __new__(cls, model: str | None = None, **fields: Any) -> Any:
+        """Raises ImportError where ``base_url`` is given and LangChain's client of OpenAI's API is not installed."""
+        if cls is not ChatCacheClip or fields.get("base_url") is None:
+            return super().__new__(cls)
+        try:
+            from .server import ChatCacheClipServer
+        except ImportError as error:
+            raise ImportError(f"{error}; base_url needs pip install 'langchain-cacheclip[server]'") from error
+        return ChatCacheClipServer(model, **fields)
+
     def __init__(self, model: str | None = None, **fields: Any) -> None:
         """Raises `ConfigurationError` for a misspelt field, an unknown method, or a value that makes no sense."""
+        if fields.pop("base_url", None) is not None:
+            raise ConfigurationError("base_url is of ChatCacheClip itself: derive from ChatCacheClipServer")
         fields = fields if model is None else {"model": model, **fields}
         super().__init__(**shared.checked_fields(fields, type(self).model_fields, _ALSO_CALLED, _FOREIGN))
 

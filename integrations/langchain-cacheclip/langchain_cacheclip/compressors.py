@@ -10,7 +10,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnableLambda, run_in_executor
 from pydantic import ConfigDict, Field
 
-from cacheclip_rag.frameworks import EngineHandle, OnMiss, handle_of, prepare_retrieved
+from cacheclip_rag.frameworks import Handle, OnMiss, handle_of, prepare_retrieved
 
 if TYPE_CHECKING:
     from cacheclip_rag.engine import Engine
@@ -32,7 +32,7 @@ class CacheClipCompressor(BaseDocumentCompressor):
         default="background",
         description="Chunks without KV: encode them after the answer, before it, or not at all.",
     )
-    handle: EngineHandle = Field(exclude=True, repr=False)
+    handle: Handle = Field(exclude=True, repr=False)
 
     def __init__(self, llm: ChatCacheClip | Engine | Any = None, **fields: Any) -> None:
         """``llm``: the `ChatCacheClip` that will answer, or its engine. Raises TypeError for anything else."""
@@ -70,7 +70,7 @@ def cacheclip_warm(llm: ChatCacheClip | Engine, *, on_miss: OnMiss = "background
     return RunnableLambda(step, astep, name="cacheclip_warm")
 
 
-def _prepare(handle: EngineHandle, documents: Sequence[Document], question: str | None, on_miss: OnMiss) -> None:
+def _prepare(handle: Handle, documents: Sequence[Document], question: str | None, on_miss: OnMiss) -> None:
     """Never raises."""
     prepare_retrieved(handle, [document.page_content for document in documents], question, on_miss)
 

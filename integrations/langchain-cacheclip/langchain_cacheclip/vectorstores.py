@@ -91,12 +91,14 @@ class CacheClipVectorStore(VectorStore):
         """
         self.store = store
         self.show_progress, self.on_miss = show_progress, on_miss
+        handle = handle_of(llm)
         fuser: Fuser | None = None
         if fuse:
+            handle.check_fusing(fuse)
             if (embeddings := store.embeddings) is None:
                 raise ValueError(f"fuse={fuse} needs a store with embeddings; {type(store).__name__} has none")
             fuser = Fuser(fuse, embeddings.embed_documents)
-        self._follower = StoreFollower(handle_of(llm), fuser=fuser)
+        self._follower = StoreFollower(handle, fuser=fuser)
 
     @classmethod
     def from_texts(cls, texts: list[str], embedding: Embeddings, metadatas: Any = None, **kwargs: Any) -> NoReturn:

@@ -228,7 +228,7 @@ def test_nonsense_fields_are_refused_before_weights_are_loaded(fields: dict[str,
 
 
 def test_foreign_keywords_are_left_out(llm: ChatCacheClip) -> None:
-    assert ChatCacheClip("no-such-model", timeout=60, max_retries=2, api_key="none", base_url="none").max_tokens is None
+    assert ChatCacheClip("no-such-model", timeout=60, max_retries=2, api_key="none").max_tokens is None
     assert llm.invoke("Hello.", seed=3, stream_usage=True).text == llm.invoke("Hello.").text
 
 

@@ -88,8 +88,8 @@ class _Unbound:
     async def replace(self, tenant: str, document: str, texts: Sequence[str]) -> Replaced:
         return await self._ready().replace(tenant, document, texts)
 
-    async def forget(self, tenant: str, texts: Sequence[str]) -> None:
-        await self._ready().forget(tenant, texts)
+    async def forget(self, tenant: str, texts: Sequence[str], document: str | None = None) -> None:
+        await self._ready().forget(tenant, texts, document)
 
     async def forget_document(self, tenant: str, document: str) -> None:
         await self._ready().forget_document(tenant, document)

@@ -57,11 +57,17 @@ class Chunks:
         documents.release(document, vanished)
         return Replaced(**vars(added), removed=len(vanished))
 
-    async def forget(self, tenant: str, texts: Sequence[str]) -> None:
-        if gone := list(texts):
-            documents = self._documents(tenant)
+    async def forget(self, tenant: str, texts: Sequence[str], document: str | None = None) -> None:
+        if not (gone := list(texts)):
+            return
+        documents = self._documents(tenant)
+        if document is None:
             await asyncio.to_thread(self._place(tenant).forget_elsewhere, set(map(documents.text, gone)))
             documents.drop(gone)
+        else:
+            documents.discard(document, gone)
+            unheld = frozenset(map(documents.text, documents.unheld(gone)))
+            await asyncio.to_thread(self._forget_digests, tenant, unheld)
 
     async def forget_document(self, tenant: str, document: str) -> None:
         documents = self._documents(tenant)

@@ -27,6 +27,7 @@ from llama_index.core.llms.llm import ToolSelection, default_completion_to_promp
 from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.types import PydanticProgramMode
 
+from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.frameworks import (
     ChatRequest,
     EngineHandle,
@@ -70,8 +71,11 @@ class CacheClipLLM(FunctionCallingLLM):
     Chunks are recognised by their text in the final prompt, so query engines, chat engines and agents work unchanged.
     Weights are loaded at the first use, once per process for all objects that ask for the same model and KV folder.
 
+    With ``base_url`` it is a model behind a server, and the object a `CacheClipServerLLM`, which is used the same way.
+
     Example:
         ``llm = CacheClipLLM(model_name="qwen2.5-coder-0.5b-instruct", kv_dir=".cacheclip")``
+        ``llm = CacheClipLLM(base_url="http://localhost:8000/v1", api_key="...")``
 
     """
 
@@ -101,8 +105,20 @@ class CacheClipLLM(FunctionCallingLLM):
     _handle: EngineHandle = PrivateAttr()
     _last_report: Report | None = PrivateAttr(default=None)
 
+    def __new__(cls, model_name: str | None = None, **fields: Any) -> Any:
+        """Raises ImportError where ``base_url`` is given and LlamaIndex' client of OpenAI's API is not installed."""
+        if cls is not CacheClipLLM or fields.get("base_url") is None:
+            return super().__new__(cls)
+        try:
+            from .server import CacheClipServerLLM
+        except ImportError as error:
+            raise ImportError(f"{error}; base_url needs pip install 'llama-index-llms-cacheclip[server]'") from error
+        return CacheClipServerLLM(model_name, **fields)
+
     def __init__(self, model_name: str | None = None, **fields: Any) -> None:
         """Raises `ConfigurationError` for a misspelt field, an unknown method, or a value that makes no sense."""
+        if fields.pop("base_url", None) is not None:
+            raise ConfigurationError("base_url is of CacheClipLLM itself: derive from CacheClipServerLLM")
         fields = fields if model_name is None else {"model_name": model_name, **fields}
         super().__init__(**shared.checked_fields(fields, type(self).model_fields, _ALSO_CALLED))
         self._attach(EngineHandle(EngineSettings.of(self.model_name, self)))

@@ -14,7 +14,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.embeddings import BaseEmbedding, resolve_embed_model
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
-from cacheclip_rag.frameworks import EngineHandle, Fuser, handle_of, ingested
+from cacheclip_rag.frameworks import Fuser, Handle, handle_of
 
 from .copies import restore
 
@@ -49,7 +49,7 @@ class CacheClipTransform(TransformComponent):
 
     fuse: int = Field(default=0, ge=0, description="How many similar chunks each is fused with; 0 for none.")
 
-    _handle: EngineHandle = PrivateAttr()
+    _handle: Handle = PrivateAttr()
     _fuser: Fuser | None = PrivateAttr(default=None)
     _embedded_before: bool = PrivateAttr(default=False)
     _name: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
@@ -61,9 +61,10 @@ class CacheClipTransform(TransformComponent):
         ``"local:..."`` included. Raises what opening the model raises, and ValueError for no embedding model.
         """
         handle = handle_of(llm)
-        super().__init__(**{"fingerprint": _fingerprint(handle.engine), **fields})
+        super().__init__(**{"fingerprint": handle.kv.fingerprint, **fields})
         self._handle = handle
         if self.fuse:
+            handle.check_fusing(self.fuse)
             self._fuser = Fuser(self.fuse, _Embed(_embedding_model(embed_model)))
             self._embedded_before = embed_model is None
 
@@ -72,20 +73,19 @@ class CacheClipTransform(TransformComponent):
         return "CacheClipTransform"
 
     @property
-    def handle(self) -> EngineHandle:
-        """What stands for the engine, whether it is open or not."""
+    def handle(self) -> Handle:
+        """What stands for the engine, whether it is open or not, or for the server."""
         return self._handle
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         try:
-            engine = self._handle.peek() if self._handle.travelled else self._handle.engine
-            if engine is None:
+            kv = self._handle.peek_kv() if self._handle.travelled else self._handle.kv
+            if kv is None:
                 log.info("%d chunks are not encoded in this worker process, but when they are first used", len(nodes))
             else:
                 texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
                 vectors = {text.strip(): n.embedding for n, text in zip(nodes, texts, strict=True) if n.embedding}
-                ingested(
-                    engine,
+                kv.ingested(
                     self._name,
                     [(node.ref_doc_id, text) for node, text in zip(nodes, texts, strict=True)],
                     fuser=self._fuser,
@@ -125,11 +125,3 @@ def _embedding_model(given: BaseEmbedding | str | None) -> BaseEmbedding:
             "fuse needs an embedding model: CacheClipTransform(llm, fuse=10, embed_model=...) or Settings.embed_model; "
             f"{'the default' if given is None else repr(given)} cannot be had: {error}"
         ) from error
-
-
-def _fingerprint(engine: Engine) -> str:
-    """The namespaces of all KV an ingestion makes; empty for a model that is served without."""
-    libraries = [engine.library] if engine.composable else []
-    if engine.auxiliary is not None:
-        libraries.append(engine.auxiliary.library)
-    return "+".join(library.namespace.digest for library in libraries)

@@ -9,7 +9,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.llms.cacheclip.copies import restore
 
-from cacheclip_rag.frameworks import EngineHandle, OnMiss, handle_of, prepare_retrieved
+from cacheclip_rag.frameworks import Handle, OnMiss, handle_of, prepare_retrieved
 
 if TYPE_CHECKING:
     from llama_index.llms.cacheclip import CacheClipLLM
@@ -29,7 +29,7 @@ class CacheClipPostprocessor(BaseNodePostprocessor):
         description="Chunks without KV: encode them after the answer, before it, or not at all.",
     )
 
-    _handle: EngineHandle = PrivateAttr()
+    _handle: Handle = PrivateAttr()
 
     def __init__(self, llm: CacheClipLLM | Engine, **fields: Any) -> None:
         super().__init__(**fields)
@@ -40,8 +40,8 @@ class CacheClipPostprocessor(BaseNodePostprocessor):
         return "CacheClipPostprocessor"
 
     @property
-    def handle(self) -> EngineHandle:
-        """What stands for the engine, whether it is open or not."""
+    def handle(self) -> Handle:
+        """What stands for the engine, whether it is open or not, or for the server."""
         return self._handle
 
     def _postprocess_nodes(
