@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from serving import PASSAGES, Served, save_tiny
+from serving import PASSAGES, Served, asking, save_tiny
 
 ORDERS = [PASSAGES[k:] + PASSAGES[:k] for k in range(5)]
 
@@ -63,9 +63,35 @@ def found(kind: str = "llama", reuse: bool = True, tokens: int = 12, **options: 
         }
 
 
+def meeting(**options: Any) -> dict[str, Any]:
+    """Requests that share a beginning with one that vLLM computes piece by piece, in the very steps where it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        served = Served(save_tiny(Path(folder) / "model"), Path(folder) / "store", **options)
+        served.encode(PASSAGES)
+        engine, same, reasons = served.llm.llm_engine, [], list[str]()
+        for steps in range(8):
+            beginning = f"A beginning that no prompt has had so far, number {steps}. " * 14
+            first, second = (served.prompt(order, head=beginning) for order in ORDERS[:2])
+            engine.add_request("plain", {"prompt_token_ids": first}, asking({"reuse": False}, max_tokens=12))
+            for _ in range(steps):
+                engine.step()
+            engine.add_request("ours", {"prompt_token_ids": second}, asking({"recompute_ratio": 1.0}, max_tokens=12))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished and output.request_id == "ours":
+                        answer = list(output.outputs[0].token_ids)
+                        reasons += output.kv_transfer_params["cacheclip"]["fallbacks"]
+            assert served.llm.reset_prefix_cache()
+            same.append(answer == served.ask([second], reuse=False)[0][0])
+            assert served.llm.reset_prefix_cache()
+        return {"same": same, "fallbacks": reasons}
+
+
 def equal(expected: list[list[int]], got: list[tuple[list[int], dict[str, Any]]]) -> list[bool]:
     return [one == answer for one, (answer, _) in zip(expected, got, strict=True)]
 
 
 if __name__ == "__main__":
-    print(json.dumps(found(**json.loads(sys.argv[1]))))
+    given = json.loads(sys.argv[1])
+    what = {"found": found, "meeting": meeting}[given.pop("what", "found")]
+    print(json.dumps(what(**given)))

@@ -63,6 +63,12 @@ def test_preempted_requests_answer_as_others() -> None:
     assert result["preemptions"]
 
 
+def test_a_beginning_that_is_computed_at_the_same_time() -> None:
+    """Its blocks count as cached as soon as they are scheduled, and nothing may be filled over them before they are."""
+    result = in_another_process(what="meeting", long_prefill_token_threshold=160)
+    assert all(result["same"]) and not result["fallbacks"]
+
+
 def test_layers_that_all_slide_are_served_without_reuse() -> None:
     """vLLM gives rows outside the last window no block of their own."""
     with pytest.raises(RuntimeError, match="not one group of full attention"):
