@@ -103,17 +103,18 @@ def test_a_selection_that_computes_the_rest_twice_must_save_more_than_that() -> 
 
 
 def test_a_selection_s_pass_costs_something_however_few_its_tokens_are() -> None:
-    assert outright(layout_of((10, PASS_COST)), passes=0.1) is not None
-    assert outright(layout_of((10, PASS_COST + RUN_COST + 2)), passes=0.1) is None
-    assert outright(layout_of((10, RUN_COST + 1))) is None, "of a short prompt, too, without such a pass"
+    assert outright(layout_of((600, PASS_COST)), passes=0.001) is not None
+    assert outright(layout_of((600, PASS_COST + RUN_COST + 2)), passes=0.001) is None
+    assert outright(layout_of((600, RUN_COST + 1))) is None, "without such a pass"
+    assert outright(layout_of((90, 10)), passes=1.0) is None, "of a short prompt nothing is weighed"
 
 
 def test_of_the_tokens_that_are_recomputed_those_of_methods_defaults_count() -> None:
-    layout = layout_of((20, 2 * RUN_COST), (20, 2 * RUN_COST))
+    layout = layout_of((600, 2 * RUN_COST), (20, 2 * RUN_COST))
     assert outright(layout, passes=0.0, ratio=0.1) is None
-    layout = layout_of((20, 5 * RUN_COST // 4))
+    layout = layout_of((600, 5 * RUN_COST // 4))
     assert outright(layout, ratio=0.1) is None and outright(layout, ratio=OWN_RATIO) is not None
-    assert outright(layout_of((20, 2 * RUN_COST)), ratio=0.99) is None, "who asks for so much wants it"
+    assert outright(layout_of((600, 2 * RUN_COST)), ratio=0.99) is None, "who asks for so much wants it"
 
 
 def test_missing_chunks_of_a_prompt_that_is_prefilled_in_full_are_encoded_again() -> None:

@@ -70,12 +70,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_row_says_what_it_was_made_with_and_what_came_out(engine: Counting, tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    system = System("wide", "query_guided", 0.25, parameters={"group_size": 4})
+    system = System("wide", "infoflow", 0.25, parameters={"group_size": 4})
     assert go(engine, path, [system], ITEMS[:1]) == 0
     full, wide = lines(path)
     assert (full["dataset"], full["id"], full["system"], wide["system"]) == ("d", "1", "full", "wide")
     assert full["method"] == describe(METHODS["full"]) and wide["method"] == describe(
-        resolve("query_guided", group_size=4)
+        resolve("infoflow", group_size=4)
     )
     assert "group_size=4" in wide["method"] and wide["version"] == access.version()
     assert (full["requested_ratio"], wide["requested_ratio"]) == (1.0, 0.25)

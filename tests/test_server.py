@@ -194,7 +194,6 @@ def test_a_request_says_how_its_chunks_are_reused(served: Served) -> None:
         "cacheclip",
         'naive:prefix="of a client\'s own"',
         "prefix-cache:block=7",
-        "ragcache:capacity_bytes=1",
     ],
 )
 def test_a_method_that_is_unknown_or_not_for_clients_is_400(served: Served, method: str) -> None:

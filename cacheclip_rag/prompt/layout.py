@@ -14,6 +14,9 @@ from .index import Span
 RUN_COST, PASS_COST = 8, 64
 """What putting one piece of stored KV in its place costs, and what a selection's pass of the model costs besides its
 tokens, both in tokens that are computed (`python benchmarks/outright.py`)."""
+SHORT = 512
+"""Tokens of a prompt below which nothing is weighed: it is a matter of a tenth of a second, and a first try of one small
+chunk should show what reuse does. Reuse took up to 1.65 of a full prefill there, in processor time."""
 OWN_RATIO = 0.2
 """The share of chunk tokens that methods recompute by default, at most; who asks for more wants it, however long it
 takes."""
@@ -68,11 +71,12 @@ def outright(layout: Layout, passes: float = 0.0, prefix: int = 0, ratio: float 
 
     Tokens without stored KV are computed ``passes`` more times than once: 1 for a selection that first runs them
     through the whole model, less if it stops at a depth. The KV of the first ``prefix`` tokens is there from an earlier
-    prompt. ``ratio`` of the tokens with stored KV is recomputed, of which `OWN_RATIO` counts.
+    prompt. ``ratio`` of the tokens with stored KV is recomputed, of which `OWN_RATIO` counts. None for a prompt
+    below `SHORT`.
     """
     count, reusable, runs = len(layout), int(layout.reusable.sum()), len(layout.runs())
     saved = prefix + reusable * (1 - min(ratio, OWN_RATIO)) - passes * (count - reusable - prefix)
-    if not reusable or saved > RUN_COST * runs + PASS_COST * (passes > 0):
+    if not reusable or count < SHORT or saved > RUN_COST * runs + PASS_COST * (passes > 0):
         return None
     return (
         f"full prefill: {reusable:,} of {count:,} tokens have stored KV, in {runs:,} pieces; "
