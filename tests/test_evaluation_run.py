@@ -74,9 +74,7 @@ def test_a_row_says_what_it_was_made_with_and_what_came_out(engine: Counting, tm
     assert go(engine, path, [system], ITEMS[:1]) == 0
     full, wide = lines(path)
     assert (full["dataset"], full["id"], full["system"], wide["system"]) == ("d", "1", "full", "wide")
-    assert full["method"] == describe(METHODS["full"]) and wide["method"] == describe(
-        resolve("infoflow", group_size=4)
-    )
+    assert full["method"] == describe(METHODS["full"]) and wide["method"] == describe(resolve("infoflow", group_size=4))
     assert "group_size=4" in wide["method"] and wide["version"] == access.version()
     assert (full["requested_ratio"], wide["requested_ratio"]) == (1.0, 0.25)
     assert full["ratio"] is None and 0.2 < wide["ratio"] <= 0.25
