@@ -15,8 +15,8 @@ RUN_COST, PASS_COST = 8, 64
 """What putting one piece of stored KV in its place costs, and what a selection's pass of the model costs besides its
 tokens, both in tokens that are computed (`python benchmarks/outright.py`)."""
 SHORT = 512
-"""Tokens of a prompt below which nothing is weighed: it is a matter of a tenth of a second, and a first try of one small
-chunk should show what reuse does. Reuse took up to 1.65 of a full prefill there, in processor time."""
+"""Tokens of a prompt below which nothing is weighed: it is a matter of a tenth of a second, and a first try of one
+small chunk should show what reuse does. Reuse took up to 1.65 of a full prefill there, in processor time."""
 OWN_RATIO = 0.2
 """The share of chunk tokens that methods recompute by default, at most; who asks for more wants it, however long it
 takes."""
