@@ -29,6 +29,9 @@ log = logging.getLogger("cacheclip_rag")
 
 Ask = Callable[[Any], Any]
 
+_FEW = 64
+"""Rows that cost less when they are computed twice, beside others, than in a pass of their own."""
+
 
 class Filler:
     """Fills blocks with a worker's model. ``most``: rows of a pass; ``spare``: blocks for a copy of a question."""
@@ -170,14 +173,18 @@ class _Work:
         return known
 
     def _compute_head(self, ask: Ask, layout: Layout, workspace: PagedWorkspace, known: int, held: Tensor) -> None:
-        """Compute the rows before the first chunk that needs repair, which may lie in blocks that other requests of
-        this step share. Marks them as held.
+        """Compute what stands before the first chunk that needs repair, in a pass of its own where the selection needs
+        its keys, where the prefix's KV is to be kept, and where it is long. A few rows are computed with the question
+        and the chosen rows instead. Marks in ``held`` what is there then.
         """
         plan = self.plan
         head = (~held[: plan.head]).nonzero()[:, 0]
-        held[: plan.head] = True
+        held[: plan.first] = True
         if not needs_every_key(plan.method) and (known or not plan.prefix):
             head = head[head >= plan.first]
+            if len(head) <= _FEW:
+                return
+        held[: plan.head] = True
         if len(head):
             ask(Forward([Part(workspace, layout.ids[head], head, hooks=[Keep()])], None))
             self._note_front(known)
