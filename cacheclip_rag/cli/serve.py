@@ -92,7 +92,10 @@ def serve(
         if fuse_when_idle:
             options["fuse_when_idle"] = True
         options |= {name: value for name, value in (("method", method), ("remote", remote)) if value}
-        lines = [*(api_key or ()), *([] if api_keys is None else api_keys.read_text("utf-8").splitlines())]
+        from ..server.access import read_keys
+
+        owners = read_keys(api_key or (), api_keys)
+        lines = [f"{key}={tenant}" if tenant else key for key, tenant in owners.items()]
         flags = _others(ctx.meta[_ARGUMENTS], model)
         if not any(flag.partition("=")[0] == "--host" for flag in flags):  # vLLM's own default is all addresses
             flags += ["--host", host]

@@ -26,13 +26,18 @@ def fingerprint(model: nn.Module, config: PretrainedConfig, tokenizer: str, dtyp
     for name, parameter in sorted(model.state_dict().items()):
         weights.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         weights.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in _COSMETIC}
     more = additions(model)
     return {
         **({"additions": hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest()} if more else {}),
         "architecture": config.model_type,
         "weights": weights.hexdigest(),
-        "config": hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest(),
+        "config": config_digest(config),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """The sha256 (hex) of a model's configuration, without the fields that do not change its KV."""
+    fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in _COSMETIC}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

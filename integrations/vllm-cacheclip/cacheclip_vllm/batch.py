@@ -39,7 +39,7 @@ class Batch:
     def __init__(self, model: seams.Model, most: int) -> None:
         """``most``: rows of a pass."""
         self._model, self._most = model, most
-        self.passes = self.sequences = 0
+        self.passes = 0
         self._asked = threading.Event()
 
     def run(self, works: Sequence[Callable[[Callable[[Any], Any]], Any]]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cacheclip_rag.chunks import canonical
-from cacheclip_rag.methods import Method
+from cacheclip_rag.methods import Method, resolve
 
 from . import PROOF
 from .plan import FIELD
@@ -23,24 +23,18 @@ def encode_request(
     *,
     tenant: str = "",
     context: Sequence[str] = (),
-    in_sequence: bool = False,
 ) -> tuple[list[int], dict[str, Any]]:
     """The token ids and the ``kv_transfer_params`` of a request that encodes ``text`` as ``method`` wants it.
 
-    It asks for one token of no matter; the worker computes the rows before it and stores the chunk's. ``context``:
-    stored chunks to compute it behind (fusion). Only processes of the server can make such a request.
+    ``method``: a name, or the server's own method as it is, parameters included. It asks for one token of no matter;
+    the worker computes the rows before it and stores the chunk's. ``context``: stored chunks to compute it behind
+    (fusion). Only processes of the server can make such a request.
     """
-    encoder = method.encode if isinstance(method, Method) else _method(method).encode
+    encoder = (resolve(method) if isinstance(method, str) else method).encode
     text, context = canonical(text), [canonical(other) for other in context]
     tokens: Any = model  # an encoder asks for nothing but tokens here
     pieces = [encoder.prefix_ids(tokens), *(model.tokenise(piece, plain=True).ids for piece in (*context, text))]
     ids = torch.cat([*pieces, torch.zeros(1, dtype=torch.long)]).tolist()
-    name = method.name if isinstance(method, Method) else method
-    encode = {"text": text, "context": context, "in_sequence": in_sequence}
-    return ids, {FIELD: {"method": name, "tenant": tenant, "encode": encode, "proof": os.environ.get(PROOF)}}
-
-
-def _method(name: str) -> Method:
-    from cacheclip_rag import methods
-
-    return methods.resolve(name)
+    named = {"method": method} if isinstance(method, str) else {}
+    encode = {"text": text, "context": context}
+    return ids, {FIELD: {**named, "tenant": tenant, "encode": encode, "proof": os.environ.get(PROOF)}}

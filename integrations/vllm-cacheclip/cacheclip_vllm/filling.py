@@ -16,8 +16,8 @@ from cacheclip_rag.compute import Part
 from cacheclip_rag.kv.encode import Encoder
 from cacheclip_rag.kv.fit import prompt_fit
 from cacheclip_rag.methods.request import Request
+from cacheclip_rag.prefill.sources import sources_of
 from cacheclip_rag.prompt import Layout
-from cacheclip_rag.report import TokenSource
 
 from . import seams
 from .batch import Batch
@@ -34,7 +34,7 @@ _FEW = 64
 
 
 class Filler:
-    """Fills blocks with a worker's model. ``most``: rows of a pass; ``spare``: blocks for a copy of a question."""
+    """Fills blocks with a worker's model. ``most``: rows of a pass."""
 
     def __init__(self, model: seams.Model, libraries: Libraries, most: int) -> None:
         self.model, self.libraries, self._most = model, libraries, most
@@ -101,9 +101,8 @@ class Filler:
             values,
             encode.start,
             context=encode.context,
-            in_sequence=encode.in_sequence,
         )
-        return library.store.put(library.key(encode.text, encode.context, encode.in_sequence), chunk)
+        return library.store.put(library.key(encode.text, encode.context), chunk)
 
 
 class _Work:
@@ -201,28 +200,19 @@ class _Work:
     def _report(
         self, layout: Layout, in_place: Tensor, recomputed: Tensor, adjusted: Tensor, ratio: float, fit: float
     ) -> dict[str, Any]:
-        plan, count = self.plan, len(layout)
-        kinds = torch.where(layout.edge, int(TokenSource.EDGE), int(TokenSource.FRESH))
-        kinds[layout.reusable] = int(TokenSource.REUSED)
-        kinds[adjusted] = int(TokenSource.ADJUSTED)
-        kinds[in_place] = int(TokenSource.IN_PLACE)
-        kinds[recomputed] = int(TokenSource.RECOMPUTED)
-        kinds[: plan.first] = int(TokenSource.PREFIX)
-        kinds[count - 1] = int(TokenSource.FRESH)
-        totals = torch.bincount(kinds, minlength=len(TokenSource)).tolist()
-        sources, lengths = torch.unique_consecutive(kinds, return_counts=True)
+        plan = self.plan
+        sources = sources_of(layout, plan.first, recomputed, in_place, adjusted)
         report = {
             "method": plan.method.name,
             "requested_ratio": ratio,
             "fit": fit,
-            "prompt_tokens": count,
-            "tokens": {source.name.lower(): totals[source] for source in TokenSource if totals[source]},
+            "prompt_tokens": len(layout),
+            "tokens": {source.name.lower(): count for source, count in sources.counts().items() if count},
             "chunks": len(plan.places),
             "fallbacks": [place.missing for place in plan.places if place.missing],
         }
         if plan.sources:
-            found = zip(sources.tolist(), lengths.tolist(), strict=True)
-            report["sources"] = [[TokenSource(kind).name.lower(), length] for kind, length in found]
+            report["sources"] = [[run.source.name.lower(), run.tokens] for run in sources.runs()]
         return report
 
 

@@ -33,7 +33,6 @@ class Options:
     method: Method
     ratio: float
     reuse: bool = True
-    report: bool = False
     sources: bool = False
     tenant: str = ""
     encode: Mapping[str, Any] | None = None
@@ -68,7 +67,6 @@ def options(given: Any, default: Method) -> Options:
         method,
         ratio,
         given.get("reuse", True),
-        given.get("report", False),
         given.get("sources", False),
         given.get("tenant", ""),
         given.get("encode"),
@@ -114,15 +112,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Encode:
-    """A chunk to be computed behind others: its ``text``, and the stored ``context``, by key, with its texts.
-
-    ``start``: the chunk's first row.
-    """
+    """A chunk to be computed: its ``text``, its first row ``start``, and the texts of its stored ``context``."""
 
     text: str
     start: int
     context: tuple[str, ...] = ()
-    in_sequence: bool = False
 
 
 @dataclass

@@ -203,14 +203,19 @@ class Planner:
         return runs[1][0] if len(runs) > 1 else len(plan.ids) - 1
 
     def _too_much(self, plan: Plan) -> str | None:
-        if plan.cost > self._most:
-            return (
-                f"{plan.cost:,} rows would have to be computed in one pass of at most {self._most:,}: lower the "
-                "recompute ratio, or raise --max-num-batched-tokens"
-            )
-        if plan.ratio >= 1.0:
+        """Why vLLM had better compute the whole prompt, or None."""
+        if (reason := self._exceeds(plan)) is not None or plan.ratio >= 1.0:
+            return reason
+        passes = getattr(plan.method.select, "passes", 0.0) if plan.ratio else 0.0
+        return outright(plan.layout(), passes, plan.prefix, plan.ratio)
+
+    def _exceeds(self, plan: Plan) -> str | None:
+        if plan.cost <= self._most:
             return None
-        return outright(plan.layout(), getattr(plan.method.select, "passes", 0.0) if plan.ratio else 0.0, plan.prefix)
+        return (
+            f"{plan.cost:,} rows would have to be computed in one pass of at most {self._most:,}: lower the recompute "
+            "ratio, or raise --max-num-batched-tokens"
+        )
 
     def _question(self, ids: np.ndarray, matches: Sequence[Match]) -> np.ndarray:
         """The question's rows: behind the last chunk without the template's closing, or, where nothing is said there,
@@ -219,12 +224,18 @@ class Planner:
         last, first, stop = matches[-1].row + matches[-1].length, matches[0].row, len(ids)
         if len(self._closing) and np.array_equal(ids[max(last, stop - len(self._closing)) :], self._closing):
             stop -= len(self._closing)
-        turns = [row for row in range(first) if np.array_equal(ids[row : row + len(self._turn)], self._turn)]
-        begin = turns[-1] + len(self._turn) if turns and len(self._turn) else 0
-        for rows in (np.arange(last, stop), np.arange(begin, first)):
+        for rows in (np.arange(last, stop), np.arange(self._turn_begins(ids[:first]), first)):
             if any(character.isalnum() for character in self._model.say(ids[rows])):
                 return rows
         return np.arange(0)
+
+    def _turn_begins(self, ids: np.ndarray) -> int:
+        """The row behind the last of these tokens that open a user's turn in the template; 0 without."""
+        size = len(self._turn)
+        if not size or len(ids) < size:
+            return 0
+        found = (np.lib.stride_tricks.sliding_window_view(ids, size) == self._turn).all(axis=1).nonzero()[0]
+        return int(found[-1]) + size if len(found) else 0
 
     def _copy(self, question: np.ndarray) -> np.ndarray:
         """The question's tokens where it is asked once more behind the prompt: its end, if it is long."""
@@ -238,18 +249,17 @@ class Planner:
         assert asked.encode is not None
         ids = np.asarray(request.prompt_token_ids, dtype=np.int64)
         library = self._libraries.of(asked.tenant, asked.method.encode)
-        text, in_sequence = canonical(asked.encode["text"]), bool(asked.encode.get("in_sequence", False))
+        text = canonical(asked.encode["text"])
         context: list[Place] = []
         row = len(library.prefix_ids)
-        for number, other in enumerate(map(canonical, asked.encode.get("context", ()))):
-            length = len(self._libraries.model.tokenise(other, plain=True).ids)
-            before = tuple(place.text for place in context) if in_sequence and number else ()
-            context.append(Place(other, library.key(other, before, in_sequence and bool(before)), ((row, 0, length),)))
+        for other in map(canonical, asked.encode.get("context", ())):
+            length = len(self._model.tokenise(other, plain=True).ids)
+            context.append(Place(other, library.key(other), ((row, 0, length),)))
             row += length
-        mine = self._libraries.model.tokenise(text, plain=True).ids.numpy()
+        mine = self._model.tokenise(text, plain=True).ids.numpy()
         if not np.array_equal(ids[row:-1], mine):
             return "the request's tokens are not those of the chunk that it says"
-        encode = Encode(text, row, tuple(place.text for place in context), in_sequence)
+        encode = Encode(text, row, tuple(place.text for place in context))
         plan = Plan(
             request=request.request_id,
             ids=ids,
@@ -262,7 +272,7 @@ class Planner:
             question_ids=np.arange(0),
             encode=encode,
         )
-        return (self._too_much(plan) or plan) if plan.cost > self._most else plan
+        return self._exceeds(plan) or plan
 
     # ---- scheduling --------------------------------------------------------------------------------------------------
 
@@ -307,10 +317,10 @@ class Planner:
         """Bar plans that share blocks with others that are computed, or filled, in this step itself. ``computed``: by
         request.
         """
+        filled = {plan.request: set(plan.blocks[plan.first // self._block :]) for plan in self.ready}
+        blocks = {**computed, **filled}
         for plan in self.ready:
-            mine = {plan.request: set[int]()}
-            filled = {other.request: set(other.blocks[other.first // self._block :]) for other in self.ready}
-            others = set[int]().union(*({**computed, **filled, **mine}).values())
+            others = set[int]().union(*(mine for request, mine in blocks.items() if request != plan.request))
             plan.barred = not others.isdisjoint(plan.blocks[: plan.first // self._block])
 
     def end_of_step(self) -> tuple[list[Plan], list[tuple[str, str, Encoder, list[str]]], list[str]]:
@@ -332,9 +342,8 @@ class Planner:
                 dataclasses.replace(place, key=None, missing=_GONE) if place.key in missing else place
                 for place in plan.places
             ]
-            lost = (
-                plan.encode is not None or not plan.keys
-            )  # a chunk is computed behind all of its context or not at all
+            # A chunk is computed behind all of its context or not at all.
+            lost = plan.encode is not None or not plan.keys
             if (reason := _GONE if lost else self._too_much(plan)) is not None:
                 self.reasons[request] = reason
                 self.finished(request)

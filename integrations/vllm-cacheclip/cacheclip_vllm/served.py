@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 import xxhash
 
 from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.model.fingerprint import config_digest
 from cacheclip_rag.model.tokenizer import PromptTokenizer
 
 from . import seams
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_COSMETIC = {"transformers_version", "architectures", "torch_dtype", "dtype", "use_cache", "output_attentions"}
 _BLOCK = 1 << 24
 
 
@@ -42,9 +41,7 @@ class ServedModel(PromptTokenizer):
             "engine": f"vllm {seams.minor()}",
             "architecture": model.hf_text_config.model_type,
             "weights": weights_digest(seams.weights_folder(model)),
-            "config": _digest(
-                {k: v for k, v in model.hf_config.to_dict().items() if not k.startswith("_") and k not in _COSMETIC}
-            ),
+            "config": config_digest(model.hf_config),
             "tokenizer": hashlib.sha256(self.definition.encode()).hexdigest(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": str(model.quantization),
@@ -94,7 +91,3 @@ def _blocks(file: Path) -> Iterable[bytes]:
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             yield block
-
-
-def _digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

@@ -10,6 +10,7 @@ from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.methods import Method
 
 from .libraries import StoreOptions
+from .plan import refused
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Settings(StoreOptions):
         changes = (
             {} if self.recompute_ratio is None else {"recompute_ratio": self.recompute_ratio, "fitted_ratio": None}
         )
-        return methods.resolve(self.method, **changes)
+        method = methods.resolve(self.method, **changes)
+        if (reason := refused(method)) is not None:
+            raise ConfigurationError(f'method "{method.name}" cannot be used inside vLLM: {reason}')
+        return method
 
 
 def settings(vllm_config: Any) -> Settings:

@@ -26,6 +26,8 @@ from vllm.config import KVTransferConfig
 sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
 from tiny import PASSAGES, QUESTION, SHAPE, byte_tokenizer
 
+from cacheclip_rag.methods import Method
+
 __all__ = ["PASSAGES", "QUESTION", "Served", "save_tiny"]
 
 SHAPE_HERE = {**SHAPE, "head_dim": 32, "hidden_size": 128}
@@ -57,7 +59,7 @@ class Served:
     """An `LLM` with the connector, or without it (``reuse=False``)."""
 
     def __init__(self, model: Path | str, store: Path | None, *, dtype: str = "float32", **options: Any) -> None:
-        connector = {}
+        connector, extra = {}, options.pop("extra", {})
         if store is not None:
             connector = dict(
                 worker_cls="cacheclip_vllm.worker.Worker",
@@ -66,7 +68,7 @@ class Served:
                     kv_connector_module_path="cacheclip_vllm.connector",
                     kv_role="kv_both",
                     kv_load_failure_policy="recompute",
-                    kv_connector_extra_config={"store": str(store), **options.pop("extra", {})},
+                    kv_connector_extra_config={"store": str(store), **extra},
                 ),
             )
         options = {
@@ -86,7 +88,7 @@ class Served:
         self.llm = LLM(str(model), dtype=dtype, **options)
         self.model = ServedModel(self.llm.llm_engine.vllm_config)
 
-    def encode(self, texts: list[str], method: str = "auto", **options: Any) -> None:
+    def encode(self, texts: list[str], method: Method | str = "auto", **options: Any) -> None:
         """Compute and store these chunks."""
         requests = [encode_request(self.model, method, text, **options) for text in texts]
         self._generate(

@@ -16,6 +16,8 @@ from typing import Any
 
 from serving import PASSAGES, Served, asking, save_tiny
 
+from cacheclip_rag.methods import resolve
+
 ORDERS = [PASSAGES[k:] + PASSAGES[:k] for k in range(5)]
 
 
@@ -29,15 +31,18 @@ def in_another_process(environment: dict[str, str] | None = None, **setting: Any
     return dict(json.loads(run.stdout.strip().splitlines()[-1]))
 
 
-def found(kind: str = "llama", reuse: bool = True, tokens: int = 12, **options: Any) -> dict[str, Any]:
+def found(
+    kind: str = "llama", reuse: bool = True, tokens: int = 12, method: str = "auto", **options: Any
+) -> dict[str, Any]:
     """How many requests are equal to plain vLLM or to themselves one after another, and the plain answers."""
     with tempfile.TemporaryDirectory() as folder:
+        options["extra"] = {"method": method, **options.get("extra", {})}
         served = Served(save_tiny(Path(folder) / "model", kind), Path(folder) / "store" if reuse else None, **options)
         prompts = [served.prompt(order, head=head) for order in ORDERS for head in ("", "Read.\n\n")]
         plain = [answer for answer, _ in served.ask(prompts, tokens, reuse=False)]
         if not reuse:
             return {"plain": plain}
-        served.encode(PASSAGES)
+        served.encode(PASSAGES, resolve(method))
         whole = served.ask(prompts, tokens, recompute_ratio=1.0)
         single = [served.prompt([passage]) for passage in PASSAGES]
         alone = [answer for answer, _ in served.ask(single, tokens, reuse=False)]

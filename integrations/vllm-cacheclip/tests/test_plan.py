@@ -48,11 +48,10 @@ def test_options_are_taken_over() -> None:
         "encode": {},
     }
     got = options(given, AUTO)
-    assert (got.method.name, got.ratio, got.reuse, got.report, got.tenant, got.encode) == (
+    assert (got.method.name, got.ratio, got.reuse, got.tenant, got.encode) == (
         "cacheblend",
         0.3,
         False,
-        True,
         "t",
         {},
     )

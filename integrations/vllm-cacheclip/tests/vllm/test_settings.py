@@ -17,6 +17,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "speculative decoding by n-grams": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     },
+    "a method with parameters": {"method": "auto:prefix=none"},
     "fp8 KV cache": {"kv_cache_dtype": "fp8"},
 }
 
