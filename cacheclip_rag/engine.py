@@ -93,6 +93,7 @@ class Engine:
         fuse_when_idle: bool = False,
         require_verified: bool = False,
         max_requests: int = 16,
+        prompt_lookup: int = 10,
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
@@ -113,6 +114,8 @@ class Engine:
         machine with these libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in
         memory; others wait. A stream is in flight until it is read to its end or closed; while none of those in flight
         is being read, another one is admitted beyond the limit, so that they do not wait for one another.
+        ``prompt_lookup``: how many tokens are drafted at a time from where the latest ones stood before, in the prompt
+        or the answer, and verified by one forward (see `serving.lookup`); 0 for none. It changes no answer.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -126,6 +129,8 @@ class Engine:
             raise ConfigurationError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
         if max_requests < 1:
             raise ConfigurationError(f"max_requests must be at least 1, not {max_requests}")
+        if prompt_lookup < 0:
+            raise ConfigurationError(f"prompt_lookup must be at least 0 (no drafts), not {prompt_lookup}")
         self.backbone = _backbone(model, dtype, device)
         self.composable = self.backbone.obstacle is None
         if not self.composable and on_uncomposable == "error":
@@ -159,6 +164,7 @@ class Engine:
             self.limit,
             before=lambda: engine._before(),
             after=lambda report, request: engine._after(report, request),
+            prompt_lookup=prompt_lookup,
         )
         self._hints, self._tally = Hints(), Tally()
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -232,12 +236,14 @@ class Backbone:
         step: Callable[[Tensor, int], Tensor],
         *,
         seed: int | None = None,
+        drafts: Drafts | None = None,
         **options: Any,
     ) -> Iterator[int]:
         """Decode after a prefill: yields token ids until transformers' stopping criteria end the answer.
 
-        ``prompt_ids [T]``; ``logits [1, V]`` of the prompt's last token; ``step(id [1], row)`` computes the next logits
-        (see `on_canvas`). ``options`` are those of ``model.generate``, which prepares logits processors and stopping
+        ``prompt_ids [T]``; ``logits [1, V]`` of the prompt's last token; ``step(ids [n], row)`` computes the logits
+        ``[n, V]`` of the next tokens (see `CanvasStep`). ``drafts`` proposes tokens that one step verifies together;
+        None for a step each. ``options`` are those of ``model.generate``, which prepares logits processors and stopping
         criteria. The loop is ours (passed as ``custom_generate``), because the first token needs no forward, and the
         caller may pause or stop between tokens. Closing the iterator ends it. ``seed``: sample with a generator of its
         own, so that nobody else's sampling changes the answer; None takes torch's, which all share.
@@ -252,20 +258,34 @@ class Backbone:
             generation_config: Any,
             **_: Any,
         ) -> Iterator[int]:
-            scores, row = logits, len(prompt_ids)
+            written = np.empty(generation_config.max_length + 1, np.int64)
+            written[: len(prompt_ids)] = prompt_ids.cpu().numpy()
+            # The logits [n, V] behind `row` and the next tokens of `draft`, of which `place` have come true.
+            rows, row, draft, place = logits, len(prompt_ids), written[:0], 0
             while True:
                 with inference():
-                    scores = logits_processor(input_ids, scores)
+                    scores = logits_processor(input_ids, rows[place : place + 1])
                     if generation_config.do_sample:
                         token = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=random)
                     else:
                         token = scores.argmax(dim=-1, keepdim=True)
                     input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)
                     done = bool(stopping_criteria(input_ids, None).all())
+                written[row] = int(token)
                 yield int(token)
                 if done:
                     return
-                scores, row = step(token[0], row), row + 1
+                row += 1
+                if place < len(draft) and draft[place] == written[row - 1]:
+                    place += 1
+                    continue
+                if drafts is not None:
+                    drafts.note(len(draft), place)
+                    draft = drafts.propose(written[:row], generation_config.max_length - row - 1)
+                place, start = 0, time.perf_counter()
+                rows = step(torch.from_numpy(np.append(written[row - 1], draft)), row - 1)
+                if drafts is not None:
+                    drafts.took(time.perf_counter() - start, len(draft))
 
         gradients = torch.is_grad_enabled()
         try:
@@ -301,22 +321,9 @@ class Backbone:
         ids = self.model.generation_config.eos_token_id if given is None else given
         return frozenset() if ids is None else frozenset(torch.as_tensor(ids).flatten().tolist())
 
-    def on_canvas(
-        self, canvas: Canvas, *, shift: int = 0, score_mod: ScoreMod | None = None
-    ) -> Callable[[Tensor, int], Tensor]:
-        """The decoding step for `generate` on a canvas: ``step(ids [n], row)`` appends n tokens and returns their
-        logits ``[n, V]`` float32. RoPE positions are the rows plus ``shift``.
-        """
-
-        def step(tokens: Tensor, row: int) -> Tensor:
-            rows = torch.arange(row, row + len(tokens))
-            positions = rows + shift if shift else None
-            part = Part(canvas, tokens, rows, positions, score_mod=score_mod)
-            logits = self.computer.forward_one(part, logits=len(tokens))
-            assert logits is not None
-            return logits
-
-        return step
+    def on_canvas(self, canvas: Canvas, *, shift: int = 0, score_mod: ScoreMod | None = None) -> CanvasStep:
+        """The decoding step for `generate` on a canvas. RoPE positions are the rows plus ``shift``."""
+        return CanvasStep(self.computer, canvas, shift, score_mod)
 
     @inferring
     def native_prefill(self, ids: Tensor) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
@@ -369,6 +376,42 @@ class Backbone:
     def state(self) -> State:
         """Another value once weights, mode, hooks or adapters have changed (see `state.state_of`)."""
         return state_of(self.model)
+
+
+class Drafts(Protocol):
+    """Proposes the next tokens of an answer (see `serving.lookup`)."""
+
+    def propose(self, ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+        """At most ``most`` tokens that may follow ``ids [n]``, the prompt and the answer so far."""
+
+    def took(self, seconds: float, drafted: int) -> None:
+        """A step with so many drafted tokens took so long."""
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """Of so many drafted tokens, the first ``accepted`` came true."""
+
+
+@dataclass(frozen=True, eq=False)
+class CanvasStep:
+    """The decoding step on a canvas: ``step(ids [n], row)`` appends n tokens, the first one at ``row``, and returns
+    their logits ``[n, V]`` float32. RoPE positions are the rows plus ``shift``.
+
+    What stands on the canvas from ``row`` on, of a draft that did not come true, is overwritten.
+    """
+
+    computer: Layers
+    canvas: Canvas
+    shift: int = 0
+    score_mod: ScoreMod | None = None
+
+    def part(self, tokens: Tensor, row: int) -> Part:
+        """The rows of this step, for a forward with those of other requests (see `Layers.steps`)."""
+        rows = torch.arange(row, row + len(tokens))
+        self.canvas.length = row
+        return Part(self.canvas, tokens, rows, rows + self.shift if self.shift else None, score_mod=self.score_mod)
+
+    def __call__(self, tokens: Tensor, row: int) -> Tensor:
+        return self.computer.steps([self.part(tokens, row)])[0]
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

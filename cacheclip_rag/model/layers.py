@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,16 @@ from transformers import PreTrainedModel
 
 from ..compute import Part, Rotation, StopForward
 from ..errors import ConfigurationError, NotComposable
-from .attention import AUTO, IMPLEMENTATIONS, SparseRows, choose
+from .attention import AUTO, IMPLEMENTATIONS, SharedRows, SparseRows, choose
 from .canvas import Canvas
 from .inference import inferring
 from .rotary import PerTokenRotation, Rotary
+from .together import SharedCanvas
+
+PIECE = 256
+"""Rows of a prefill between two decoding steps of other requests."""
+ROWS = 2048
+"""Rows of a forward without hooks at most. More are computed in several forwards, so that activations stay small."""
 
 
 class Layers:
@@ -39,6 +47,11 @@ class Layers:
         )
         self.attention = choose(attention, self.device, self.dtype, self.head_dim)
         self.context_length: int = int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
+        self.between: WeakMethod[Callable[[], None]] | None = None
+        """Called during a forward, each time about as much as `PIECE` rows of the whole model has been computed: for
+        other requests' steps, which are forwards of their own.
+        """
+        self._since = 0
         self._views: dict[tuple[int, int, bool], nn.Module] = {}
         self._causal_lm_views: dict[int, nn.Module] = {}
 
@@ -129,6 +142,12 @@ class Layers:
         modification. The rest as in `Computer.forward`.
         Source: the sparse prefill of CacheBlend and EPIC, with the causal mask of `compute.visible`.
         """
+        plain = not part.hooks and part.score_mod is None and floors is None and part.x.dim() == 1
+        if plain and len(part.rows) > ROWS and logits <= ROWS:
+            *before, last = _pieces(part, ROWS)
+            for piece in before:
+                self.forward_one(piece, first=first, depth=depth or self.layers, logits=0)
+            return self.forward_one(last, first=first, depth=depth, logits=logits)
         kwargs = self._inputs(part, floors)
         # KV is kept under the name of the model's own precision, whatever the caller has switched on.
         with torch.autocast(self.device.type, enabled=False), suppress(StopForward):
@@ -137,6 +156,26 @@ class Layers:
                 return output.logits[0].float()
             self._view(first, depth or self.layers)(**kwargs)
         return None
+
+    @inferring
+    def steps(self, parts: Sequence[Part]) -> list[Tensor]:
+        """One forward over the rows of several requests; returns, for each part, the logits ``[S, V]`` float32 of all
+        its rows. The parts have token ids, distinct canvases and no hooks.
+        """
+        each = [self._inputs(part, pausing=False) for part in parts]
+        if len(each) == 1:
+            kwargs = each[0]
+        else:
+            shared = SharedRows([one["cacheclip"] for one in each], [one[cache_argument(self.model)] for one in each])
+            kwargs = {
+                **{name: torch.cat([one[name] for one in each], dim=1) for name in ("input_ids", "position_ids")},
+                cache_argument(self.model): SharedCanvas(shared),
+                "use_cache": True,
+                "cacheclip": shared,
+            }
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.model(**kwargs, logits_to_keep=0).logits[0].float()
+        return list(logits.split([len(part.rows) for part in parts]))
 
     @inferring
     def advance_one(self, part: Part, first: int, last: int, floors: Tensor | None = None) -> Tensor:
@@ -166,7 +205,14 @@ class Layers:
         self.forward_one(Part(staged, stream.last_hidden_state[0], rows), first=half, logits=0)
         return relative_error(staged.values, once.values) < 0.1
 
-    def _inputs(self, part: Part, floors: Tensor | None = None) -> dict[str, Any]:
+    def _pause(self, rows: int) -> None:
+        """Called by each layer before its attention over so many rows."""
+        self._since += rows
+        if self.between is not None and self._since >= PIECE * self.layers and (between := self.between()) is not None:
+            self._since = 0
+            between()
+
+    def _inputs(self, part: Part, floors: Tensor | None = None, pausing: bool = True) -> dict[str, Any]:
         used = self.config._attn_implementation
         if used != self.attention and used not in IMPLEMENTATIONS:
             raise ConfigurationError(
@@ -175,7 +221,8 @@ class Layers:
             )
         canvas, x = part.workspace, part.x
         assert isinstance(canvas, Canvas)
-        sparse = SparseRows(part.rows, self.device, canvas, part.hooks, part.score_mod, floors)
+        pause = self._pause if pausing else None
+        sparse = SparseRows(part.rows, self.device, canvas, part.hooks, part.score_mod, floors, pause)
         canvas.set_write_rows(sparse)
         positions = sparse.rows if part.positions is None else part.positions.to(self.device)
         return {
@@ -218,6 +265,14 @@ class Layers:
             setattr(view, self.model.base_model_prefix, self._view(first, self.layers))
             self._causal_lm_views[first] = view
         return self._causal_lm_views[first]
+
+
+def _pieces(part: Part, most: int) -> Iterator[Part]:
+    """A part's rows in parts of at most ``most`` rows each, in order."""
+    for start in range(0, len(part.rows), most):
+        cut = slice(start, start + most)
+        positions = None if part.positions is None else part.positions[cut]
+        yield dataclasses.replace(part, x=part.x[cut], rows=part.rows[cut], positions=positions)
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -7,15 +7,20 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from typing import Any
+from weakref import WeakMethod
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..compute import on_cpu
 from ..interrupts import raised_by_signal
-from ..model.backbone import Backbone
+from ..model.backbone import Backbone, CanvasStep
 from ..report import Report
 from ..serving.limit import Cancel, Place, RequestLimit
 from ..serving.lock import FairLock
+from ..serving.lookup import Lookup
+from ..serving.steps import Steps, Stream
 from .prefiller import Prefiller
 from .result import Prefill, PrefillRequest
 
@@ -26,11 +31,27 @@ class Cancelled(Exception):
     """Raised in a request that its caller has cancelled."""
 
 
+class _Drafts(Lookup):
+    """A request's drafts: short ones while many streams share a pass, and counted in its report."""
+
+    def __init__(self, most: int, stream: Stream, report: Report) -> None:
+        super().__init__(most)
+        self._stream, self._report = stream, report
+
+    def propose(self, ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+        return super().propose(ids, min(most, self._stream.most))
+
+    def note(self, drafted: int, accepted: int) -> None:
+        super().note(drafted, accepted)
+        self._report.drafted, self._report.looked_up = self.drafted, self.accepted
+
+
 class Answering:
-    """Runs requests: prefill, then decoding.
+    """Runs requests: prefill, then decoding, whose ``steps`` several requests share.
 
     ``before()`` is called under the lock, before the prompt is read; ``after(report, request)`` after the prefill, and
-    what it raises is logged. Neither is called for a model whose KV cannot be moved.
+    what it raises is logged. Neither is called for a model whose KV cannot be moved. ``prompt_lookup``: tokens of a
+    draft at most (see `serving.lookup`); 0 for none.
     """
 
     def __init__(
@@ -41,9 +62,12 @@ class Answering:
         limit: RequestLimit,
         before: Callable[[], object],
         after: Callable[[Report, PrefillRequest], None],
+        prompt_lookup: int = 10,
     ) -> None:
         self._backbone, self._prefiller, self._lock, self._limit = backbone, prefiller, lock, limit
-        self._before, self._after = before, after
+        self._before, self._after, self._prompt_lookup = before, after, prompt_lookup
+        self.steps = Steps(backbone.computer.steps, lock)
+        backbone.computer.between = WeakMethod(self.steps.run_waiting)
 
     def tokens(
         self, request: PrefillRequest, options: dict[str, Any], report: Report, cancel: Cancel | None = None
@@ -66,17 +90,23 @@ class Answering:
         report: Report,
         cancel: Cancel | None,
     ) -> Generator[int, None, None]:
-        start = time.perf_counter()
+        start, stream = time.perf_counter(), self.steps.stream()
         try:
             if not place.take(cancel):
                 return
             ready = self.prefill(request, report, cancel)
             length = min(request.room, self._backbone.context_length - len(ready.layout))
-            steps = self._backbone.generate(
-                ready.layout.ids, ready.logits, self._locked(ready.step), max_new_tokens=length, **options
+            drafts = _Drafts(self._prompt_lookup, stream, report) if ready.canvas is not None else None
+            tokens = self._backbone.generate(
+                ready.layout.ids,
+                ready.logits,
+                self._step(ready.step, stream),
+                max_new_tokens=length,
+                drafts=drafts,
+                **options,
             )
             token = -1
-            for token in iter(on_cpu(lambda: next(steps, None)), None):
+            for token in iter(on_cpu(lambda: next(tokens, None)), None):
                 if not report.completion_tokens:
                     report.ttft = time.perf_counter() - start
                 report.completion_tokens += 1
@@ -95,6 +125,7 @@ class Answering:
             report.finish_reason = "error"
             raise
         finally:
+            stream.close()
             place.release()
             report.finish_reason = report.finish_reason or "cancelled"
             report.total = time.perf_counter() - start
@@ -122,10 +153,17 @@ class Answering:
                 log.exception("the follow-up work of this prompt failed")
         return result
 
-    def _locked(self, step: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
-        @on_cpu
-        def locked(token: Tensor, row: int) -> Tensor:
-            with self._lock:
-                return step(token, row)
+    def _step(self, step: Callable[[Tensor, int], Tensor], stream: Stream) -> Callable[[Tensor, int], Tensor]:
+        """``step`` as a part of the passes that streams share, or under the lock if it is not on a canvas."""
 
-        return locked
+        @on_cpu
+        def alone(tokens: Tensor, row: int) -> Tensor:
+            with self._lock:
+                return step(tokens, row)
+
+        @on_cpu
+        def shared(tokens: Tensor, row: int) -> Tensor:
+            assert isinstance(step, CanvasStep)
+            return stream(step.part(tokens, row))
+
+        return shared if isinstance(step, CanvasStep) else alone

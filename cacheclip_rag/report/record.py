@@ -51,6 +51,10 @@ class Record:
     edges: int = 0
     """Fresh tokens inside known chunks."""
     completion_tokens: int = 0
+    drafted: int = 0
+    """Tokens that prompt lookup proposed for the answer (`serving.lookup`)."""
+    looked_up: int = 0
+    """Tokens of the answer that came so, without a forward of their own."""
     fit: float | None = None
     """How well the chunks' contexts fit the prompt (`kv.fit.context_fit`), 0..1; None if the ratio is fixed."""
     chunks: list[ChunkUse] = field(default_factory=list)
@@ -147,6 +151,8 @@ class Record:
             text += f"; first token after {self.ttft:.2f} s"
         if self.seconds:
             text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
+        if self.looked_up:
+            text += f"; {self.looked_up:,} of {self.completion_tokens:,} tokens by prompt lookup"
         for reason in self.fallbacks:
             text += f"\n  fell back: {reason}"
         if reason := self.nothing_known:

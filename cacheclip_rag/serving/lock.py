@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from types import FrameType, TracebackType
+from typing import Protocol
 
 from ..errors import ConfigurationError
 from ..interrupts import Gate, raised_by_signal
@@ -14,14 +15,24 @@ _LOOK = 0.1
 """Seconds between two checks of a waiting thread whether the holder is gone."""
 
 
+class Awaited(Protocol):
+    """What a caller waits for besides the lock; ``gate`` is opened when it is ``ready``."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def gate(self) -> Gate: ...
+
+
 class _Entry:
     """An entry in the queue, and the frame whose ``with`` block it is for."""
 
-    __slots__ = ("frame", "gate", "thread")
+    __slots__ = ("awaited", "frame", "gate", "thread")
 
-    def __init__(self, frame: FrameType) -> None:
-        self.frame, self.thread = frame, threading.get_ident()
-        self.gate = Gate()
+    def __init__(self, frame: FrameType, awaited: Awaited | None = None) -> None:
+        self.frame, self.thread, self.awaited = frame, threading.get_ident(), awaited
+        self.gate = Gate() if awaited is None else awaited.gate
 
     def __repr__(self) -> str:
         return f"<entry of thread {self.thread}>"
@@ -45,22 +56,16 @@ class FairLock:
         """Why the lock is not given to anybody any more; the message of the error that is raised."""
 
     def __enter__(self) -> None:
-        frame = sys._getframe(1)
-        self._drop(frame)
-        entry = _Entry(frame)
-        try:
-            self._queue[entry] = None
-            self._wait(entry, None)
-            if self.refusal is not None:
-                raise ConfigurationError(self.refusal)
-        except BaseException:
-            self._leave(entry)
-            raise
+        self._enter(sys._getframe(1))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._drop(sys._getframe(1))
+
+    def turn(self, awaited: Awaited) -> _Turn:
+        """For a ``with`` block: waits for the lock, or until ``awaited`` is ready; says whether it is the lock."""
+        return _Turn(self, awaited)
 
     @property
     def idle(self) -> bool:
@@ -100,8 +105,26 @@ class FairLock:
 
     # ---- the queue ------------------------------------------------------------------------------------------------
 
+    def _enter(self, frame: FrameType, awaited: Awaited | None = None) -> bool:
+        self._drop(frame)
+        entry = _Entry(frame, awaited)
+        try:
+            self._queue[entry] = None
+            self._wait(entry, None)
+            if awaited is not None and awaited.ready:
+                self._leave(entry)
+                return False
+            if self.refusal is not None:
+                raise ConfigurationError(self.refusal)
+            return True
+        except BaseException:
+            self._leave(entry)
+            raise
+
     def _wait(self, entry: _Entry, until: float | None) -> None:
         while next(iter(list(self._queue))) is not entry and self._first() is not entry:
+            if entry.awaited is not None and entry.awaited.ready:
+                return
             entry.gate.wait(_LOOK)
             if until is not None and time.monotonic() > until:
                 raise TimeoutError
@@ -124,6 +147,21 @@ class FairLock:
         for entry in list(self._queue):
             if entry.frame is frame:
                 self._leave(entry)
+
+
+class _Turn:
+    __slots__ = ("_awaited", "_lock")
+
+    def __init__(self, lock: FairLock, awaited: Awaited) -> None:
+        self._lock, self._awaited = lock, awaited
+
+    def __enter__(self) -> bool:
+        return self._lock._enter(sys._getframe(1), self._awaited)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock._drop(sys._getframe(1))
 
 
 def _executing(frame: FrameType) -> bool:

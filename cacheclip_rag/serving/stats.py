@@ -44,6 +44,8 @@ class Stats:
     recomputed: int = 0
     fresh: int = 0
     completion_tokens: int = 0
+    looked_up: int = 0
+    """Tokens of answers that came by prompt lookup, without a forward of their own."""
     chunks: int = 0
     """Known chunks in prompts, counted each time."""
     missing: int = 0
@@ -104,7 +106,7 @@ class Tally:
         """Count a request that has ended."""
         with self._lock:
             self._finished.setdefault(report.method, Counter())[report.finish_reason] += 1
-            for name in ("prefix", "reused", "recomputed", "fresh", "completion_tokens"):
+            for name in ("prefix", "reused", "recomputed", "fresh", "completion_tokens", "looked_up"):
                 self._numbers[name] += getattr(report, name)
             self._numbers["chunks"] += len(report.chunks)
             self._numbers["missing"] += sum(use.missing is not None for use in report.chunks)

@@ -11,6 +11,7 @@ from .implementations import AUTO, IMPLEMENTATIONS, NOTING, REFERENCE, SDPA, TRI
 from .mask import SparseRows
 from .reference import reference_attention
 from .sdpa import sdpa_attention
+from .shared import SharedRows
 from .triton_attention import triton_attention
 from .windows import windows_given
 
@@ -21,6 +22,7 @@ __all__ = [
     "REFERENCE",
     "SDPA",
     "TRITON",
+    "SharedRows",
     "SparseRows",
     "choose",
     "reference_attention",

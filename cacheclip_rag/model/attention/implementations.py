@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from .mask import SparseRows
 from .reference import reference_attention
 from .sdpa import sdpa_attention
+from .shared import shareable
 from .triton_attention import triton_attention
 from .windows import noting_attention
 
@@ -36,7 +37,7 @@ IMPLEMENTATIONS = {
 
 # transformers builds no mask for names that are not registered with its mask interface; ours follows from the rows.
 for _name, _function in IMPLEMENTATIONS.items():
-    AttentionInterface.register(_name, _function)
+    AttentionInterface.register(_name, shareable(_function))
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:

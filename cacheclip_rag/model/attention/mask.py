@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,7 +48,8 @@ class SparseRows:
     ``rows [S]`` int64, strictly increasing: the canvas slots of the queries. Slots order keys and define causality;
     RoPE positions are passed separately, as ``position_ids``. ``floors [S]`` int64, non-decreasing, separate texts that
     share a canvas: a row attends to no slot below its floor. Hooks and score modifications need a single text.
-    ``canvas`` holds the placed KV, and the new KV of a layer until its hooks have run.
+    ``canvas`` holds the placed KV, and the new KV of a layer until its hooks have run. ``pause(rows)`` is called by
+    each layer before its attention, and may run other forwards.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class SparseRows:
         hooks: Sequence[Hook] = (),
         score_mod: ScoreMod | None = None,
         floors: Tensor | None = None,
+        pause: Callable[[int], None] | None = None,
     ) -> None:
         if floors is not None and (hooks or score_mod is not None):
             raise ValueError("floors go with neither hooks nor a score modification")
@@ -68,7 +70,7 @@ class SparseRows:
         self.blocks = list(_blocks(slots, [0] * len(slots) if floors is None else floors.tolist()))
         self.dense = floors is None and slots[0] == 0 and slots[-1] == len(slots) - 1
         """Whether the rows are all slots from 0 on, so that the mask is an ordinary triangle."""
-        self._canvas, self._hooks = canvas, tuple(hooks)
+        self._canvas, self._hooks, self._pause = canvas, tuple(hooks), pause
         self._biases: dict[tuple[int, int, int, int | None], Tensor] = {}
 
     @property
@@ -78,6 +80,8 @@ class SparseRows:
 
     def before_attention(self, layer: int, query: Tensor, scaling: float) -> None:
         """Call the hooks of a layer with its ``query [1, H, S, D]`` and its new KV, then write the KV."""
+        if self._pause is not None:
+            self._pause(query.shape[2])
         if not self._hooks or self._canvas is None or (new := self._canvas.pending(layer)) is None:
             return
         key, value = (one[0].transpose(0, 1) for one in new)

@@ -1,0 +1,162 @@
+"""Decoding steps of several streams in one forward: the model's weights are read once for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..compute import Part
+from ..interrupts import Gate, raised_by_signal
+from .lock import FairLock
+
+ROWS = 16
+"""Rows of a pass that streams share: what drafts may bring it to. On a CPU, more rows take more time."""
+_SHARE, _MOST = 0.2, 0.02
+"""How long a pass waits for streams that are about to ask: this share of the last pass, and so many seconds at most."""
+
+
+class Stream:
+    """One request's decoding steps. Call it with the rows of a step for their logits ``[n, V]``; `close` it at the end.
+
+    ``gate`` is opened when the result is there.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.gate = Gate()
+        self.part: Part | None = None
+        self.result: Tensor | Exception | None = None
+        self.delivered = self.thought = float("-inf")
+        """When the last result was delivered, and how many seconds later the next step was asked for."""
+
+    def __call__(self, part: Part) -> Tensor:
+        return self._steps.run(self, part)
+
+    @property
+    def ready(self) -> bool:
+        return self.result is not None
+
+    @property
+    def most(self) -> int:
+        """Tokens of a draft at most, for the passes to stay within `ROWS`."""
+        return ROWS // max(1, self._steps.active) - 1
+
+    def deliver(self, result: Tensor | Exception) -> None:
+        self.part, self.delivered = None, time.monotonic()
+        self.result = result
+        self.gate.open()
+
+    def close(self) -> None:
+        self._steps.leave(self)
+
+
+class Steps:
+    """Whoever has the lock runs the steps of all who wait, and hands them their logits.
+
+    ``run_parts`` computes several requests' rows in one forward, and returns the logits of each one's rows. A step that
+    fails fails alone: the others are computed without it.
+    """
+
+    def __init__(self, run_parts: Callable[[Sequence[Part]], Sequence[Tensor]], lock: FairLock) -> None:
+        self._run_parts, self._lock = run_parts, lock
+        # In both, an operation is one of a dictionary, which an interrupt leaves whole.
+        self._streams: dict[Stream, None] = {}
+        self._waiting: dict[Stream, None] = {}
+        self._arrived = Gate()
+        self._seconds = 0.0
+        self.passes = 0
+        """Forwards so far."""
+
+    def stream(self) -> Stream:
+        stream = Stream(self)
+        self._streams[stream] = None
+        return stream
+
+    @property
+    def active(self) -> int:
+        """How many streams are being decoded: those that had a token within the last passes."""
+        since = time.monotonic() - max(4 * self._seconds, 0.1)
+        return sum(stream.delivered >= since or stream in self._waiting for stream in list(self._streams))
+
+    def run(self, stream: Stream, part: Part) -> Tensor:
+        """The logits ``[n, V]`` of a step's rows. Raises what computing them raised."""
+        stream.thought = time.monotonic() - stream.delivered
+        stream.part, stream.result = part, None
+        self._waiting[stream] = None
+        self._arrived.open()
+        try:
+            while not stream.ready:
+                self._take_turn(stream)
+        finally:
+            self._waiting.pop(stream, None)
+        result, stream.result = stream.result, None
+        if isinstance(result, Exception):
+            raise result
+        assert result is not None
+        return result
+
+    def run_waiting(self) -> None:
+        """Compute the steps of all who wait, in one pass. For who has the lock, in the middle of a prefill, too."""
+        taken = [stream for stream in list(self._waiting) if self._take(stream)]
+        if not taken:
+            return
+        try:
+            self._run(taken)
+        finally:  # after an interrupt, which is another's
+            for stream in taken:
+                if not stream.ready and stream.part is not None:
+                    self._waiting[stream] = None
+
+    def leave(self, stream: Stream) -> None:
+        self._streams.pop(stream, None)
+        self._waiting.pop(stream, None)
+
+    def after_fork(self) -> None:
+        """In a forked process: the threads of the streams are gone."""
+        self._streams, self._waiting = {}, {}
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _take_turn(self, stream: Stream) -> None:
+        with self._lock.turn(stream) as mine:
+            if mine:
+                self._gather()
+                self.run_waiting()
+        if not stream.ready:  # somebody computes it at this moment
+            stream.gate.wait(0.01)
+
+    def _gather(self) -> None:
+        """Wait a little for the streams that asked for their next step quickly the last time."""
+        patience = min(_SHARE * self._seconds, _MOST)
+        end = time.monotonic() + patience
+        while (now := time.monotonic()) < end:
+            if not any(self._is_due(stream, now, patience) for stream in list(self._streams)):
+                return
+            self._arrived.wait(min(end - now, 0.005))
+
+    def _is_due(self, stream: Stream, now: float, patience: float) -> bool:
+        soon = stream.thought < patience and now - stream.delivered < patience
+        return soon and stream not in self._waiting
+
+    def _take(self, stream: Stream) -> bool:
+        return self._waiting.pop(stream, self) is None and stream.part is not None
+
+    def _run(self, streams: Sequence[Stream]) -> None:
+        start = time.monotonic()
+        self.passes += 1
+        try:
+            results = self._run_parts([stream.part for stream in streams if stream.part is not None])
+        except Exception as error:
+            if raised_by_signal(error):
+                raise
+            if len(streams) == 1:
+                streams[0].deliver(error)
+                return
+            for stream in streams:
+                self._run([stream])
+            return
+        self._seconds = time.monotonic() - start
+        for stream, result in zip(streams, results, strict=True):
+            stream.deliver(result)
