@@ -87,8 +87,8 @@ class Backbone:
         ``dtype="auto"`` takes bfloat16 if the hardware multiplies it natively, else float32; ``attention="auto"`` takes
         the Triton kernel on a GPU that runs it, else PyTorch's attention. PyTorch's threads are limited to the CPUs
         that this process may use (see `threads`). ``packed``: on a CPU, keep bfloat16 weights in the layout that its
-        kernels read, which doubles the speed of decoding; False leaves them trainable (see `packed`). Raises `WeightsError` unless the folder holds a causal language model
-        with a fast tokenizer.
+        kernels read, which doubles the speed of decoding; False leaves them trainable (see `packed`). Raises
+        `WeightsError` unless the folder holds a causal language model with a fast tokenizer.
         """
         fit_threads()
         if device == "auto":

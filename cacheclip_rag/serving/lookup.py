@@ -58,17 +58,16 @@ class Lookup:
         self.most = most
         self.drafted = self.accepted = 0
         """Tokens so far: drafted, and written by way of a draft."""
-        self._right = 0.6
+        self._right = 0.5
         self._alone: float | None = None  # seconds of a pass without a draft
         self._each = 0.1  # of that, for each drafted token
         self._resume, self._pause = 0, _PAUSE[0]
-        self._last = 0
 
     def propose(self, ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
         """The next draft after ``ids [n]``, of at most ``most`` tokens; often empty."""
         most = min(most, self.most)
-        if most < 1 or len(ids) < self._resume:
-            return ids[:0]
+        if most < 1 or len(ids) < self._resume or self._alone is None:
+            return ids[:0]  # how long a pass without a draft takes is measured first
         length = self._length(most)
         if length == 0:  # it does not pay at present: look again after a while
             self._resume, self._pause = len(ids) + self._pause, min(2 * self._pause, _PAUSE[1])
@@ -80,8 +79,8 @@ class Lookup:
         """Note how long a pass took, with so many drafted tokens."""
         if not drafted:
             self._alone = seconds if self._alone is None else _mean(self._alone, seconds)
-        elif self._alone:
-            self._each = _mean(self._each, max(0.0, min(2.0, (seconds / self._alone - 1) / drafted)))
+        elif self._alone is not None:
+            self._each = _mean(self._each, max(0.0, min(2.0, (seconds / max(self._alone, 1e-9) - 1) / drafted)))
 
     def note(self, drafted: int, accepted: int) -> None:
         """Note how many tokens of a draft were right."""

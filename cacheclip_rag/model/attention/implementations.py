@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -28,7 +30,7 @@ TRITON = "cacheclip_triton"
 NOTING = "cacheclip_noting"
 """`SDPA` that records each layer's sliding window, for the checks of `composability`."""
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     SDPA: sdpa_attention,
     REFERENCE: reference_attention,
     TRITON: triton_attention,

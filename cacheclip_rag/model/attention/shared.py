@@ -40,7 +40,7 @@ class SharedRows:
         return torch.cat(outputs, dim=1), None
 
 
-def shareable(attention: Attention) -> Attention:
+def shareable(attention: Callable[..., Any]) -> Attention:
     """An implementation that takes `SharedRows` as well, as ``cacheclip``."""
 
     @wraps(attention)
@@ -49,6 +49,7 @@ def shareable(attention: Attention) -> Attention:
     ) -> tuple[Tensor, None]:
         if isinstance(cacheclip, SharedRows):
             return cacheclip.attend(attention, module, query, mask, **kw)
-        return attention(module, query, key, value, mask, *args, cacheclip=cacheclip, **kw)
+        output: tuple[Tensor, None] = attention(module, query, key, value, mask, *args, cacheclip=cacheclip, **kw)
+        return output
 
     return either
