@@ -75,7 +75,7 @@ def serve(
     """Answer over HTTP as OpenAI's API does, from documents that clients put there.
 
     Where vLLM and vllm-cacheclip are installed, vLLM serves, and takes its own options here. Elsewhere, and with
-    --embedded, this library's engine does, one request at a time: pip install 'cacheclip-rag\\[serve]'.
+    --embedded, this library's engine does: pip install 'cacheclip-rag\\[serve]'.
 
     Then: curl -X PUT localhost:8000/v1/documents/ID -H 'Content-Type: application/json' -d '{"texts": ["..."]}'
     """
