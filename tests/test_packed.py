@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -88,3 +90,14 @@ def test_packed_weights_cannot_be_converted_and_the_error_names_the_way_out(
 ) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigurationError, match="packed=False"):
         change(PackedLinear(nn.Linear(8, 8).to(torch.bfloat16)))
+
+
+def test_a_copy_shares_the_packed_weight_and_an_unpacked_layer_computes_the_same() -> None:
+    torch.manual_seed(0)
+    packed = PackedLinear(nn.Linear(64, 96).to(torch.bfloat16))
+    x = torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    twin, plain = copy.deepcopy(packed), packed.unpacked()
+    assert twin is not packed and twin._packed is packed._packed and twin.bias is not packed.bias
+    assert type(plain) is nn.Linear and torch.equal(plain.weight, packed.weight)
+    with torch.inference_mode():
+        assert torch.equal(twin(x), packed(x)) and torch.equal(plain(x), packed(x))

@@ -86,12 +86,12 @@ class Recorded:
 def test_all_who_wait_are_served_by_one_pass() -> None:
     engine, lock = Engine(tiny_backbone(), method="query_guided"), FairLock()
     run = Recorded(engine.backbone)
-    steps = Steps(run, lock)
+    steps = Steps(lock)
     expected = [one.step(torch.tensor([65]), len(one.layout)) for one in ready(engine, 6)]
     prefills, results = ready(engine, 6), dict[int, Tensor]()
     with lock:
         threads = [
-            start(lambda i=i: results.__setitem__(i, steps.stream()(step(prefills[i], 65))))  # type: ignore[misc]
+            start(lambda i=i: results.__setitem__(i, steps.stream()(step(prefills[i], 65), run)))  # type: ignore[misc]
             for i in range(6)
         ]
         until(lambda: len(steps._waiting) == 6)
@@ -103,14 +103,14 @@ def test_all_who_wait_are_served_by_one_pass() -> None:
 def test_a_step_that_fails_fails_alone() -> None:
     engine, lock = Engine(tiny_backbone(), method="query_guided"), FairLock()
     run = Recorded(engine.backbone)
-    steps = Steps(run, lock)
+    steps = Steps(lock)
     prefills, results, errors = ready(engine, 4), dict[int, Tensor](), dict[int, str]()
     bad = prefills[2].canvas
     run.fails = lambda parts: MemoryError("none left") if any(part.workspace is bad for part in parts) else None
 
     def ask(i: int) -> None:
         try:
-            results[i] = steps.stream()(step(prefills[i], 65))
+            results[i] = steps.stream()(step(prefills[i], 65), run)
         except MemoryError as error:
             errors[i] = str(error)
 
@@ -124,14 +124,14 @@ def test_a_step_that_fails_fails_alone() -> None:
 def test_who_is_interrupted_in_the_middle_of_a_pass_leaves_the_others_theirs() -> None:
     engine, lock = Engine(tiny_backbone(), method="query_guided"), FairLock()
     run = Recorded(engine.backbone)
-    steps = Steps(run, lock)
+    steps = Steps(lock)
     prefills, results, interrupted = ready(engine, 4), dict[int, Tensor](), list[int]()
     once = [KeyboardInterrupt()]
     run.fails = lambda parts: once.pop() if once else None
 
     def ask(i: int) -> None:
         try:
-            results[i] = steps.stream()(step(prefills[i], 65))
+            results[i] = steps.stream()(step(prefills[i], 65), run)
         except KeyboardInterrupt:
             interrupted.append(i)
 
@@ -253,3 +253,19 @@ def test_one_of_eight_is_cancelled_and_one_is_not_read() -> None:
     assert [one for i, one in enumerate(answers) if i != 5] == [one for i, one in enumerate(expected) if i != 5]
     unread.close()
     assert not engine.answering.steps._streams
+
+
+def test_streams_of_two_models_wait_together_and_are_computed_by_their_own() -> None:
+    engines, lock = [Engine(tiny_backbone(kind), method="query_guided") for kind in ("llama", "qwen3")], FairLock()
+    steps, results = Steps(lock), dict[int, Tensor]()
+    expected = [ready(engine, 2)[1].step(torch.tensor([65]), len(ready(engine, 2)[1].layout)) for engine in engines]
+    prefills = [ready(engine, 2)[1] for engine in engines]
+
+    def ask(i: int) -> None:
+        results[i] = steps.stream()(step(prefills[i], 65), engines[i].backbone.computer.steps)
+
+    with lock:
+        threads = [start(lambda i=i: ask(i)) for i in range(2)]  # type: ignore[misc]
+        until(lambda: len(steps._waiting) == 2)
+    join(*threads)
+    assert all(distance(results[i], expected[i]) < 1e-4 for i in range(2)) and distance(results[0], results[1]) > 0.1

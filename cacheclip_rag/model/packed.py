@@ -6,6 +6,7 @@ them anew at every call (docs/speed.md). The values are the same, and so are res
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,19 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """A copy of the weight ``[out, in]`` in its ordinary layout."""
         return self._packed.to_dense()
+
+    def unpacked(self) -> nn.Linear:
+        """An ordinary layer with a copy of the weight; the bias is shared."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight, requires_grad=False), self.bias
+        return linear.train(self.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        """A copy that shares the packed weight, which never changes."""
+        twin = copy.copy(self)
+        twin.__dict__ = {k: v if k == "_packed" else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        memo[id(self)] = twin
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")

@@ -66,7 +66,7 @@ class Answering:
     ) -> None:
         self._backbone, self._prefiller, self._lock, self._limit = backbone, prefiller, lock, limit
         self._before, self._after, self._prompt_lookup = before, after, prompt_lookup
-        self.steps = Steps(backbone.computer.steps, lock)
+        self.steps = Steps(lock)
         backbone.computer.between = WeakMethod(self.steps.run_waiting)
 
     def tokens(
@@ -164,6 +164,6 @@ class Answering:
         @on_cpu
         def shared(tokens: Tensor, row: int) -> Tensor:
             assert isinstance(step, CanvasStep)
-            return stream(step.part(tokens, row))
+            return stream(step.part(tokens, row), step.computer.steps)
 
         return shared if isinstance(step, CanvasStep) else alone

@@ -11,6 +11,9 @@ from ..compute import Part
 from ..interrupts import Gate, raised_by_signal
 from .lock import FairLock
 
+RunParts = Callable[[Sequence[Part]], Sequence[Tensor]]
+"""A model's forward over rows of several requests; returns the logits ``[n, V]`` of each one's rows."""
+
 ROWS = 16
 """Rows of a pass that streams share: what drafts may bring it to. On a CPU, more rows take more time."""
 _SHARE, _MOST = 0.2, 0.02
@@ -18,21 +21,21 @@ _SHARE, _MOST = 0.2, 0.02
 
 
 class Stream:
-    """One request's decoding steps. Call it with the rows of a step for their logits ``[n, V]``; `close` it at the end.
-
-    ``gate`` is opened when the result is there.
+    """One request's decoding steps. Call it with the rows of a step, and the model's forward over several requests'
+    rows, for their logits ``[n, V]``; `close` it at the end. ``gate`` is opened when the result is there.
     """
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self.gate = Gate()
         self.part: Part | None = None
+        self.run_parts: RunParts | None = None
         self.result: Tensor | Exception | None = None
         self.delivered = self.thought = float("-inf")
         """When the last result was delivered, and how many seconds later the next step was asked for."""
 
-    def __call__(self, part: Part) -> Tensor:
-        return self._steps.run(self, part)
+    def __call__(self, part: Part, run_parts: RunParts) -> Tensor:
+        return self._steps.run(self, part, run_parts)
 
     @property
     def ready(self) -> bool:
@@ -55,12 +58,11 @@ class Stream:
 class Steps:
     """Whoever has the lock runs the steps of all who wait, and hands them their logits.
 
-    ``run_parts`` computes several requests' rows in one forward, and returns the logits of each one's rows. A step that
-    fails fails alone: the others are computed without it.
+    A step that fails fails alone: the others are computed without it.
     """
 
-    def __init__(self, run_parts: Callable[[Sequence[Part]], Sequence[Tensor]], lock: FairLock) -> None:
-        self._run_parts, self._lock = run_parts, lock
+    def __init__(self, lock: FairLock) -> None:
+        self._lock = lock
         # In both, an operation is one of a dictionary, which an interrupt leaves whole.
         self._streams: dict[Stream, None] = {}
         self._waiting: dict[Stream, None] = {}
@@ -80,10 +82,10 @@ class Steps:
         since = time.monotonic() - max(4 * self._seconds, 0.1)
         return sum(stream.delivered >= since or stream in self._waiting for stream in list(self._streams))
 
-    def run(self, stream: Stream, part: Part) -> Tensor:
+    def run(self, stream: Stream, part: Part, run_parts: RunParts) -> Tensor:
         """The logits ``[n, V]`` of a step's rows. Raises what computing them raised."""
         stream.thought = time.monotonic() - stream.delivered
-        stream.part, stream.result = part, None
+        stream.part, stream.run_parts, stream.result = part, run_parts, None
         self._waiting[stream] = None
         self._arrived.open()
         try:
@@ -103,7 +105,9 @@ class Steps:
         if not taken:
             return
         try:
-            self._run(taken)
+            for run_parts in dict.fromkeys(stream.run_parts for stream in taken):  # one for each model, mostly one
+                if run_parts is not None:
+                    self._run([stream for stream in taken if stream.run_parts == run_parts], run_parts)
         finally:  # after an interrupt, which is another's
             for stream in taken:
                 if not stream.ready and stream.part is not None:
@@ -143,11 +147,11 @@ class Steps:
     def _take(self, stream: Stream) -> bool:
         return self._waiting.pop(stream, self) is None and stream.part is not None
 
-    def _run(self, streams: Sequence[Stream]) -> None:
+    def _run(self, streams: Sequence[Stream], run_parts: RunParts) -> None:
         start = time.monotonic()
         self.passes += 1
         try:
-            results = self._run_parts([stream.part for stream in streams if stream.part is not None])
+            results = run_parts([stream.part for stream in streams if stream.part is not None])
         except Exception as error:
             if raised_by_signal(error):
                 raise
@@ -155,7 +159,7 @@ class Steps:
                 streams[0].deliver(error)
                 return
             for stream in streams:
-                self._run([stream])
+                self._run([stream], run_parts)
             return
         self._seconds = time.monotonic() - start
         for stream, result in zip(streams, results, strict=True):
