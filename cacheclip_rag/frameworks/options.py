@@ -20,6 +20,7 @@ ENGINES_OWN = {
     "kv_dtype",
     "memory_bytes",
     "on_uncomposable",
+    "prompt_lookup",
     "remote",
     "require_verified",
     "secret",

@@ -162,17 +162,18 @@ class Layers:
         """One forward over the rows of several requests; returns, for each part, the logits ``[S, V]`` float32 of all
         its rows. The parts have token ids, distinct canvases and no hooks.
         """
-        each = [self._inputs(part, pausing=False) for part in parts]
-        if len(each) == 1:
-            kwargs = each[0]
-        else:
-            shared = SharedRows([one["cacheclip"] for one in each], [one[cache_argument(self.model)] for one in each])
-            kwargs = {
-                **{name: torch.cat([one[name] for one in each], dim=1) for name in ("input_ids", "position_ids")},
-                cache_argument(self.model): SharedCanvas(shared),
-                "use_cache": True,
-                "cacheclip": shared,
-            }
+        if len(parts) == 1:
+            alone = self.forward_one(parts[0], logits=len(parts[0].rows))
+            assert alone is not None
+            return [alone]
+        each, cache = [self._inputs(part, pausing=False) for part in parts], cache_argument(self.model)
+        shared = SharedRows([one["cacheclip"] for one in each], [one[cache] for one in each])
+        kwargs = {
+            **{name: torch.cat([one[name] for one in each], dim=1) for name in ("input_ids", "position_ids")},
+            cache: SharedCanvas(shared),
+            "use_cache": True,
+            "cacheclip": shared,
+        }
         with torch.autocast(self.device.type, enabled=False):
             logits = self.model(**kwargs, logits_to_keep=0).logits[0].float()
         return list(logits.split([len(part.rows) for part in parts]))
