@@ -50,23 +50,26 @@ class Loader:
         self._collections = collections
         self.after_fork()
 
-    def begin(self, texts: Sequence[str], method: Method, tokens: Sequence[int] | None = None) -> Loads:
-        """Begin to load the chunks with these (canonical) texts, in the prompt's order, as ``method`` wants them.
+    def begin(self, texts: Sequence[str], method: Method, tokens: Sequence[int]) -> Loads:
+        """Begin to load the chunks with these (canonical) texts, in the prompt's order, as ``method`` wants them, and
+        those of the auxiliary model, if it needs that.
 
-        ``tokens``: how many tokens the prompt takes from each, so that what is quicker computed is not loaded; None
-        loads all of them.
+        ``tokens``: how many tokens the prompt takes from each, so that what is quicker computed is not loaded.
         """
         collection, fit = self._collections.of(method.encode), method.fit
-        variants, library = collection.variants, collection.library
+        variants, library, auxiliary = collection.variants, collection.library, self._collections.auxiliary
         look_up = [
-            partial(variants.fitting, text, texts[:number], fit, None if tokens is None else tokens[number])
-            for number, text in enumerate(texts)
+            partial(variants.fitting, text, texts[:number], fit, tokens[number]) for number, text in enumerate(texts)
         ]
         begun: list[Future[ChunkKV | None] | None] = []
         for number, text in enumerate(texts):
             context = () if fit is None else fit.choose(variants.of(text), texts[:number])
             at_hand = not text or library.at_hand(variants.key(text, context) or "")
             begun.append(None if at_hand else self._threads.submit(look_up[number]))
+        if method.select.needs_auxiliary and auxiliary is not None:
+            for key in map(auxiliary.key, filter(None, texts)):
+                if not auxiliary.at_hand(key):
+                    self._threads.submit(auxiliary.get, key)
         return Loads(library, texts, look_up, begun)
 
     def begin_for(self, spans: Sequence[Span], tokens: Tokens, method: Method) -> Loads:
@@ -83,7 +86,13 @@ class Loader:
 
     def announce(self, texts: Sequence[str], method: Method) -> None:
         """Begin to load chunks for a prompt that is expected, in its order."""
-        self._threads.submit(self.begin, [canonical(text) for text in texts], method)
+
+        def begin() -> None:
+            known = [canonical(text) for text in texts]
+            tokens = [len(self._collections.backbone.tokenise(text, plain=True)) for text in known]
+            self.begin(known, method, tokens)
+
+        self._threads.submit(begin)
 
     def after_fork(self) -> None:
         """In a forked process, the parent's threads are gone."""
