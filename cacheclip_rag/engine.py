@@ -167,7 +167,7 @@ class Engine:
             prompt_lookup=prompt_lookup,
         )
         self._hints, self._tally = Hints(), Tally()
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-usage")
         self.last_report: Report | None = None
         forks.watch(self)
         self.observers: list[Callable[[Report], None]] = []
@@ -335,16 +335,15 @@ class Engine:
     def hint(self, texts: Sequence[str], question: str | None = None, caller: Hashable = None) -> None:
         """Announce the chunks and the question of an upcoming prompt, as a retriever knows them.
 
-        It starts loading their KV into memory, resolves ambiguities in recognition, and helps to find the question
-        among the instructions: it counts only in a prompt with these chunks, and of the same ``caller`` (any hashable
-        value, compared by equality; None: whom a `calling` block names, else all who have no name). Raises
-        `ConfigurationError` for a single text instead of a list.
+        It starts loading their KV into memory, as the engine's method wants it for this order; it resolves ambiguities
+        in recognition, and helps to find the question among the instructions: it counts only in a prompt with these
+        chunks, and of the same ``caller`` (any hashable value, compared by equality; None: whom a `calling` block
+        names, else all who have no name). Raises `ConfigurationError` for a single text instead of a list.
         """
         texts = list(require_list(texts))
         if self.composable:
-            keys = frozenset(self.library.key(text) for text in texts)
-            self._hints.note(question, keys, named(caller))
-            self._threads.submit(lambda: [self.library.get(key) for key in keys])
+            self._hints.note(question, frozenset(self.library.key(text) for text in texts), named(caller))
+            self.prefiller.announce(texts, self.method)
 
     def library_of(self, method: str | Method) -> Library:
         """The library of the chunks that are encoded as ``method`` wants them."""
@@ -462,7 +461,7 @@ class Engine:
 
     def after_fork(self) -> None:
         """In a forked process, whose only thread is the one that forked."""
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-loader")
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-usage")
 
     # ---- former names -----------------------------------------------------------------------------------------------
 

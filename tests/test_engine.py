@@ -274,6 +274,6 @@ def test_an_auxiliary_model_on_another_device_scores_while_kv_is_loaded(monkeypa
     helper.device = torch.device("cpu", 0)  # equal to "cpu" in everything but its name
     began, score, get = threading.Event(), engine.auxiliary.score, engine.library.get
     monkeypatch.setattr(engine.auxiliary, "score", lambda *a: (began.set(), score(*a))[1])
-    monkeypatch.setattr(engine.library, "get", lambda key: get(key) if began.wait(30) else None)
+    monkeypatch.setattr(engine.library, "get", lambda *a: get(*a) if began.wait(30) else None)
     beside = engine.prefill(prompt)
     assert beside.report.fallbacks == [] and torch.allclose(beside.logits, in_turn.logits, atol=1e-4)

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from ..errors import StoreError
 from ..model.backbone import Backbone
 from ..prompt import ChunkIndex
-from ..store import MemoryBudget
+from ..store import LoadingCost, MemoryBudget
 from ..store.place import Place
 from .encode import Encoder, Harvested, HarvestedVariants
 from .library import KVDtype, Library
@@ -64,6 +64,11 @@ class Collections:
     def main(self) -> Library:
         """The library of the engine's own encoder. Raises `NotComposable` for a model whose KV cannot be moved."""
         return self.open_library(self.backbone, self._encoder)
+
+    @property
+    def cost(self) -> LoadingCost:
+        """What loading chunks and computing tokens take here."""
+        return self._place.cost
 
     def open_library(self, backbone: Backbone, encoder: Encoder) -> Library:
         """A new library in this place, for any model and encoder."""

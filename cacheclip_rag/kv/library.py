@@ -145,8 +145,24 @@ class Library:
             raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's limit of {longest}; split it")
         return text, tokens
 
-    def get(self, key: str) -> ChunkKV | None:
-        """The stored chunk, or None if there is none, it is damaged, or its shape is not this model's."""
+    @property
+    def _tiers(self) -> TieredStore | None:
+        """The store's tiers; None where it is in memory only."""
+        store = self.store.inner if isinstance(self.store, Int8Store) else self.store
+        return store if isinstance(store, TieredStore) else None
+
+    def at_hand(self, key: str) -> bool:
+        """Whether nothing is to be waited for to get this chunk."""
+        return (tiers := self._tiers) is None or key in tiers.tiers[0]
+
+    def get(self, key: str, tokens: int | None = None) -> ChunkKV | None:
+        """The stored chunk, or None if there is none, it is damaged, or its shape is not this model's.
+
+        ``tokens``: how many of its tokens a prompt takes from it. Raises `NotWorthLoading` where computing these is
+        quicker than loading it.
+        """
+        if tokens is not None and (tiers := self._tiers) is not None:
+            tiers.weigh(key, tokens)
         chunk = self.store.get(key)
         if chunk is None:
             return None

@@ -40,19 +40,23 @@ class FusedVariants:
         with self._lock:
             return [(), *self._all().get(canonical(text), ())]
 
-    def fitting(self, text: str, before: Sequence[str], fit: Fit) -> ChunkKV | None:
-        """The stored variant that fits best behind the chunks ``before``; None if the chunk has no KV at all."""
-        contexts = self.of(text)
-        while context := fit.choose(contexts, before):
-            if (chunk := self.get(text, context)) is not None:
+    def fitting(self, text: str, before: Sequence[str], fit: Fit | None, tokens: int | None = None) -> ChunkKV | None:
+        """The stored variant that fits best behind the chunks ``before``, with ``fit`` None the isolated chunk; None if
+        the chunk has no KV at all. ``tokens`` as in `Library.get`, which may raise `NotWorthLoading`.
+        """
+        contexts = self.of(text) if fit is not None else []
+        while fit is not None and (context := fit.choose(contexts, before)):
+            if (chunk := self.get(text, context, tokens)) is not None:
                 return chunk
             contexts.remove(context)
-        return self.get(text, ())
+        return self.get(text, (), tokens)
 
-    def get(self, text: str, context: Context) -> ChunkKV | None:
-        """The variant with this context (() for the isolated chunk); None if it is gone, which is remembered."""
+    def get(self, text: str, context: Context, tokens: int | None = None) -> ChunkKV | None:
+        """The variant with this context (() for the isolated chunk); None if it is gone, which is remembered.
+        ``tokens`` as in `Library.get`.
+        """
         key = self.key(text, context)
-        chunk = None if key is None else self._library.get(key)
+        chunk = None if key is None else self._library.get(key, tokens)
         if chunk is None and context:
             with self._lock:
                 self._all().get(canonical(text), {}).pop(context, None)

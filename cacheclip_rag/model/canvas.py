@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..chunks import ChunkKV
+from ..compute import to_device
 from .attention import SparseRows
 from .rotary import Rotary
 
@@ -93,8 +94,8 @@ class Canvas(Cache):
         keys, values = chunk.keys[:, :, tokens], chunk.values[:, :, tokens]
         target = slice(row, row + keys.shape[2])
         delta = (row if position is None else position) - (chunk.position + tokens.start)
-        self._rotary.rotate(keys.to(self.keys.device), delta, out=self.keys[:, 0, :, target])
-        self.values[:, 0, :, target] = values
+        self._rotary.rotate(to_device(keys, self.keys.device), delta, out=self.keys[:, 0, :, target])
+        self.values[:, 0, :, target] = to_device(values, self.keys.device)
         self.length = max(self.length, target.stop)
 
     def write(self, row: int, keys: Tensor, values: Tensor) -> None:

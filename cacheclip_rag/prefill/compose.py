@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..chunks import canonical
+from ..chunks import ChunkKV, canonical
 from ..errors import ConfigurationError
 from ..kv.collections import Collection, Collections
 from ..kv.fit import prompt_fit
@@ -24,6 +24,8 @@ from ..methods.select.query_guided import question_scores
 from ..model.canvas import Canvas
 from ..prompt import Layout, RenderedPrompt, Span, Stretch, Tokens, escaped, outright, rearranged
 from ..report import ChunkUse, Report
+from ..store import NotWorthLoading
+from .loading import Loader
 from .reading import Reading, read, workspace_size
 from .result import Prefill, PrefillRequest
 from .sources import sources_of
@@ -43,8 +45,8 @@ _COPY = 64
 class Compose:
     """The strategy ``compose``: prefill from chunks that were encoded ahead, as the method wants them."""
 
-    def __init__(self, collections: Collections, composer: Composer) -> None:
-        self._collections, self._composer = collections, composer
+    def __init__(self, collections: Collections, composer: Composer, loader: Loader) -> None:
+        self._collections, self._composer, self._loader = collections, composer, loader
 
     def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         collection = self._collections.of(request.method.encode)
@@ -56,20 +58,21 @@ class Compose:
 
     def _load(self, reading: Reading, collection: Collection, method: Method) -> Loaded:
         texts = [canonical(self._collections.index.text(span.key) or "") for span in reading.spans]
-        variants, fit = collection.variants, method.fit
-        chunks = [
-            variants.get(text, ()) if fit is None else variants.fitting(text, texts[:number], fit)
-            for number, text in enumerate(texts)
-        ]
-        missing = {
-            span.key: _FORGOTTEN
-            if not text
-            else _GONE
-            if span.key == collection.library.key(text)
-            else _OTHERWISE.format(name=method.name)
-            for span, text, chunk in zip(reading.spans, texts, chunks, strict=True)
-            if chunk is None
-        }
+        loads = reading.loads or self._loader.begin_for(reading.spans, reading.tokens, method)
+        chunks: list[ChunkKV | None] = []
+        missing: dict[str, str] = {}
+        for number, (span, text) in enumerate(zip(reading.spans, texts, strict=True)):
+            chunk, why = None, _FORGOTTEN
+            if text:
+                mine = span.key == collection.library.key(text)
+                why = _GONE if mine else _OTHERWISE.format(name=method.name)
+                try:
+                    chunk = loads.chunk(number)
+                except NotWorthLoading as reason:
+                    why = str(reason)
+            chunks.append(chunk)
+            if chunk is None:
+                missing[span.key] = why
         return Loaded(chunks, missing, in_place=collection.library.lossless)
 
 
@@ -81,7 +84,7 @@ class Composer:
 
     def __init__(self, collections: Collections) -> None:
         self.auxiliary: Auxiliary | None = None
-        self._backbone, self._index = collections.backbone, collections.index
+        self._backbone, self._index, self._cost = collections.backbone, collections.index, collections.cost
         self._escaped = False
         self._scoring: list[Future[list[CharacterScores]]] = []
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cacheclip-auxiliary")
@@ -134,7 +137,9 @@ class Composer:
                 chosen = asked.method.select.select(placed.request, budget)
         with report.timed("recompute"):
             score_mod = asked.method.attend.score_mod(placed.request, chosen)
+            computed = self._cost.computing(self._backbone.device)
             done = asked.method.recompute.run(placed.request, chosen, score_mod)
+            computed(len(done.rows) + len(placed.request.fresh))
         assert done.logits is not None
         layout, canvas = placed.request.layout, placed.canvas
         collection.preambles.keep(layout.ids, self._preamble(layout), canvas)
@@ -148,7 +153,9 @@ class Composer:
         placed = self._place(asked, aligned.without_chunks(), collection, report)
         layout, canvas = placed.request.layout, placed.canvas
         with report.timed("recompute"):
+            computed = self._cost.computing(self._backbone.device)
             done = Once().run(placed.request, placed.request.rows, None)
+            computed(len(placed.request.rows) + len(placed.request.fresh))
         assert done.logits is not None
         collection.preambles.keep(layout.ids, self._preamble(aligned.layout), canvas)
         self._report(report, placed, done)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import ConfigurationError, PromptError
 from ..interrupts import raised_by_signal
 from ..kv.collections import Collections
+from ..methods import Method
 from ..methods.auxiliary import Auxiliary
+from ..prompt import Span, Tokens
 from ..report import Report
 from .compose import Compose, Composer
 from .full import Full, Native
 from .harvest import Harvest
+from .loading import Loader, Loads
 from .prefix import Prefix
 from .reading import Reading, read
 from .result import Prefill, PrefillRequest
@@ -32,12 +35,13 @@ class Prefiller:
     def __init__(self, collections: Collections) -> None:
         self._backbone, self._collections = collections.backbone, collections
         self._composer = Composer(collections)
+        self._loader = Loader(collections)
         self._native = Native(collections.backbone)
         self.strategies: dict[str, Strategy] = {
             "full": Full(collections.backbone),
             "prefix": Prefix(collections),
             "harvest": Harvest(collections, self._composer),
-            "compose": Compose(collections, self._composer),
+            "compose": Compose(collections, self._composer, self._loader),
         }
 
     @property
@@ -55,12 +59,22 @@ class Prefiller:
             if (changed := library.changed()) is not None:
                 raise ConfigurationError(changed)
 
+    def announce(self, texts: Sequence[str], method: Method) -> None:
+        """Begin to load these chunks, which are expected in a prompt, in this order."""
+        if method.strategy == "compose":
+            self._loader.announce(texts, method)
+
     def read(self, request: PrefillRequest, report: Report) -> Reading:
-        """Recognise and tokenise a request's prompt (see `reading.read`). If that fails, it is tried once more, for a
-        full prefill: which parts of a prompt are documents must be known for it, too.
+        """Recognise and tokenise a request's prompt (see `reading.read`), and begin to load its chunks. If that fails,
+        it is tried once more, for a full prefill: which parts of a prompt are documents must be known for it, too.
         """
+
+        def load(spans: Sequence[Span], tokens: Tokens) -> Loads | None:
+            reused = self._backbone.obstacle is None and request.method.strategy == "compose" and request.ratio < 1.0
+            return self._loader.begin_for(spans, tokens, request.method) if reused and spans else None
+
         try:
-            return read(self._backbone, self._collections.index, request, report)
+            return read(self._backbone, self._collections.index, request, report, load)
         except PromptError:
             raise
         except Exception as error:

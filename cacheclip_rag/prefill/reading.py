@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from ..errors import PromptError
 from ..model.backbone import Backbone
 from ..prompt import ChunkIndex, Layout, Question, Span, Stretch, Tokens, align, recognise
 from ..report import Report
+from .loading import Loads
 from .result import PrefillRequest
 
 _SLACK = 256
@@ -22,7 +23,8 @@ class Reading:
     """A prompt with its documents, question and tokens.
 
     ``spans``: the known chunks, and parts of them, in ``prompt``; ``tokens``: as transformers tokenises the prompt,
-    except that control tokens inside documents are plain text. ``failed``: reading it failed at the first attempt.
+    except that control tokens inside documents are plain text. ``loads``: its chunks, if they are being loaded already;
+    ``failed``: reading it failed at the first attempt.
     """
 
     prompt: str
@@ -30,6 +32,7 @@ class Reading:
     question: Question
     tokens: Tokens
     text: tuple[Stretch, ...] = ()
+    loads: Loads | None = None
     failed: bool = False
 
     def layout(self, chunks: Sequence[tuple[Span, Tokens | None]] = ()) -> Layout:
@@ -43,10 +46,17 @@ class Reading:
         return borders_of(self.tokens, self.spans)
 
 
-def read(backbone: Backbone, index: ChunkIndex, request: PrefillRequest, report: Report) -> Reading:
+def read(
+    backbone: Backbone,
+    index: ChunkIndex,
+    request: PrefillRequest,
+    report: Report,
+    load: Callable[[Sequence[Span], Tokens], Loads | None] = lambda spans, tokens: None,
+) -> Reading:
     """Recognise the documents of a request's prompt, find its question, and tokenise it.
 
-    It needs no lock. Raises `PromptError` for a prompt without tokens, and for one beyond the model's context length.
+    ``load`` begins to load the documents as soon as they are known. It needs no lock. Raises `PromptError` for a prompt
+    without tokens, and for one beyond the model's context length.
     """
     prompt, hints, caller = request.prompt, request.hints, request.caller
     with report.timed("tokenise"):
@@ -54,13 +64,14 @@ def read(backbone: Backbone, index: ChunkIndex, request: PrefillRequest, report:
     check_fits(raw, backbone.context_length + _SLACK)  # before any work on a prompt that is far too long
     with report.timed("recognise"):
         found = recognise(prompt, index, backbone, () if hints is None else hints.keys(caller))
+        loads = load(found.spans, raw)
         announced = None if hints is None else hints.question(prompt, found.spans, caller)
         question = found.question(request.question or announced)
     with report.timed("tokenise"):
         tokens = backbone.tokenise_prompt(prompt, found.text, raw)
     check_fits(tokens, backbone.context_length)
     report.prompt_tokens = len(tokens)
-    return Reading(prompt, tuple(found.spans), question, tokens, tuple(found.text))
+    return Reading(prompt, tuple(found.spans), question, tokens, tuple(found.text), loads)
 
 
 def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:

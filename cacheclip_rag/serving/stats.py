@@ -49,7 +49,7 @@ class Stats:
     chunks: int = 0
     """Known chunks in prompts, counted each time."""
     missing: int = 0
-    """Those of them whose KV was gone or damaged, so that they were prefilled."""
+    """Those of them that were prefilled, because their KV was gone, damaged or not worth loading."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """How often reuse was given up: for a ``chunk``, by a ``full prefill`` after a failure or where reuse would take
     longer, by a ``plain prefill`` because the model's KV cannot be moved, or for ``escaped documents``."""

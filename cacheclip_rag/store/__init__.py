@@ -4,6 +4,7 @@ from .base import ChunkStore, Entry, StoreStats
 from .disk import DiskStore
 from .documents import Documents
 from .int8 import Int8Store
+from .loading_cost import LoadingCost, NotWorthLoading
 from .memory import NEVER, LRUCache, MemoryBudget, MemoryStore
 from .place import Place
 from .remote import Remote, RemoteStore
@@ -17,8 +18,10 @@ __all__ = [
     "Entry",
     "Int8Store",
     "LRUCache",
+    "LoadingCost",
     "MemoryBudget",
     "MemoryStore",
+    "NotWorthLoading",
     "Place",
     "Remote",
     "RemoteStore",

@@ -184,6 +184,11 @@ class DiskStore:
             except OSError:
                 pass
 
+    def size(self, key: str) -> int:
+        """The bytes of a chunk's file, as far as it is known; else 0."""
+        known = self._index.get(key)
+        return 0 if known is None else known.nbytes
+
     def holds(self, key: str) -> bool:
         """Whether the file is there now, whatever was noted."""
         return _is_key(key) and _exists(self._file(key))

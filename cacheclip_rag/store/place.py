@@ -17,6 +17,7 @@ from .cap import Held
 from .disk import DiskStore
 from .documents import Documents
 from .forgettings import Forgettings
+from .loading_cost import LoadingCost
 from .memory import MemoryBudget, MemoryStore
 from .remote import Remote, RemoteStore
 from .remote_admin import RemoteTexts
@@ -29,8 +30,8 @@ class Place:
     """Opens a store for each namespace, and forgets what others hold of a text.
 
     ``folder`` None keeps everything in memory. ``memory_bytes`` and ``disk_bytes`` cap what all of them keep together,
-    the latter in all processes. Thread-safe. Raises `ConfigurationError` for a tenant that is no text, a secret that is
-    no bytes, and a cap that is no number.
+    the latter in all processes. ``cost``: what loading and computing take, measured by all its stores. Thread-safe.
+    Raises `ConfigurationError` for a tenant that is no text, a secret that is no bytes, and a cap that is no number.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Place:
         tenant: str = "",
         secret: bytes = b"",
         remote: Remote | None = None,
+        cost: LoadingCost | None = None,
     ) -> None:
         memory_bytes, disk_bytes = _size("memory_bytes", memory_bytes), _size("disk_bytes", disk_bytes)
         self.tenant, self.secret = tenant, secret
@@ -48,6 +50,7 @@ class Place:
         self.memory, self._disk_bytes, self._held = MemoryBudget(memory_bytes), disk_bytes, Held()
         """What counts all KV in memory: others that keep some take a `LRUCache` of it."""
         self.documents = Documents(self._folder, tenant, secret)
+        self.cost = cost or LoadingCost()
         self._remote, self._uploading = remote, list[RemoteStore]()
         self._stores: weakref.WeakSet[ChunkStore] = weakref.WeakSet()
         self._known = self.forgettings()
@@ -64,10 +67,10 @@ class Place:
         if self._folder is not None:
             tiers.append(DiskStore(self._folder, namespace, self._disk_bytes, held=self._held))
         if self._remote is None:
-            return self._opened(TieredStore(*tiers))
+            return self._opened(TieredStore(*tiers, cost=self.cost))
         beside = tiers[-1] if isinstance(tiers[-1], DiskStore) else None
         self._uploading.append(RemoteStore(self._remote, namespace, beside))
-        return self._opened(TieredStore(*tiers, remote=self._uploading[-1]))
+        return self._opened(TieredStore(*tiers, remote=self._uploading[-1], cost=self.cost))
 
     def _opened(self, store: ChunkStore) -> ChunkStore:
         self._stores.add(store)

@@ -331,6 +331,10 @@ class RemoteStore:
         with self._lock:
             return set(self._known)
 
+    def size(self, key: str) -> int:
+        """The bytes of a chunk's file, if `in` answers for it; else 0."""
+        return self._known.get(key, 0)
+
     def let_go(self, keys: Collection[str]) -> None:
         """Another process removed these where they are nearer by. They may be there still, since it may have evicted
         them, but must be asked for, and what waits for its upload is not uploaded.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cacheclip_rag.compute import Part
+from cacheclip_rag.store import LoadingCost
 
 from . import seams
 from .computer import Forward, Mean, run_forward
@@ -36,9 +37,9 @@ class Batch:
     the caller, who alone touches vLLM.
     """
 
-    def __init__(self, model: seams.Model, most: int) -> None:
-        """``most``: rows of a pass."""
-        self._model, self._most = model, most
+    def __init__(self, model: seams.Model, most: int, cost: LoadingCost | None = None) -> None:
+        """``most``: rows of a pass; ``cost`` is told how long passes take."""
+        self._model, self._most, self._cost = model, most, cost or LoadingCost()
         self.passes = 0
         self._asked = threading.Event()
 
@@ -130,5 +131,7 @@ class Batch:
     def _pass(self, parts: Sequence[Part], depth: int | None) -> None:
         parts = [part for part in parts if len(part.rows)]
         if parts:
-            run_forward(self._model, parts, depth)
+            computed = self._cost.computing(self._model.device)
+            if run_forward(self._model, parts, depth):
+                computed(sum(len(part.rows) for part in parts))
             self.passes += 1

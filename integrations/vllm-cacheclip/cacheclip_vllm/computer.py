@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cacheclip_rag.chunks import ChunkKV
-from cacheclip_rag.compute import LayerInput, Part, Rotation, StopForward
+from cacheclip_rag.compute import LayerInput, Part, Rotation, StopForward, to_device
 from cacheclip_rag.errors import NotComposable
 
 from . import seams
@@ -102,7 +102,8 @@ class PagedWorkspace:
         new = torch.arange(count) + (row if position is None else position)
         rows = slice(row, row + count)
         keys, values = (
-            kv[:, self._heads, tokens].transpose(1, 2).to(self._model.device) for kv in (chunk.keys, chunk.values)
+            to_device(kv[:, self._heads, tokens], self._model.device).transpose(1, 2)
+            for kv in (chunk.keys, chunk.values)
         )
         for layers in self._tables.alike:
             self.keys[layers, rows] = self._tables.move(keys[layers], layers[0], old, new)
@@ -232,11 +233,11 @@ class PagedComputer:
         return mean
 
 
-def run_forward(model: seams.Model, parts: Sequence[Part], depth: int | None) -> None:
+def run_forward(model: seams.Model, parts: Sequence[Part], depth: int | None) -> bool:
     """Compute the rows of these parts in one pass; their KV is written before it is attended to.
 
     Each part's hooks see its own rows; a part whose hook raises `StopForward` has no more of them, and the pass ends
-    when all have stopped, or behind the layer ``depth - 1``.
+    when all have stopped, or behind the layer ``depth - 1``. Returns whether it went through all layers.
     """
     workspaces = [_blocks_of(part) for part in parts]
     rows = [part.rows.cpu() for part in parts]
@@ -254,9 +255,11 @@ def run_forward(model: seams.Model, parts: Sequence[Part], depth: int | None) ->
         [mine if part.positions is None else part.positions.cpu() for part, mine in zip(parts, rows, strict=True)]
     )
     hooks = _Hooks(model, parts, workspaces, depth)
+    whole = False
     try:
         with model.hooked(hooks.layers, hooks):
             model.forward(ids, positions, lengths, ends, table, slots)
+        whole = True
     except StopForward:
         pass
     finally:
@@ -265,6 +268,7 @@ def run_forward(model: seams.Model, parts: Sequence[Part], depth: int | None) ->
                 part.workspace.over.flush(range(part.workspace.layers))
     for workspace, mine in zip(workspaces, rows, strict=True):
         workspace.length = max(workspace.length, int(mine[-1]) + 1)
+    return whole
 
 
 def virtual_sequences(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from cacheclip_rag.chunks import ChunkKV
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.kv.encode import Encoder
+from cacheclip_rag.kv.library import Library
+from cacheclip_rag.store import NotWorthLoading
 
 from . import PROOF, seams
 from .filling import Filler
 from .libraries import Libraries
 from .metrics import ReuseMetrics, ReuseStats
-from .plan import FIELD, Done, Plan
+from .plan import FIELD, Done, Load, Plan
 from .planner import Planner
 from .served import ServedModel
 from .settings import Settings, settings
@@ -34,6 +35,7 @@ from .trial import tried
 
 log = logging.getLogger("cacheclip_rag")
 
+_GONE = "its stored KV is gone or damaged"
 _UNFILLED = "its beginning is computed in this very step, by another request"
 _IDLE = 0.01
 """Seconds that a step without rows waits for chunks that are being loaded, so that the scheduler does not spin."""
@@ -43,7 +45,7 @@ _IDLE = 0.01
 class Work(KVConnectorMetadata):
     """From the scheduler to the workers, with each step: what to load, to fill and to drop."""
 
-    load: list[tuple[str, str, Encoder, list[str]]]
+    load: list[Load]
     plans: list[Plan]
     dropped: list[str]
     idle: bool
@@ -51,9 +53,11 @@ class Work(KVConnectorMetadata):
 
 @dataclass
 class Results(KVConnectorWorkerMetadata):
-    """From a worker to the scheduler: what was loaded, with the keys that are missing, and what became of plans."""
+    """From a worker to the scheduler: for which request chunks were loaded, by key why some were not, and what became
+    of plans.
+    """
 
-    loaded: list[tuple[str, list[str]]] = field(default_factory=list)
+    loaded: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     done: dict[str, Done] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
@@ -102,8 +106,8 @@ class CacheClipConnector(KVConnectorBase_V1):
         else:
             self._block = seams.block_size(kv_cache_config)
             self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="cacheclip-load")
-            self._loads: dict[str, Future[dict[str, ChunkKV]]] = {}
-            self._wanted: dict[str, list[str]] = {}
+            self._loads: dict[str, Future[dict[str, ChunkKV | str]]] = {}
+            self._wanted: dict[str, Load] = {}
             self._chunks: dict[str, dict[str, ChunkKV]] = {}
             self._results = Results()
             self._invalid: set[int] = set()
@@ -235,10 +239,10 @@ class CacheClipConnector(KVConnectorBase_V1):
         for request in work.dropped:
             for kept in (self._loads, self._wanted, self._chunks):
                 kept.pop(request, None)
-        for request, tenant, encoder, keys in work.load:
-            library = self._libraries.of(tenant, encoder)
-            self._wanted[request] = keys
-            self._loads[request] = self._threads.submit(_load, library, keys)
+        for job in work.load:
+            library = self._libraries.of(job.tenant, job.encoder)
+            self._wanted[job.request] = job
+            self._loads[job.request] = self._threads.submit(_load, library, job.keys)
         if work.plans:
             self._fill(work.plans)
         self._failed = set(self._invalid)
@@ -246,9 +250,10 @@ class CacheClipConnector(KVConnectorBase_V1):
             wait(self._loads.values(), timeout=_IDLE, return_when="FIRST_COMPLETED")
         for request in [request for request, future in self._loads.items() if future.done()]:
             future, wanted = self._loads.pop(request), self._wanted.pop(request)
-            chunks = {} if future.exception() is not None else future.result()
-            self._chunks[request] = chunks
-            self._results.loaded.append((request, [key for key in wanted if key not in chunks]))
+            found = dict.fromkeys(wanted.keys, _GONE) if future.exception() is not None else future.result()
+            self._chunks[request] = {key: chunk for key, chunk in found.items() if isinstance(chunk, ChunkKV)}
+            missing = {key: reason for key, reason in found.items() if isinstance(reason, str)}
+            self._results.loaded.append((request, missing))
 
     def _fill(self, plans: list[Plan]) -> None:
         lost = [plan.barred or not self._failed.isdisjoint(plan.blocks[: plan.first // self._block]) for plan in plans]
@@ -291,10 +296,18 @@ class CacheClipConnector(KVConnectorBase_V1):
         """Nothing to wait for."""
 
 
-def _load(library: Any, keys: Iterable[str]) -> dict[str, ChunkKV]:
-    """The stored chunks with these keys, without those that are gone or damaged."""
+def _load(library: Library, keys: Mapping[str, int | None]) -> dict[str, ChunkKV | str]:
+    """The stored chunks with these keys, or why one is not there; ``keys`` as in `Load`."""
     library.store.refresh()  # what another process forgot is not served from memory
-    return {key: chunk for key in keys if (chunk := library.get(key)) is not None}
+    found: dict[str, ChunkKV | str] = {}
+    for key, tokens in keys.items():
+        try:
+            chunk = library.get(key, tokens)
+        except NotWorthLoading as reason:
+            found[key] = str(reason)
+        else:
+            found[key] = _GONE if chunk is None else chunk
+    return found
 
 
 def _obstacle(vllm_config: Any, kv_cache_config: Any, chosen: Settings) -> str | None:

@@ -51,7 +51,7 @@ class Filler:
 
         A plan that fails says so, and vLLM computes its request.
         """
-        start, batch = time.perf_counter(), Batch(self.model, self._most)
+        start, batch = time.perf_counter(), Batch(self.model, self._most, self.libraries.cost)
         works = [_Work(self, plan, chunks.get(plan.request, {})) for plan in plans]
         results = batch.run([work.run for work in works])
         seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from cacheclip_rag.corpus.usage import Usage
 from cacheclip_rag.kv.encode import Encoder
 from cacheclip_rag.kv.library import KVDtype, Library
 from cacheclip_rag.kv.variants import FusedVariants
-from cacheclip_rag.store import Place, Remote
+from cacheclip_rag.store import LoadingCost, Place, Remote
 
 from .served import ServedModel
 
@@ -40,6 +40,8 @@ class Libraries:
     def __init__(self, model: ServedModel, options: StoreOptions, *, in_memory: bool, remote: bool = False) -> None:
         self.model = model
         self._options, self._in_memory, self._remote = options, in_memory, remote or in_memory
+        self.cost = LoadingCost()
+        """What loading chunks and computing tokens take in this process, whichever tenant's."""
         self._secret = bytes.fromhex(os.environ.get(SECRET, ""))
         self._places: dict[str, Place] = {}
         self._opened: dict[tuple[str, Encoder], Library] = {}
@@ -60,6 +62,7 @@ class Libraries:
                 tenant,
                 self._secret,
                 Remote(options.remote) if options.remote and self._remote else None,
+                self.cost,
             )
         return self._places[tenant]
 

@@ -21,6 +21,7 @@ _METRICS = {
 _UNKNOWN, _UNWANTED = "no chunk in this prompt", "not wanted"
 _KINDS = (
     ("chunk", ("not encoded as", "its stored KV is gone")),
+    ("loading", ("takes longer than computing it",)),
     ("size", ("rows would have to be computed", "would take longer")),
     ("request", ("a pooling request", "prompt embeddings", "a multimodal", "LoRA", "prompt_logprobs", "streaming")),
 )

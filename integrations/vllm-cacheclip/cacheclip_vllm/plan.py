@@ -12,6 +12,7 @@ import torch
 
 from cacheclip_rag import methods
 from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.kv.encode import Encoder
 from cacheclip_rag.methods import Method, check_ratio
 from cacheclip_rag.methods.attend.base import Plain
 from cacheclip_rag.methods.recompute.carry import Carry
@@ -190,9 +191,26 @@ class Plan:
         return len(self.ids) - held + int(ratio * held)
 
     @property
-    def keys(self) -> list[str]:
-        """The keys of the stored chunks that the worker must have."""
-        return list(dict.fromkeys(place.key for place in self.places if place.key is not None))
+    def keys(self) -> dict[str, int | None]:
+        """The keys of the stored chunks that the worker must have, each with how many tokens are taken from it; None
+        where it is needed however long loading it takes, since a chunk is computed behind all of its context.
+        """
+        keys: dict[str, int | None] = {}
+        for place in self.places:
+            if place.key is not None:
+                tokens = (keys.get(place.key) or 0) + sum(length for _, _, length in place.runs)
+                keys[place.key] = None if self.encode is not None else tokens
+        return keys
+
+
+@dataclass(frozen=True)
+class Load:
+    """The chunks of one request that workers are to load: `Plan.keys`, of a tenant and an encoding."""
+
+    request: str
+    tenant: str
+    encoder: Encoder
+    keys: Mapping[str, int | None]
 
 
 @dataclass

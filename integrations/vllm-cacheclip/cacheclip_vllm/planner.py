@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,7 @@ from cacheclip_rag.prompt import outright
 from . import seams
 from .index import Match, TokenIndex
 from .libraries import Libraries
-from .plan import Encode, Options, Place, Plan, options
+from .plan import Encode, Load, Options, Place, Plan, options
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -29,7 +29,6 @@ COPY = 64
 _HELD = 2
 """Prompts of a step have at most so many tokens as passes have rows, times this: each one's KV is kept at hand once
 more while its blocks are filled."""
-_GONE = "its stored KV is gone or damaged"
 _OTHERWISE = 'not encoded as {name} wants it: add its chunks with "method": "{name}"'
 
 
@@ -103,8 +102,8 @@ class Planner:
         self.reasons: dict[str, str] = {}
         """Why requests are served without reuse, by request."""
         self._loading: dict[str, int] = {}
-        self.to_load: list[tuple[str, str, Encoder, list[str]]] = []
-        """Of each new plan, the request, the tenant, the encoding and the keys that workers are to load."""
+        self.to_load: list[Load] = []
+        """What workers are to load for new plans."""
         self.dropped: list[str] = []
         """Requests whose chunks workers need no longer."""
         self._at_workers: set[str] = set()
@@ -148,7 +147,7 @@ class Planner:
         """Have the workers load the plan's chunks; it is carried out in none of the steps before they have."""
         if plan.keys:
             self._loading[plan.request] = self._ranks
-            self.to_load.append((plan.request, plan.tenant, plan.method.encode, plan.keys))
+            self.to_load.append(Load(plan.request, plan.tenant, plan.method.encode, plan.keys))
 
     def _shared(self, plan: Plan) -> int:
         """Rows before it, down to a block's border, are exact, and their blocks may be shared."""
@@ -323,28 +322,28 @@ class Planner:
             others = set[int]().union(*(mine for request, mine in blocks.items() if request != plan.request))
             plan.barred = not others.isdisjoint(plan.blocks[: plan.first // self._block])
 
-    def end_of_step(self) -> tuple[list[Plan], list[tuple[str, str, Encoder, list[str]]], list[str]]:
+    def end_of_step(self) -> tuple[list[Plan], list[Load], list[str]]:
         """What workers are to carry out, to load and to drop in this step; a new one begins."""
         step = self.ready, self.to_load, self.dropped
-        self._at_workers |= {request for request, *_ in self.to_load}
+        self._at_workers |= {job.request for job in self.to_load}
         self._at_workers -= {plan.request for plan in self.ready}  # a worker that has filled blocks drops the chunks
         self.ready, self.to_load, self.dropped, self._busy, self._tokens = [], [], [], 0, 0
         return step
 
-    def loaded(self, request: str, missing: Collection[str]) -> None:
-        """A worker has loaded a plan's chunks, except for those with the keys ``missing``."""
+    def loaded(self, request: str, missing: Mapping[str, str]) -> None:
+        """A worker has loaded a plan's chunks, except for those ``missing``, by key with the reason."""
         plan = self.plans.get(request)
         if plan is None or request not in self._loading:
             return
         self._loading[request] -= 1
         if missing:
             plan.places = [
-                dataclasses.replace(place, key=None, missing=_GONE) if place.key in missing else place
+                place if place.key not in missing else dataclasses.replace(place, key=None, missing=missing[place.key])
                 for place in plan.places
             ]
             # A chunk is computed behind all of its context or not at all.
             lost = plan.encode is not None or not plan.keys
-            if (reason := _GONE if lost else self._too_much(plan)) is not None:
+            if (reason := next(iter(missing.values())) if lost else self._too_much(plan)) is not None:
                 self.reasons[request] = reason
                 self.finished(request)
 
@@ -367,7 +366,7 @@ class Planner:
         """The request has ended, was aborted, or is served without reuse."""
         self.plans.pop(request, None)
         self._loading.pop(request, None)
-        self.to_load = [job for job in self.to_load if job[0] != request]
+        self.to_load = [job for job in self.to_load if job.request != request]
         if request in self._at_workers:
             self._at_workers.discard(request)
             self.dropped.append(request)

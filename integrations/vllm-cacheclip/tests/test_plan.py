@@ -205,5 +205,7 @@ def test_a_question_in_front_of_a_chunk_is_copied_behind_the_prompt() -> None:
     assert not plan(places, range(0), encode=Encode("c", 24)).copies_question
 
 
-def test_the_workers_load_each_key_once() -> None:
-    assert plan([FOUND, CUT, GONE, FOUND]).keys == ["ka", "kb"]
+def test_the_workers_load_each_key_once_and_know_what_it_saves() -> None:
+    """A context is loaded however long it takes: the chunk behind it is to be computed with all of it."""
+    assert plan([FOUND, CUT, GONE, FOUND]).keys == {"ka": 16, "kb": 7}
+    assert plan([FOUND, CUT], encode=Encode("c", 24)).keys == {"ka": None, "kb": None}

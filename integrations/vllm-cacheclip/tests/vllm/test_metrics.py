@@ -11,6 +11,9 @@ from cacheclip_vllm.metrics import ReuseStats, kind_of
 from cacheclip_vllm.plan import Done
 from serving import PASSAGES, Served
 
+from cacheclip_rag.store import LoadingCost
+from cacheclip_rag.store.loading_cost import DISK
+
 
 def now(served: Served) -> Counter[tuple[str, str]]:
     """The counters by name and label, of all engines of this process."""
@@ -86,6 +89,11 @@ def test_kinds_are_told_by_the_sentences_that_reports_have() -> None:
     assert kind_of('not encoded as link0 wants it: add its chunks with "method": "link0"') == "chunk"
     assert kind_of("its stored KV is gone or damaged") == "chunk"
     assert kind_of("9,000 rows would have to be computed in one pass of at most 2,048: lower the ratio") == "size"
+    cost = LoadingCost()
+    for _ in range(9):
+        cost.loaded(DISK, 1 << 20, 9.0)
+        cost.computed(100, 0.1)
+    assert kind_of(str(cost.why_computed(DISK, 1 << 20, 100))) == "loading"
     full = "full prefill: 7 of 900 tokens have stored KV, in 7 pieces; putting them together would take longer"
     assert kind_of(full) == "size"
 
