@@ -338,8 +338,9 @@ class Planner:
         self._loading[request] -= 1
         if missing:
             plan.places = [
-                place if place.key not in missing else dataclasses.replace(place, key=None, missing=missing[place.key])
+                place if reason is None else dataclasses.replace(place, key=None, missing=reason)
                 for place in plan.places
+                for reason in [missing.get(place.key or "")]
             ]
             # A chunk is computed behind all of its context or not at all.
             lost = plan.encode is not None or not plan.keys
