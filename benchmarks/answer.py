@@ -231,13 +231,20 @@ def row_of(cell: Cell, asking: Asking, measured: dict[str, Any], args: argparse.
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The newest row of each measurement; a line that a killed run left incomplete does not count."""
     rows = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
         rows[row["model"], row["answer_tokens"], key_of(row)] = row
     return list(rows.values())
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row on a line of its own, also behind one that was cut short."""
+    cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, int, int, int]:
@@ -261,6 +268,8 @@ def expected(cell: Cell, args: argparse.Namespace, rows: Iterable[dict[str, Any]
 
 
 def said(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
@@ -388,8 +397,7 @@ def main() -> None:
         else:
             measured["took_s"] = time.perf_counter() - start
         mine.append(row_of(cell, asking, measured, args))
-        with args.out.open("a") as file:
-            file.write(json.dumps(mine[-1], ensure_ascii=False) + "\n")
+        append(args.out, mine[-1])
     print(*table(rows_of(args.out)), sep="\n")
 
 

@@ -40,7 +40,8 @@ ENVIRONMENTS = {
     ),
     "openvino": Environment(
         ("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "torch==2.13.0"),
-        "openvino_genai, optimum.intel",
+        "openvino_genai, optimum.intel, transformers.modeling_utils",
+        unwanted=("torchvision",),  # it comes for CUDA, and then transformers cannot be imported
     ),
 }
 
