@@ -57,6 +57,8 @@ ENGINE = {"dtype": "bfloat16"}
 SYSTEMS = {
     "transformers": System("generate", {"dtype": "bfloat16"}, guess=(0.004, 0.12)),
     "cacheclip": System("embedded", ENGINE),
+    "cacheclip, no prompt lookup": System("embedded", {**ENGINE, "prompt_lookup": 0}, ablation=True),
+    "cacheclip, unpacked weights": System("embedded", {**ENGINE, "backbone": {"packed": False}}, ablation=True),
     "cacheclip, nothing reused": System(
         "embedded", {**ENGINE, "request": {"recompute_ratio": 1.0}}, ablation=True, guess=(0.004, 0.12)
     ),

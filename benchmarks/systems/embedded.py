@@ -11,14 +11,16 @@ import torch
 from asked import Asked
 
 from cacheclip_rag import Engine
+from cacheclip_rag.model.backbone import Backbone
 
 
 def load(model: str, options: dict[str, Any], threads: int) -> Any:
-    """``options``: those of `Engine`; and under "request" those of `Engine.stream`."""
+    """``options``: those of `Engine`; under "backbone" those of `Backbone.load`, under "request" `Engine.stream`'s."""
     torch.set_num_threads(threads)
     options = dict(options)
-    request = options.pop("request", {})
-    return Engine(model, **options), request
+    request, loading = options.pop("request", {}), options.pop("backbone", {})
+    dtype = options.pop("dtype", "auto")
+    return Engine(Backbone.load(model, dtype=dtype, **loading), **options), request
 
 
 def ingest(system: Any, passages: list[str]) -> None:
