@@ -6,7 +6,7 @@ RESULTS = benchmarks/results
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-vllm behaviours torture check docs wheels bench bench-store quality results unseen recipe \
+.PHONY: setup demo test test-vllm behaviours torture check docs wheels bench bench-answer bench-gpu bench-store quality results unseen recipe \
 	neighbours analyses sensitivity clean
 
 setup: $(VENV)/.ready
@@ -60,6 +60,13 @@ bench: setup  ## exactness, then speed with quality beside it (about forty minut
 	@$(RUN)/python benchmarks/speed.py --methods cacheclip
 	@$(RUN)/python benchmarks/concurrency.py
 	@$(RUN)/python -m cacheclip_eval $(RESULTS)/quality-1.5b.jsonl
+
+bench-answer: setup  ## DATA=folder: whole answers, beside transformers, OpenVINO GenAI and vLLM (says first how long it takes)
+	@$(RUN)/cacheclip pull qwen2.5-coder-0.5b-instruct
+	@$(RUN)/python benchmarks/answer.py $(DATA) --resume
+
+bench-gpu: setup  ## reuse on one CUDA GPU, without weights (eight minutes)
+	@$(RUN)/python benchmarks/gpu.py --out $(RESULTS)/gpu.jsonl
 
 bench-store: setup  ## what the chunk store's promises cost against plain safetensors, and with 100,000 entries
 	@$(RUN)/python benchmarks/store.py

@@ -9,13 +9,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from kernel_cases import CASES, TOLERANCE, both, distance, scattered
 from tiny import tiny_model
-from torch import Tensor
 
 from cacheclip_rag.methods.attend.scaled import ScaledContext
 from cacheclip_rag.methods.scores import AttentionScores
@@ -24,22 +23,14 @@ from cacheclip_rag.model.attention import (
     REFERENCE,
     SDPA,
     TRITON,
-    SparseRows,
     choose,
     implementations,
-    reference_attention,
 )
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.model.canvas import Canvas
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Relative error of ``a``."""
-    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 @pytest.fixture
@@ -62,50 +53,11 @@ def multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def scattered(count: int, keys: int) -> list[int]:
-    return torch.randperm(keys, generator=torch.Generator().manual_seed(3))[:count].sort().values.tolist()
-
-
-CASES = {  # H, Hk, D, N, rows, window, softcap; a tile is 64 rows and as many keys
-    "scattered": (2, 1, 16, 150, scattered(70, 150), None, None),
-    "contiguous": (2, 2, 16, 130, range(60, 130), None, None),
-    "all": (1, 1, 16, 100, range(100), None, None),
-    "one tile exactly": (1, 1, 64, 128, range(64, 128), None, None),
-    "the last slot alone": (2, 1, 64, 129, [128], None, None),
-    "the first slot alone": (2, 1, 16, 40, [0], None, None),
-    "far apart": (1, 1, 16, 200, [0, 64, 199], None, None),
-    "six heads share keys of width 80": (6, 1, 80, 70, scattered(9, 70), None, None),
-    "wide heads, small tiles": (2, 2, 256, 70, scattered(40, 70), None, None),
-    "window": (2, 1, 16, 200, scattered(70, 200), 20, None),
-    "window behind the first tile of keys": (1, 1, 16, 200, [0, 1, 150, 199], 9, None),
-    "window of one": (1, 1, 16, 70, scattered(9, 70), 1, None),
-    "window over everything": (1, 1, 16, 70, scattered(9, 70), 100, None),
-    "capped": (2, 1, 16, 70, scattered(20, 70), None, 2.0),
-    "capped in a window": (2, 1, 16, 70, scattered(20, 70), 20, 2.0),
-}
-
-
 @needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_computes_what_the_oracle_computes(case, dtype, multiplies_bfloat16):
-    from cacheclip_rag.model.attention.q_sparse import q_sparse_attention
-
-    heads, kv_heads, width, keys, slots, window, softcap = CASES[case]
-    generator, rows = torch.Generator().manual_seed(1), torch.tensor(list(slots))
-    # As in a model: queries of a transposed view, keys of a buffer that is longer than what is written.
-    query = (2 * torch.randn(1, len(rows), heads, width, generator=generator)).to(DEVICE, dtype).transpose(1, 2)
-    key, value = (torch.randn(1, kv_heads, keys + 9, width, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    expected, _ = reference_attention(
-        SimpleNamespace(layer_idx=0),
-        *(query, key[:, :, :keys], value[:, :, :keys], None, 0.3),
-        sliding_window=window,
-        softcap=softcap,
-        cacheclip=SparseRows(rows, DEVICE),
-    )
-    for buffer in (key, value):
-        buffer[:, :, slots[-1] + 1 :] = torch.nan  # nobody may look there
-    ours = q_sparse_attention(query, key[:, :, :keys], value[:, :, :keys], rows.to(DEVICE), 0.3, window, softcap)
+    ours, expected = both(CASES[case], dtype, DEVICE)
     assert ours.shape == expected.shape and ours.dtype == dtype
     assert distance(ours, expected) < TOLERANCE[dtype]
 
