@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,20 +27,18 @@ class QueryGuided:
 
     The pass's own KV is overwritten by the recompute. ``layers``: ``"last"``, ``"all"``, or a band of relative depths,
     ``(0.69, 0.83)``, behind which the pass stops. ``normalise``: over which keys the softmax runs (see
-    `AttentionScores`); ``"mixed"`` is the mean of ``"row"`` and ``"chunk"``, each divided by its sum over all
-    candidates, so that every chunk gets some tokens, and the chunks that the question attends to get more.
-    ``queries``: whose attention counts, that of the ``"question"``'s tokens or that of the prompt's ``"last"`` token,
-    which predicts the answer's first one. ``group_size`` and ``threshold`` group the choice as CacheClip does; a group
-    size of 1 takes single tokens.
+    `AttentionScores`). ``queries``: whose attention counts, that of the ``"question"``'s tokens or that of the prompt's
+    ``"last"`` token, which predicts the answer's first one. ``group_size`` and ``threshold`` group the choice as
+    CacheClip does; a group size of 1 takes single tokens.
 
     FusionRAG (2601.12904): last layer, softmax inside each chunk; its code scores keys at their stored positions, ours
     at their positions in the prompt, which InfoFlow measured to be better. ProphetKV (2602.02579): all layers, softmax
-    over the context. InfoFlow (2603.05353): a band of mid-late layers, softmax over the whole row. ``"mixed"`` and
-    ``queries="last"`` are our own.
+    over the context. InfoFlow (2603.05353): a band of mid-late layers, softmax over the whole row. ``queries`` is
+    our own.
     """
 
     layers: Literal["last", "all"] | tuple[float, float] = "last"
-    normalise: Literal["row", "context", "chunk", "mixed"] = "row"
+    normalise: Literal["row", "context", "chunk"] = "row"
     group_size: int = 8
     threshold: int = 1
     queries: Queries = "question"
@@ -59,15 +56,8 @@ class QueryGuided:
         return self.layers[1] if isinstance(self.layers, tuple) else 1.0
 
     def select(self, request: Request, budget: int) -> Tensor:
-        return request.rows[top_groups(self.scores(request), request.groups, budget, self.group_size, self.threshold)]
-
-    def scores(self, request: Request) -> Tensor:
-        """The score of every row in ``request.rows``: ``[N]`` float32, on the CPU."""
-        layers = self._layers(request.computer)
-        if self.normalise != "mixed":
-            return question_scores(request, layers, self.normalise, self.queries).cpu()
-        both = attention_scores(request, layers, ("row", "chunk"), self.queries)
-        return torch.stack([part / part.sum().clamp_min(1e-30) for part in both]).mean(dim=0).cpu()
+        scores = question_scores(request, self._layers(request.computer), self.normalise, self.queries)
+        return request.rows[top_groups(scores.cpu(), request.groups, budget, self.group_size, self.threshold)]
 
     def _layers(self, computer: Computer) -> list[int]:
         if self.layers == "last":
@@ -81,16 +71,8 @@ class QueryGuided:
 def question_scores(
     request: Request, layers: list[int], normalise: Normalise = "row", queries: Queries = "question"
 ) -> Tensor:
-    """`attention_scores` with one softmax: ``[N]`` float32."""
-    [scores] = attention_scores(request, layers, [normalise], queries)
-    return scores
-
-
-def attention_scores(
-    request: Request, layers: list[int], normalise: Sequence[Normalise], queries: Queries = "question"
-) -> list[Tensor]:
-    """Attention from the question, or the prompt's last token, to every row in ``request.rows``, in one pass over the
-    placed KV: ``[N]`` float32 for each way to ``normalise``.
+    """Attention from the question, or from the prompt's last token, to every row in ``request.rows``, in one pass over
+    the placed KV: ``[N]`` float32.
 
     The pass also computes the other rows without stored KV, which the question attends to. If the question does not
     follow the last chunk, it cannot attend to all chunks from there; a copy of it then runs at the end of the prompt.
@@ -106,9 +88,15 @@ def attention_scores(
         rows, ids = torch.cat([rows, scored]), torch.cat([ids, copy])
         positions = torch.cat([positions, scored - len(layout) + int(request.positions[-1]) + 1])
     device = computer.device
-    columns, groups = request.rows.to(device), request.groups.to(device)
-    hooks = [AttentionScores(scored.to(device), columns, layers, way, groups, computer.windows) for way in normalise]
+    scores = AttentionScores(
+        scored.to(device),
+        request.rows.to(device),
+        layers,
+        normalise,
+        request.groups.to(device),
+        computer.windows,
+    )
     length = workspace.length
-    computer.forward([Part(workspace, ids, rows, positions, hooks)], depth=max(layers) + 1, logits=0)
+    computer.forward([Part(workspace, ids, rows, positions, [scores])], depth=max(layers) + 1, logits=0)
     workspace.length = length  # the recompute overwrites all that the pass wrote below it
-    return [computer.over_ranks(hook.scores) for hook in hooks]
+    return computer.over_ranks(scores.scores)

@@ -94,7 +94,7 @@ def refused(method: Method) -> str | None:
 
 def needs_every_key(method: Method) -> bool:
     """Whether the method's selector looks at keys that are in no chunk, such as a system prompt's."""
-    return isinstance(method.select, QueryGuided) and method.select.normalise in ("row", "mixed")
+    return isinstance(method.select, QueryGuided) and method.select.normalise == "row"
 
 
 @dataclass(frozen=True)
