@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-vllm behaviours torture check docs wheels bench bench-answer bench-gpu bench-store quality results unseen recipe \
-	neighbours analyses sensitivity clean
+	neighbours report ladder analyses sensitivity clean
 
 setup: $(VENV)/.ready
 
@@ -124,6 +124,16 @@ neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 
 		$(foreach r,0.0 0.05 0.15,auto@$(r):carry=0$(COMMA)fused=False \
 		$(foreach n,2 5 10 15,auto@$(r):context=similar$(COMMA)neighbours=$(n)) \
 		$(foreach n,5 10,auto@$(r):context=use$(COMMA)neighbours=$(n)))
+
+# The half of the questions that nothing was chosen on, and the other half, for ideas (benchmarks/halves.py).
+report: setup  ## DATA=folder: six systems on the questions kept for reporting (nine core-hours; resumable)
+	@$(RUN)/python benchmarks/report.py $(DATA) --out $(RESULTS)/report-1.5b.jsonl
+
+LADDER = naive auto@0.1:fused=False auto@0.15:fused=False auto@0.3:fused=False auto@0.6:fused=False infoflow@0.15 \
+	auto@0.15:carry=0,fused=False
+ladder: setup  ## DATA=folder: ideas on the questions for choosing, with the small model (an hour; resumable)
+	@$(RUN)/python benchmarks/report.py $(DATA) --half choosing --model qwen2.5-coder-0.5b-instruct --items 40 \
+		--sets hotpotqa_distractor nq_multidoc 2wikimultihopqa --methods $(LADDER) --out $(RESULTS)/ladder-0.5b.jsonl
 
 analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn (some twenty minutes)
 	@$(RUN)/cacheclip analyse agreement $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/agreement.svg \

@@ -191,9 +191,24 @@ def test_decoding_after_forcing_is_plain_decoding(engine: Counting) -> None:
         logits = spied.forced(forced)
         assert logits.shape == (len(forced), SIZE)
         count = len(taken)
-        assert answers.decode(engine, spied, forced, logits, 12) == want
+        assert answers.decode(engine, spied, [forced], logits, 12) == want
         common = next((i for i, (a, b) in enumerate(zip(want, forced, strict=False)) if a != b), len(forced))
         assert len(taken) - count == max(0, len(want) - 1 - min(common, len(forced) - 1))
+
+
+def test_a_known_answer_is_verified_in_one_forward(engine: Counting) -> None:
+    """Where a greedy answer is one that another system gave, it takes one step; where it only begins so, it is still
+    the greedy answer."""
+    engine.ensure(PASSAGES)
+    text = prompt(ITEMS[0], engine.backbone)
+    want = list(engine.generate(text, method="naive", max_new_tokens=12).ids)
+    other = [65] * 12
+    for known, most in (([other, want], 1), ([other, want[:6] + [65] * 6], 7), ([want[:3] + [65] * 9, want], 1)):
+        spied, taken = spy(engine.prefill(text, method="naive", room=40))
+        logits = spied.forced(known[0])
+        count = len(taken)
+        assert answers.decode(engine, spied, known, logits, 12) == want
+        assert len(taken) - count <= most
 
 
 # ---- going on ----------------------------------------------------------------------------------------------------

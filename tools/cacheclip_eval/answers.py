@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cacheclip_rag.engine import Engine
@@ -48,6 +49,7 @@ def answers(
         for row in wanted:
             yield _failed(row, error, "full prefill: ")
         return
+    known: list[Sequence[int]] = []
     for row in wanted:
         try:
             if row["system"] == "full":
@@ -57,7 +59,7 @@ def answers(
             else:
                 system = systems[row["system"]]
                 engine.auxiliary = system.auxiliary or own
-                done = row | measure(engine, item, text, system, reference, row["max_new_tokens"])
+                done = row | measure(engine, item, text, system, reference, known, row["max_new_tokens"])
         except Exception as error:
             done = _failed(row, error)
         yield done
@@ -69,18 +71,18 @@ def _failed(row: Row, error: Exception, where: str = "") -> Row:
 
 
 def measure(
-    engine: Engine, item: Item, text: str, system: System, reference: Reference, max_new_tokens: int
+    engine: Engine, item: Item, text: str, system: System, reference: Reference, known: list[Sequence[int]], length: int
 ) -> dict[str, Any]:
+    """What a system answers, and its comparison with full prefill. Its answer is added to the ``known`` ones."""
     chunks, method = [passage.chunk for passage in item.passages], system.recipe
     before = access.written(engine, method)
     access.ensure(engine, item, method)
     if system.plan is not None:
         method = access.fuse(engine, method, system.plan(item))
-    prefill = engine.prefill(
-        text, question=item.question, method=method, recompute_ratio=system.ratio, room=max_new_tokens + 1
-    )
+    prefill = engine.prefill(text, question=item.question, method=method, recompute_ratio=system.ratio, room=length + 1)
     logits = prefill.forced(reference.answer)
-    answer = _text(engine, decode(engine, prefill, reference.answer, logits, max_new_tokens))
+    known.append(decode(engine, prefill, [reference.answer, *known], logits, length))
+    answer = _text(engine, known[-1])
     compared = logits[: len(reference.logits)].bfloat16().cpu()
     if method.ahead:
         size = access.stored(engine.library_of(method), chunks, method.fit)
@@ -98,22 +100,44 @@ def measure(
 
 
 def decode(
-    engine: Engine, prefill: Prefill, forced: Sequence[int], logits: Tensor, max_new_tokens: int
+    engine: Engine, prefill: Prefill, known: Sequence[Sequence[int]], logits: Tensor, max_new_tokens: int
 ) -> Sequence[int]:
-    """The greedy answer. While it equals the forced one, the logits are known; later steps overwrite the KV behind."""
-    start, same = len(prefill.layout), True
-
-    def step(token: Tensor, row: int) -> Tensor:
-        nonlocal same
-        place = row - start
-        same = same and place < len(forced) - 1 and int(token) == forced[place]
-        return logits[place + 1 : place + 2] if same else prefill.step(token, row)
-
+    """The greedy answer. ``logits [n, V]`` are those at the first n tokens of the first ``known`` answer."""
+    step = Verified(prefill, known, logits)
     return list(
         engine.backbone.generate(
             prefill.layout.ids, prefill.logits, step, max_new_tokens=max_new_tokens, do_sample=False
         )
     )
+
+
+class Verified:
+    """A decoding step that computes the logits of a whole ``known`` answer in one forward where the greedy answer has
+    begun like it, and single tokens elsewhere: systems often give one of few answers to a question.
+
+    As speculative decoding, with answers of other systems as drafts. Later steps overwrite the KV of tokens that were
+    not taken.
+    """
+
+    def __init__(self, prefill: Prefill, known: Sequence[Sequence[int]], logits: Tensor) -> None:
+        self._step, self._start, self._known = prefill.step, len(prefill.layout), known
+        self._taken: list[int] = []
+        self._draft, self._first, self._logits = list(known[0][: len(logits)]), 0, logits
+
+    def __call__(self, token: Tensor, row: int) -> Tensor:
+        """The logits ``[1, V]`` behind ``token [1]``, which stands in ``row``."""
+        self._taken.append(int(token))
+        place = len(self._taken)
+        if self._taken != self._draft[:place] or place - self._first >= len(self._logits):
+            rest = max((self._rest(answer) for answer in self._known), key=len)
+            self._draft, self._first = [*self._taken, *rest], place
+            self._logits = self._step(torch.tensor(self._draft[place - 1 :]), row)
+        return self._logits[place - self._first][None]
+
+    def _rest(self, answer: Sequence[int]) -> Sequence[int]:
+        """What of an answer follows the tokens taken, without its last token, behind which nothing is asked."""
+        place = len(self._taken)
+        return answer[place:-1] if list(answer[:place]) == self._taken else ()
 
 
 def _text(engine: Engine, ids: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ class Source:
     """A data set by ``name``: the file ``path``, or the RULER ``task`` at a length of ``tokens``.
 
     ``only``: keys of the items' ``meta``, and the values they must have, as text. ``passages``: the maximum number of
-    passages per item (`shortened`).
+    passages per item (`shortened`). ``ids``: the items that may be asked, None for all; the others' passages still
+    belong to the knowledge base.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Source:
     tokens: int = 0
     only: Mapping[str, str] = field(default_factory=dict)
     passages: int | None = None
+    ids: Collection[str] | None = None
 
     def all(self) -> list[Item]:
         """All items of the file that meet the conditions, shortened; empty for a generated set."""
@@ -45,7 +47,8 @@ class Source:
         tokens. Raises `ConfigurationError` if there are none.
         """
         if self.path is not None:
-            items = spread(self.all(), count)
+            asked = [item for item in self.all() if self.ids is None or item.id in self.ids]
+            items = spread(asked, count)
         else:
             items = [
                 _ruler().generate(

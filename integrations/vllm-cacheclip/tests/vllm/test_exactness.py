@@ -21,6 +21,8 @@ METHODS = [
     "query_guided",
     "prophetkv",
     "infoflow",
+    "infoflow:queries=both",
+    "auto:queries=last",
     "fusionrag",
     "fusionrag_selection",
     "a3",
