@@ -26,7 +26,7 @@ from ..prompt import RenderedPrompt, Tokens
 from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, origin
 from .inference import inference, inferring
 from .layers import Layers, cache_argument
 from .rotary import Rotary
@@ -353,6 +353,10 @@ class Backbone:
     def fingerprint(self) -> dict[str, str]:
         """What identifies this model in the namespace of its stored KV (see `fingerprint.fingerprint`)."""
         return fingerprint(self.model, self.config, self.texts.definition, self.dtype)
+
+    def origin(self) -> dict[str, str]:
+        """What identifies this model to an adapter, whatever dtype it is in (see `fingerprint.origin`)."""
+        return origin(self.model, self.config, self.texts.definition)
 
     def state(self) -> State:
         """Another value once weights, mode, hooks or adapters have changed (see `state.state_of`)."""

@@ -34,7 +34,7 @@ class Prefiller:
         self._composer = Composer(collections)
         self._native = Native(collections.backbone)
         self.strategies: dict[str, Strategy] = {
-            "full": Full(collections.backbone),
+            "full": Full(collections),
             "prefix": Prefix(collections),
             "harvest": Harvest(collections, self._composer),
             "compose": Compose(collections, self._composer),
