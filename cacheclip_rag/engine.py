@@ -141,7 +141,7 @@ class Engine:
             self.library: Library = self.collections.main
             if require_verified:
                 name = str(self.backbone.model.name_or_path if isinstance(model, Backbone) else model)
-                fields = self.library.namespace.fields | self.backbone.fingerprint()  # without an adapter
+                fields = {**self.library.namespace.fields, **self.backbone.fingerprint()}  # without an adapter
                 verified.require(verified.identity(fields, self.backbone), name)
             self.collections.of(self.method.encode)
         self.lock, self.limit = FairLock(), RequestLimit(max_requests)

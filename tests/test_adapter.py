@@ -79,12 +79,15 @@ def test_an_adapter_computes_the_whole_request_and_no_other_one(folder):
 def test_every_method_that_composes_takes_an_adapter(folder):
     engine = Engine(tiny_backbone())
     prompt = prompt_of(engine, PASSAGES)
+    full = engine.prefill(prompt, method=f"full:adapter={folder}").logits
     for name in ("auto", "cacheblend", "droidspeak", "cachecraft", "turborag"):
         method = f"{name}:adapter={folder}"
         engine.ensure(PASSAGES, method=method)
-        for _ in range(2):  # cachecraft reuses what the first prompt left
+        for number in range(2):  # cachecraft harvests the first prompt, and the second one reuses that
             result = engine.prefill(prompt, method=method, recompute_ratio=0.5)
             assert result.report.fallbacks == []
+            if name == "cachecraft":
+                assert distance(result.logits, full) < 1e-4 and (result.report.reused > 0) == (number > 0)
         assert distance(result.logits, engine.prefill(prompt, method=name, recompute_ratio=0.5).logits) > 0.05
 
 

@@ -151,7 +151,7 @@ class _Loop:
         loss = 0.0
         for example in batch:
             one, tokens = self.task.loss(example)
-            (one / len(batch)).backward()  # type: ignore[no-untyped-call]
+            (one / len(batch)).backward()
             loss += float(one.detach()) / len(batch)
             self.tokens += tokens
         parameters = [self.task.trained[name] for name in self.names]
