@@ -125,6 +125,7 @@ class Engine:
             self.method = methods.resolve(self.method, prefix=prefix)
         self.recompute_ratio = None if recompute_ratio is None else methods.check_ratio(recompute_ratio)
         _check_auxiliary(self.method, auxiliary is not None)
+        _check_adapter(self.method)
         if kv_dtype not in get_args(KVDtype):
             raise ConfigurationError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
         if max_requests < 1:
@@ -140,11 +141,13 @@ class Engine:
         remote = Remote(remote) if isinstance(remote, str) else remote
         place = Place(store, memory_bytes, disk_bytes, tenant, secret, remote)
         self.collections = Collections(self.backbone, self.method.encode, self.index, place, kv_dtype)
+        self.collections.backbone_of(self.method.encode)  # raises for an adapter that does not fit
         if self.composable:
             self.library: Library = self.collections.main
             if require_verified:
                 name = str(self.backbone.model.name_or_path if isinstance(model, Backbone) else model)
-                verified.require(verified.identity(self.library.namespace.fields, self.backbone), name)
+                fields = {**self.library.namespace.fields, **self.backbone.fingerprint()}  # without an adapter
+                verified.require(verified.identity(fields, self.backbone), name)
             self.collections.of(self.method.encode)
         self.lock, self.limit = FairLock(), RequestLimit(max_requests)
         self.usage = Usage(place.usage_file(self.library.namespace) if self.composable else None)
@@ -363,9 +366,14 @@ class Engine:
         """The `Method` that serves a request which names ``method``; None stands for the engine's own.
 
         Its chunks are encoded behind the engine's ``prefix``, if it was given one, unless the method names another.
-        Raises `ConfigurationError`.
+        Its adapter is loaded, if it names one. Raises `ConfigurationError`.
         """
-        return self.method if method is None else methods.with_prefix(method, self._prefix)
+        if method is None:
+            return self.method
+        recipe = methods.with_prefix(method, self._prefix)
+        _check_adapter(recipe)
+        self.collections.backbone_of(recipe.encode)  # a wrong adapter is an error, not a failure in reuse
+        return recipe
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
@@ -543,6 +551,11 @@ def _check_auxiliary(method: Method, present: bool) -> None:
             f'method "{method.name}" needs an auxiliary model: auxiliary="smollm2-135m-instruct", '
             'or choose method="query_guided"'
         )
+
+
+def _check_adapter(method: Method) -> None:
+    if method.prefix_cache is not None and getattr(method.encode, "adapter", None) is not None:
+        raise ConfigurationError(f'method "{method.name}" takes no adapter: it keeps KV of the model itself')
 
 
 def _check_prompt(prompt: Any) -> None:

@@ -110,7 +110,7 @@ def test_sweeps_make_one_system_a_value() -> None:
         (["cacheclip@much"], [], "from 0 to 1"),
         (["cacheclip"], ["ratio=0.1,2"], "from 0"),
         (["naive"], ["ratio=0.1"], "no method is left to sweep"),
-        (["naive", "cacheclip"], ["windw=1"], "ratio, group_size, layers, prefix, threshold"),
+        (["naive", "cacheclip"], ["windw=1"], "ratio, adapter, group_size, layers, prefix, threshold"),
         (["cacheclip"], ["group_size"], "name=value"),
         (["cacheclip"], ["group_size="], "name=value"),
     ],

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 MADE = {
-    "cacheclip_rag": ["cacheclip_rag", "tools/cacheclip_app", "tools/cacheclip_eval"],
+    "cacheclip_rag": ["cacheclip_rag", "tools/cacheclip_app", "tools/cacheclip_eval", "tools/cacheclip_train"],
     "langchain_cacheclip": ["integrations/langchain-cacheclip/langchain_cacheclip"],
     "llama_index_llms_cacheclip": ["integrations/llama-index-llms-cacheclip/llama_index"],
     "vllm_cacheclip": ["integrations/vllm-cacheclip/cacheclip_vllm"],
@@ -32,12 +32,12 @@ MADE = {
 USE = """
 import json, sys
 
-import cacheclip_app, cacheclip_eval, cacheclip_rag, langchain_cacheclip
+import cacheclip_app, cacheclip_eval, cacheclip_rag, cacheclip_train, langchain_cacheclip
 import llama_index.llms.cacheclip, llama_index.postprocessor.cacheclip
 from langchain_cacheclip import ChatCacheClip
 from llama_index.llms.cacheclip import CacheClipLLM
 
-modules = [cacheclip_app, cacheclip_eval, cacheclip_rag, langchain_cacheclip]
+modules = [cacheclip_app, cacheclip_eval, cacheclip_rag, cacheclip_train, langchain_cacheclip]
 modules += [llama_index.llms.cacheclip, llama_index.postprocessor.cacheclip]
 chunk = "Signing keys are rotated every ninety days by the operator who is on duty that week. " * 2
 found = {}

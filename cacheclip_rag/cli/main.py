@@ -22,6 +22,7 @@ from ..weights.pull import is_pulled, resolve
 from . import documents as app_cli
 from . import serve as serve_cli
 from . import store as store_cli
+from . import tune as tune_cli
 from .plain import plain
 
 
@@ -55,6 +56,7 @@ class _Lists(TyperCommand):
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
 app.add_typer(store_cli.app, name="store")
+app.add_typer(tune_cli.app, name="tune")
 app.command()(app_cli.ingest)
 app.command()(app_cli.ask)
 app.command(cls=serve_cli.Serve, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

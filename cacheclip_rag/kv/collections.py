@@ -7,7 +7,8 @@ from collections.abc import Collection as Container
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 
-from ..errors import StoreError
+from ..errors import NotComposable, StoreError
+from ..model.adapter import with_adapter
 from ..model.backbone import Backbone
 from ..prompt import ChunkIndex
 from ..store import LoadingCost, MemoryBudget
@@ -56,14 +57,32 @@ class Collections:
         self.auxiliary: Library | None = None
         self._encoder, self._place, self._kv_dtype = encoder, place, kv_dtype
         self._opened: dict[Encoder, Collection] = {}
+        self._adapted: dict[str, Backbone] = {}
         self._seen: dict[Collection, int] = {}
         self._prefix_caches: dict[PrefixCaching, PrefixCache] = {}
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
 
     @cached_property
     def main(self) -> Library:
         """The library of the engine's own encoder. Raises `NotComposable` for a model whose KV cannot be moved."""
-        return self.open_library(self.backbone, self._encoder)
+        return self.open_library(self.backbone_of(self._encoder), self._encoder)
+
+    def backbone_of(self, encoder: Encoder) -> Backbone:
+        """The model that encodes these chunks and answers from them: the engine's own, with the encoder's adapter
+        merged if it names one. An adapter is loaded once.
+
+        Raises `ConfigurationError` for a folder that holds no adapter of this model, `NotComposable` for a model that
+        takes none.
+        """
+        adapter: str | None = getattr(encoder, "adapter", None)
+        if adapter is None:
+            return self.backbone
+        if self.backbone.obstacle is not None:
+            raise NotComposable(f"an adapter is for composed prompts only, and {self.backbone.obstacle}")
+        with self._loading:
+            if adapter not in self._adapted:
+                self._adapted[adapter] = with_adapter(self.backbone, adapter)
+            return self._adapted[adapter]
 
     @property
     def cost(self) -> LoadingCost:
@@ -79,7 +98,8 @@ class Collections:
         """The collection of this encoder, opened if need be."""
         with self._lock:
             if encoder not in self._opened:
-                library = self.main if encoder == self._encoder else self.open_library(self.backbone, encoder)
+                model = self.backbone_of(encoder)
+                library = self.main if encoder == self._encoder else self.open_library(model, encoder)
                 self._opened[encoder] = Collection(library, self._place.memory)
                 self._register(library)
             return self._opened[encoder]

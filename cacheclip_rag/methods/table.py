@@ -102,6 +102,22 @@ _ROWS = [
         about="tokens whose keys deviate most from a full prefill's at layer 1 (CacheBlend, 2405.16444)",
     ),
     Method(
+        "blockattention",
+        KeyDeviation(),
+        _BARE,
+        recompute_ratio=0.0,
+        about="plain reuse with weights trained for it, by adapter=FOLDER; at a ratio, cacheblend's selection "
+        "(Block-Attention, 2409.15355)",
+    ),
+    Method(
+        "turborag",
+        KeyDeviation(),
+        _BARE,
+        recompute_ratio=0.0,
+        about="the same with TurboRAG's weights; positions=shared is its composite scheme, else the reordered one "
+        "(TurboRAG, 2410.07590)",
+    ),
+    Method(
         "droidspeak",
         KeyDeviation(),
         WithActivations(prefix=""),

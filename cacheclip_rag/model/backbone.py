@@ -30,7 +30,7 @@ from ..prompt import RenderedPrompt, Tokens
 from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, origin
 from .inference import inference, inferring
 from .layers import Layers, cache_argument
 from .packed import pack
@@ -372,6 +372,10 @@ class Backbone:
         if self._known is None or self._known[0] != state:
             self._known = state, fingerprint(self.model, self.config, self.texts.definition, self.dtype)
         return self._known[1]
+
+    def origin(self) -> dict[str, str]:
+        """What identifies this model to an adapter, whatever dtype it is in (see `fingerprint.origin`)."""
+        return origin(self.model, self.config, self.texts.definition)
 
     def state(self) -> State:
         """Another value once weights, mode, hooks or adapters have changed (see `state.state_of`)."""

@@ -37,6 +37,24 @@ def fingerprint(model: nn.Module, config: PretrainedConfig, tokenizer: str, dtyp
     }
 
 
+def origin(model: nn.Module, config: PretrainedConfig, tokenizer: str) -> dict[str, str]:
+    """What identifies a model whatever dtype it is loaded in: hashes of its weights rounded to bfloat16, of its
+    configuration and of its ``tokenizer`` (its definition in JSON).
+
+    An adapter says by it which model it was trained for. A model in float16 has other weights, rounded twice.
+    """
+    weights = xxhash.xxh3_128()
+    for name, parameter in sorted(model.state_dict().items()):
+        weights.update(f"{name}{tuple(parameter.shape)}".encode())
+        weights.update(parameter.detach().cpu().bfloat16().contiguous().view(-1).view(torch.uint8).numpy())
+    return {
+        "architecture": config.model_type,
+        "weights": weights.hexdigest(),
+        "config": config_digest(config),
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
+    }
+
+
 def config_digest(config: PretrainedConfig) -> str:
     """The sha256 (hex) of a model's configuration, without the fields that do not change its KV."""
     fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in _COSMETIC}

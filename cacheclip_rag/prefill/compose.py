@@ -145,7 +145,7 @@ class Composer:
         collection.preambles.keep(layout.ids, self._preamble(layout), canvas)
         self._report(report, placed, done)
         shift = int(placed.request.positions.max()) + 1 - len(layout)
-        step = self._backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
+        step = collection.library.backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
         return Prefill(layout, canvas, done.logits, report, step)
 
     def _in_full(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Prefill:
@@ -159,7 +159,8 @@ class Composer:
         assert done.logits is not None
         collection.preambles.keep(layout.ids, self._preamble(aligned.layout), canvas)
         self._report(report, placed, done)
-        return Prefill(layout, canvas, done.logits, report, self._backbone.on_canvas(canvas))
+        step = collection.library.backbone.on_canvas(canvas)
+        return Prefill(layout, canvas, done.logits, report, step)
 
     def _preamble(self, layout: Layout) -> int:
         """The rows before the first stored chunk, and before what was forgotten since the prompt was read."""
@@ -188,7 +189,7 @@ class Composer:
 
     def _place(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Placed:
         """Place the KV of the chunks on a canvas."""
-        backbone, method, reading = self._backbone, asked.method, aligned.reading
+        backbone, method, reading = collection.library.backbone, asked.method, aligned.reading
         loaded, layout = aligned.loaded, aligned.layout
         with report.timed("tokenise"):
             # A caller's question may contain lone surrogates, which no tokenizer takes; it must not fail the request.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kv.collections import Collections
 from ..model.backbone import Backbone
 from ..report import Report
 from .reading import Reading, workspace_size
@@ -14,11 +15,11 @@ from .sources import sources_of
 class Full:
     """The strategy ``full``. Chunks are recognised nevertheless, because control tokens inside them are plain text."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self._backbone = backbone
+    def __init__(self, collections: Collections) -> None:
+        self._collections = collections
 
     def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
-        backbone, layout = self._backbone, reading.layout()
+        backbone, layout = self._collections.backbone_of(request.method.encode), reading.layout()
         canvas = backbone.canvas(workspace_size(backbone, len(layout), request.room))
         with report.timed("recompute"):
             logits = backbone.forward(layout.ids, torch.arange(len(layout)), canvas)

@@ -39,7 +39,7 @@ class Harvest:
 
     def _cold(self, request: PrefillRequest, reading: Reading, variants: HarvestedVariants, report: Report) -> Prefill:
         """Full prefill; stores a variant of every chunk that is complete in the prompt."""
-        backbone = self._collections.backbone
+        backbone = self._collections.backbone_of(request.method.encode)
         layout, groups = reading.layout([(span, None) for span in reading.spans]), _chunk_of_rows(reading)
         canvas = backbone.canvas(workspace_size(backbone, len(layout), request.room))
         mass: ChunkMass | None = None

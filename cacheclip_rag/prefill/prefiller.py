@@ -38,7 +38,7 @@ class Prefiller:
         self._loader = Loader(collections)
         self._native = Native(collections.backbone)
         self.strategies: dict[str, Strategy] = {
-            "full": Full(collections.backbone),
+            "full": Full(collections),
             "prefix": Prefix(collections),
             "harvest": Harvest(collections, self._composer),
             "compose": Compose(collections, self._composer, self._loader),

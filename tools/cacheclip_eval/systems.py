@@ -79,14 +79,18 @@ VARIANTS = (
 
 ALL = "all"
 
+TRAINED = ("blockattention", "turborag")
+"""Methods that are plain reuse without trained weights."""
+
 
 def everything() -> list[str]:
     """Every registered method that reuses isolated or harvested chunks, and the `VARIANTS`.
 
     Full prefill always runs, prefix caching gives the same answers, and a method with fused variants needs a
-    ``context``.
+    ``context``; `TRAINED` ones need an adapter.
     """
-    plain = [name for name, m in METHODS.items() if m.strategy in ("compose", "harvest") and m.fit is None]
+    kinds = ("compose", "harvest")
+    plain = [n for n, m in METHODS.items() if m.strategy in kinds and m.fit is None and n not in TRAINED]
     return [*plain, *VARIANTS]
 
 

@@ -76,6 +76,8 @@ def options(given: Any, default: Method) -> Options:
 
 def refused(method: Method) -> str | None:
     """Why a method cannot be used inside vLLM, or None."""
+    if getattr(method.encode, "adapter", None) is not None:
+        return "the weights are the server's: start it with a model that the adapter is merged into"
     if method.strategy == "prefix":
         return "vLLM has a prefix cache of its own"
     if method.strategy == "full":

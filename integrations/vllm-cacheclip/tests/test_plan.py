@@ -12,7 +12,7 @@ from cacheclip_vllm.plan import Encode, Options, Place, Plan, needs_every_key, o
 
 from cacheclip_rag import methods
 from cacheclip_rag.errors import ConfigurationError
-from cacheclip_rag.methods import METHODS
+from cacheclip_rag.methods import METHODS, resolve
 
 AUTO = methods.resolve("auto")
 REFUSED = {
@@ -110,6 +110,10 @@ def test_a_method_that_vllm_cannot_run_is_refused_with_the_reason(name: str) -> 
     with pytest.raises(ConfigurationError) as caught:
         options({"method": name}, AUTO)
     assert f'"{name.split(":")[0]}"' in str(caught.value) and REFUSED[name] in str(caught.value)
+
+
+def test_an_adapter_is_refused_since_the_weights_are_the_servers() -> None:
+    assert "merged into" in str(refused(resolve("blockattention:adapter=folder")))
 
 
 def test_all_other_methods_of_the_table_are_accepted() -> None:

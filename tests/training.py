@@ -1,0 +1,60 @@
+"""Items, adapters and tasks for the tests of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cacheclip_eval.data import Item, Passage
+from cacheclip_train.blocks import Adapted
+from tiny import PASSAGES, QUESTION
+from torch import Tensor, nn
+
+from cacheclip_rag import Backbone
+from cacheclip_rag.methods import resolve
+
+ITEM = Item(
+    "one", QUESTION, ("Marguerite Okafor",), tuple(Passage(f"Part {n}", text) for n, text in enumerate(PASSAGES))
+)
+
+
+def adapter(backbone: Backbone, folder: Path, seed: int = 3, method: str = "blockattention") -> Adapted:
+    """An adapter of random weights, saved in ``folder`` without a card. It changes much of what the model says."""
+    adapted = Adapted(backbone, resolve(method), rank=4)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapted.trained.values():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    adapted.save(folder)
+    return adapted
+
+
+class Line:
+    """A `Task`: be near ten points around 0.3. ``fail``: the loss is NaN behind so many examples; ``stop``: Ctrl-C."""
+
+    examples = 10
+
+    def __init__(self, fail: int | None = None, stop: int | None = None, flat: bool = False) -> None:
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.seen, self.saved = 0, list[Sequence[Mapping[str, Any]]]()
+        self._fail, self._stop, self._flat = fail, stop, flat
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
+
+    def loss(self, example: int) -> tuple[Tensor, int]:
+        self.seen += 1
+        if self.seen == self._stop:
+            raise KeyboardInterrupt
+        wrong = float("nan") if self._fail is not None and self.seen > self._fail else 0.0
+        point = 0.3 + torch.cos(example * torch.tensor([1.0, 2.0]))
+        return (self.weight - point).square().mean() + wrong, 7
+
+    def held_out(self) -> dict[str, float]:
+        return {"loss": 1.0 if self._flat else float((self.weight - 0.3).detach().square().mean())}
+
+    def save(self, history: Sequence[Mapping[str, Any]]) -> None:
+        self.saved.append(list(history))

@@ -1,0 +1,59 @@
+"""The card of a trained folder: on what it was trained, for which model, and what it gained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cacheclip_rag.model.adapter import CARD
+from cacheclip_rag.store import files
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write ``card.json``, which the library checks, and ``README.md``, the same for readers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.publish(folder / "README.md", readme(card).encode())
+    files.publish(folder / CARD, json.dumps(card, indent=1, ensure_ascii=False).encode())
+
+
+def readme(card: Mapping[str, Any]) -> str:
+    """The card in Markdown."""
+    primary, data, training = card["primary"], card["data"], card["training"]
+    lines = [
+        f"# LoRA adapter of `{primary['name']}` for `{card['method']}`",
+        "",
+        f'```python\nEngine("{primary["name"]}", method="{card["method"]}:adapter=FOLDER")\n```',
+        "",
+        f"Written by cacheclip-rag {card['library']}, `cacheclip tune {card['kind']}`.",
+        "",
+        "## Trained on",
+        "",
+    ]
+    for name, documents in data["documents"].items():
+        counts = ", ".join(f"{len(titles)} to {part}" for part, titles in documents.items())
+        lines.append(f"- {name}: documents of the questions: {counts}")
+    lines += [
+        f"- {data['train']} questions to train on, {data['stop']} to stop by",
+        f"- {training['tokens']:,} tokens in {training['steps']} steps, {training['seconds'] / 3600:.2f} hours",
+        "",
+        "## What it gained",
+        "",
+        "Negative log-likelihood of the right answer per token, mean over the questions to stop by.",
+        "",
+        "| tokens | " + " | ".join(training["history"][0]["held_out"]) + " |",
+        "|---" * (1 + len(training["history"][0]["held_out"])) + "|",
+    ]
+    for row in training["history"]:
+        lines.append(f"| {row['tokens']:,} | " + " | ".join(f"{v:.3f}" for v in row["held_out"].values()) + " |")
+    if reported := card.get("report"):
+        lines += [
+            "",
+            "On questions about documents to report on, which decided nothing:",
+            "",
+            "| | loss |",
+            "|---|---|",
+        ]
+        lines += [f"| {name} | {value:.3f} |" for name, value in reported.items()]
+    return "\n".join(lines) + "\n"

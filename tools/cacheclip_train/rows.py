@@ -1,0 +1,101 @@
+"""One prompt with its answer as reuse of stored KV computes it, written as one forward with a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacheclip_rag.chunks import MIN_CHARS, canonical
+from cacheclip_rag.errors import PromptError
+from cacheclip_rag.methods import Method
+from cacheclip_rag.model.backbone import Backbone
+from cacheclip_rag.prefill.compose import shared_positions
+from cacheclip_rag.prefill.reading import read
+from cacheclip_rag.prefill.result import PrefillRequest
+from cacheclip_rag.prompt import ChunkIndex
+from cacheclip_rag.report import Report
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of one forward: ``ids [R]`` int64, RoPE ``positions [R]`` int64, and ``mask [R, R]`` bool, true where a
+    row may attend; None for the causal mask. The last ``answer`` rows are the answer's tokens.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    answer: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def full_rows(backbone: Backbone, prompt: str, answer: Tensor) -> Rows:
+    """The rows of a full prefill. ``answer [A]`` int64. Raises `PromptError` beyond the context length."""
+    ids = torch.cat([backbone.tokenise_prompt(prompt).ids, answer])
+    _check(backbone, len(ids))
+    return Rows(ids, torch.arange(len(ids)), None, len(answer))
+
+
+def rows_of(backbone: Backbone, method: Method, prompt: str, passages: Sequence[str], answer: Tensor) -> Rows:
+    """The rows of ``method`` at ratio 0, with ``passages`` encoded ahead as chunks; ``answer [A]`` int64.
+
+    A chunk is there as a whole, behind a copy of the encode prefix, at the positions it is placed at, and sees no
+    more than that. RoPE is relative, so its KV is what it would be anywhere else, moved. All other tokens of the prompt
+    and the answer see every token of the prompt before them, as far as chunks go the ones that stored KV is used of:
+    a token of a chunk that the prompt tokenises differently is seen by its own chunk only. Prompt and chunks are read
+    and aligned by the engine's own code. Raises `PromptError` beyond the context length.
+    """
+    index = ChunkIndex(backbone.quotes)
+    for text in passages:
+        if len(canonical(text)) >= MIN_CHARS:
+            index.add(canonical(text), canonical(text))
+    reading = read(backbone, index, PrefillRequest(prompt, method, 0.0), Report(method.name, 0.0))
+    tokens = [backbone.tokenise(span.key, plain=True) for span in reading.spans]
+    layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
+    count = len(layout)
+    _check(backbone, count + len(answer))
+    places = shared_positions(layout) if method.positions == "shared" else torch.arange(count)
+    prefix = method.encode.prefix_ids(backbone)
+
+    # By span and by the distance it is moved: one, unless the prompt tokenises the chunk's middle in another way.
+    moved: dict[tuple[int, int], list[tuple[int, slice]]] = {}
+    for number, row, part in layout.runs():
+        moved.setdefault((number, int(places[row]) - part.start), []).append((row, part))
+    ids, positions, slots, copies = [], [], [], []
+    for copy, ((number, start), runs) in enumerate(moved.items()):
+        chunk = tokens[number].ids
+        slot = torch.full((len(prefix) + len(chunk),), -1)
+        for row, part in runs:
+            slot[len(prefix) + part.start : len(prefix) + part.stop] = torch.arange(row, row + part.stop - part.start)
+        slot[slot == count - 1] = -1  # the last token is always computed
+        ids.append(torch.cat([prefix, chunk]))
+        positions.append(torch.arange(start - len(prefix), start + len(chunk)))
+        slots.append(slot)
+        copies.append(torch.full((len(slot),), copy))
+    held = layout.reusable.clone()
+    held[-1] = False
+    fresh = (~held).nonzero()[:, 0]
+    behind = torch.arange(len(answer))
+    ids += [layout.ids[fresh], answer]
+    positions += [places[fresh], int(places.max()) + 1 + behind]
+    slots += [fresh, count + behind]
+    copies.append(torch.full((len(fresh) + len(answer),), -1))
+    return Rows(torch.cat(ids), torch.cat(positions), _mask(torch.cat(slots), torch.cat(copies)), len(answer))
+
+
+def _mask(slots: Tensor, copies: Tensor) -> Tensor:
+    """``slots [R]``: a row's place in the prompt, -1 without one; ``copies [R]``: its chunk, -1 for a computed row."""
+    order = torch.arange(len(slots))
+    inside = (copies[:, None] == copies) & (order <= order[:, None])
+    before = (slots >= 0) & (slots <= slots[:, None])
+    return torch.where(copies[:, None] >= 0, inside, before)
+
+
+def _check(backbone: Backbone, length: int) -> None:
+    if length > backbone.context_length:
+        raise PromptError(f"{length:,} tokens exceed the model's context length of {backbone.context_length:,}")
