@@ -278,14 +278,27 @@ def test_a_part_of_a_chunk_is_weighed_against_the_whole_file(tmp_path: Path) -> 
     assert [use.missing is None for use in (*whole, *part, *twice)] == [True, False, True, True]
 
 
-def test_chunks_are_loaded_while_a_request_waits_for_the_model(tmp_path: Path) -> None:
+def test_others_use_the_model_while_chunks_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose files take long holds up nobody, and has its chunks before its turn."""
     with Engine(tiny_backbone(), store=tmp_path) as engine:
         engine.ensure(PASSAGES)
     with Engine(engine.backbone, store=tmp_path) as engine:
-        keys = [engine.library.key(text) for text in PASSAGES]
-        prompt = prompt_of(engine, PASSAGES)
-        engine.prefiller.read(request_of(engine, prompt), report_of(engine))
-        arrive(engine, keys)
+        began, go_on, get = threading.Event(), threading.Event(), DiskStore.get
+
+        def slow(self: DiskStore, key: str) -> ChunkKV | None:
+            began.set()
+            assert go_on.wait(60)
+            return get(self, key)
+
+        def other() -> int:
+            assert began.wait(60)
+            ids = engine.generate("Who drove the last train?", max_new_tokens=4).ids
+            go_on.set()
+            return len(ids)
+
+        monkeypatch.setattr(DiskStore, "get", slow)
+        answer, count = in_threads(lambda: engine.generate(prompt_of(engine, PASSAGES), max_new_tokens=4), other)
+    assert count == 4 and answer.report.reused > 0 and not answer.report.fallbacks
 
 
 def test_a_hint_loads_the_variants_that_the_prompt_will_take(tmp_path: Path) -> None:
