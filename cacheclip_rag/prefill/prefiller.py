@@ -82,9 +82,8 @@ class Prefiller:
             _fall_back(report, error)
             again = read(self._backbone, self._collections.index, replace(request, hints=None), report)
             return replace(again, failed=True)
-        if (
-            reading.loads is not None and not request.method.select.needs_auxiliary
-        ):  # an auxiliary model scores meanwhile
+        scores = request.method.select.needs_auxiliary  # an auxiliary model on another device does so meanwhile
+        if reading.loads is not None and not scores:
             with report.timed("load"):
                 reading.loads.wait()
         return reading
