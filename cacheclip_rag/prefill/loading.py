@@ -1,10 +1,10 @@
-"""Loads a prompt's chunks in threads, while its text is still tokenised and while it waits for the model."""
+"""Loads a prompt's chunks in threads, while its text is still tokenised and while others use the model."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +29,10 @@ class Loads:
     texts: Sequence[str]
     look_up: Sequence[Callable[[], ChunkKV | None]]
     begun: Sequence[Future[ChunkKV | None] | None]
+
+    def wait(self) -> None:
+        """Wait for what was begun."""
+        wait([future for future in self.begun if future is not None])
 
     def chunk(self, number: int) -> ChunkKV | None:
         """The chunk, which is waited for. What was stored or forgotten since it was begun counts. Raises

@@ -65,8 +65,9 @@ class Prefiller:
             self._loader.announce(texts, method)
 
     def read(self, request: PrefillRequest, report: Report) -> Reading:
-        """Recognise and tokenise a request's prompt (see `reading.read`), and begin to load its chunks. If that fails,
-        it is tried once more, for a full prefill: which parts of a prompt are documents must be known for it, too.
+        """Recognise and tokenise a request's prompt (see `reading.read`), and load its chunks, so that nobody waits for
+        them with the lock. If that fails, it is tried once more, for a full prefill: which parts of a prompt are
+        documents must be known for it, too.
         """
 
         def load(spans: Sequence[Span], tokens: Tokens) -> Loads | None:
@@ -74,13 +75,18 @@ class Prefiller:
             return self._loader.begin_for(spans, tokens, request.method) if reused and spans else None
 
         try:
-            return read(self._backbone, self._collections.index, request, report, load)
+            reading = read(self._backbone, self._collections.index, request, report, load)
         except PromptError:
             raise
         except Exception as error:
             _fall_back(report, error)
             again = read(self._backbone, self._collections.index, replace(request, hints=None), report)
             return replace(again, failed=True)
+        scores = request.method.select.needs_auxiliary  # an auxiliary model on another device does so meanwhile
+        if reading.loads is not None and not scores:
+            with report.timed("load"):
+                reading.loads.wait()
+        return reading
 
     def __call__(self, request: PrefillRequest, reading: Reading, report: Report) -> Prefill:
         """Prefill a request whose prompt was read, and fill in its report.
