@@ -41,9 +41,9 @@ HERE = Path(__file__).parent
 class System:
     """``module``: in the folder systems; ``environment``: of a peer, see `environments.ENVIRONMENTS`.
 
-    ``ablation``: a part off, or an option on; measured at 2,000 tokens and one user only, unless --only names it. ``guess``: seconds that a prompt
-    token, and a token of the answer, take a model of 0.5 billion parameters on two cores, to say how long a run takes
-    before anything was measured.
+    ``ablation``: a part off, or an option on; measured at 2,000 tokens and one user only, unless --only names it.
+    ``guess``: seconds that a prompt token, and a token of the answer, take a model of 0.5 billion parameters on two
+    cores, to say how long a run takes before anything was measured.
     """
 
     module: str

@@ -89,7 +89,7 @@ def test_layers_that_the_kernel_does_not_take_and_adapters_read_their_own_weight
     class Adapter(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Linear(GROUP - 2, 32), nn.Linear(32, 40), Adapter(40, 32))
+    model = nn.Sequential(nn.Linear(GROUP - 2, 64), Adapter(64, 32), nn.Linear(32, 40))
     x = torch.randn(1, GROUP - 2)
     own = model(x)
     assert DecodeWeights(model).nbytes == 0
