@@ -118,7 +118,7 @@ def compare(path: Path, items: Sequence[Item], tokens: int) -> Iterator[str]:
     equal = sum(one.ids == other.ids for one, other in zip(said, again, strict=True))
     assert four.backbone.decode_weights is not None
     size = four.backbone.decode_weights.nbytes / (1 << 20)
-    yield f"{len(items)} questions, {len(each)} tokens; 4 bits: {size:.0f} MiB more, loaded in {loading:.0f} CPU seconds\n"
+    yield f"{len(items)} questions, {len(each)} tokens; 4 bits: {size:.0f} MiB more, {loading:.0f} CPU s to load\n"
     yield "| | CPU time of a step | F1 |"
     yield "|---|---|---|"
     for name, steps, texts in (("the model's own weights", expected, said), ("4 bits", ours, again)):
