@@ -41,9 +41,9 @@ HERE = Path(__file__).parent
 class System:
     """``module``: in the folder systems; ``environment``: of a peer, see `environments.ENVIRONMENTS`.
 
-    ``ablation``: measured at 2,000 tokens and one user only, unless --only names it. ``guess``: seconds that a prompt
-    token, and a token of the answer, take a model of 0.5 billion parameters on two cores, to say how long a run takes
-    before anything was measured.
+    ``ablation``: a part off, or an option on; measured at 2,000 tokens and one user only, unless --only names it.
+    ``guess``: seconds that a prompt token, and a token of the answer, take a model of 0.5 billion parameters on two
+    cores, to say how long a run takes before anything was measured.
     """
 
     module: str
@@ -59,6 +59,7 @@ SYSTEMS = {
     "cacheclip": System("embedded", ENGINE),
     "cacheclip, no prompt lookup": System("embedded", {**ENGINE, "prompt_lookup": 0}, ablation=True),
     "cacheclip, unpacked weights": System("embedded", {**ENGINE, "backbone": {"packed": False}}, ablation=True),
+    "cacheclip, 4 bits": System("embedded", {**ENGINE, "backbone": {"decode_weights": "int4"}}, ablation=True),
     "cacheclip, nothing reused": System(
         "embedded", {**ENGINE, "request": {"recompute_ratio": 1.0}}, ablation=True, guess=(0.004, 0.12)
     ),

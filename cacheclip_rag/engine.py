@@ -30,6 +30,8 @@ from .kv.prefix_caching import PrefixCache
 from .methods import Method
 from .methods.auxiliary import Auxiliary
 from .model.backbone import Backbone
+from .model.decode_weights import Format
+from .model.decode_weights import check as check_format
 from .prefill.answering import Answering
 from .prefill.prefiller import Prefiller
 from .prefill.result import Prefill, PrefillRequest
@@ -94,6 +96,7 @@ class Engine:
         require_verified: bool = False,
         max_requests: int = 16,
         prompt_lookup: int = 10,
+        decode_weights: Format = "auto",
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
@@ -116,6 +119,8 @@ class Engine:
         is being read, another one is admitted beyond the limit, so that they do not wait for one another.
         ``prompt_lookup``: how many tokens are drafted at a time from where the latest ones stood before, in the prompt
         or the answer, and verified by one forward (see `serving.lookup`); 0 for none. It changes no answer.
+        ``decode_weights``: "int4" lets decoding steps of few rows read a second copy of the weights, in 4 bits, on a
+        CPU; it changes answers (docs/decoding.md says how much). A loaded `Backbone` has been told already.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -132,7 +137,7 @@ class Engine:
             raise ConfigurationError(f"max_requests must be at least 1, not {max_requests}")
         if prompt_lookup < 0:
             raise ConfigurationError(f"prompt_lookup must be at least 0 (no drafts), not {prompt_lookup}")
-        self.backbone = _backbone(model, dtype, device)
+        self.backbone = _backbone(model, dtype, device, decode_weights)
         self.composable = self.backbone.obstacle is None
         if not self.composable and on_uncomposable == "error":
             raise NotComposable(f'{self.backbone.obstacle}; on_uncomposable="prefill" serves it without reuse')
@@ -568,7 +573,18 @@ def _check_prompt(prompt: Any) -> None:
         raise PromptError("the prompt is empty")
 
 
-def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:
-    return (
-        model if isinstance(model, Backbone) else Backbone.load(resolve_weights(str(model)), dtype=dtype, device=device)
-    )
+def _backbone(
+    model: str | Path | Backbone,
+    dtype: torch.dtype | str,
+    device: str | torch.device,
+    decode_weights: Format = "auto",
+) -> Backbone:
+    check_format(decode_weights)
+    if not isinstance(model, Backbone):
+        path = resolve_weights(str(model))
+        return Backbone.load(path, dtype=dtype, device=device, decode_weights=decode_weights)
+    if decode_weights != "auto" and model.decode_weights is None:
+        raise ConfigurationError(
+            f'this Backbone was loaded without 4-bit weights: Backbone.load(..., decode_weights="{decode_weights}")'
+        )
+    return model

@@ -30,6 +30,7 @@ from ..prompt import RenderedPrompt, Tokens
 from .attention import AUTO
 from .canvas import Canvas
 from .composability import obstacle_of
+from .decode_weights import DecodeWeights, Format, check, decoding
 from .fingerprint import fingerprint, origin
 from .inference import inference, inferring
 from .layers import Layers, cache_argument
@@ -67,6 +68,8 @@ class Backbone:
             self.computer.head_dim,
         )
         self._known: tuple[State, dict[str, str]] | None = None
+        self.decode_weights: DecodeWeights | None = None
+        """The copies of weights that decoding steps of few rows read; None if they read the model's own."""
         self.obstacle: str | None = obstacle_of(self.computer)
         """Why chunks cannot be composed with this model, or None."""
         if self.obstacle is None:
@@ -81,15 +84,21 @@ class Backbone:
         device: str | torch.device = "auto",
         attention: str = AUTO,
         packed: bool = True,
+        decode_weights: Format = "auto",
     ) -> Backbone:
         """Load a model from a folder.
 
         ``dtype="auto"`` takes bfloat16 if the hardware multiplies it natively, else float32; ``attention="auto"`` takes
         the Triton kernel on a GPU that runs it, else PyTorch's attention. PyTorch's threads are limited to the CPUs
         that this process may use (see `threads`). ``packed``: on a CPU, keep bfloat16 weights in the layout that its
-        kernels read, which doubles the speed of decoding; False leaves them trainable (see `packed`). Raises
-        `WeightsError` unless the folder holds a causal language model with a fast tokenizer.
+        kernels read, which doubles the speed of decoding; False leaves them trainable (see `packed`).
+        ``decode_weights``: "int4" keeps a second copy of them in 4 bits for decoding steps of few rows (see
+        `decode_weights`), on a CPU.
+
+        Raises `WeightsError` unless the folder holds a causal language model with a fast tokenizer, and
+        `ConfigurationError`.
         """
+        check(decode_weights)
         fit_threads()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +118,8 @@ class Backbone:
             known = backbone.fingerprint()  # of packed weights it would take a copy of all of them
             pack(backbone.model)
             backbone._known = backbone.state(), known
+        if decode_weights == "int4":
+            backbone.decode_weights = DecodeWeights(backbone.model)
         return backbone
 
     # ---- texts ----------------------------------------------------------------------------------------------------
@@ -339,7 +350,8 @@ class Backbone:
         def step(tokens: Tensor, row: int) -> Tensor:
             ids = tokens.to(self.device)[None]
             positions = torch.arange(row, row + len(tokens), device=self.device)[None]
-            output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache})
+            with decoding():
+                output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache})
             return output.logits[0].float()
 
         return output.logits[0].float(), step

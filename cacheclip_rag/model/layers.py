@@ -19,6 +19,7 @@ from ..compute import Part, Rotation, StopForward
 from ..errors import ConfigurationError, NotComposable
 from .attention import AUTO, IMPLEMENTATIONS, SharedRows, SparseRows, choose
 from .canvas import Canvas
+from .decode_weights import decoding
 from .inference import inferring
 from .rotary import PerTokenRotation, Rotary
 from .together import SharedCanvas
@@ -163,7 +164,8 @@ class Layers:
         its rows. The parts have token ids, distinct canvases and no hooks.
         """
         if len(parts) == 1:
-            alone = self.forward_one(parts[0], logits=len(parts[0].rows))
+            with decoding():
+                alone = self.forward_one(parts[0], logits=len(parts[0].rows))
             assert alone is not None
             return [alone]
         each, cache = [self._inputs(part, pausing=False) for part in parts], cache_argument(self.model)
@@ -174,7 +176,7 @@ class Layers:
             "use_cache": True,
             "cacheclip": shared,
         }
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), decoding():
             logits = self.model(**kwargs, logits_to_keep=0).logits[0].float()
         return list(logits.split([len(part.rows) for part in parts]))
 
