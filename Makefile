@@ -129,10 +129,10 @@ neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 
 report: setup  ## DATA=folder: six systems on the questions kept for reporting (nine core-hours; resumable)
 	@$(RUN)/python benchmarks/report.py $(DATA) --out $(RESULTS)/report-1.5b.jsonl
 
-LADDER = naive auto@0.1:fused=False auto@0.15:fused=False auto@0.3:fused=False auto@0.6:fused=False infoflow@0.15 \
-	auto@0.15:carry=0,fused=False
+LADDER = auto@0.15:fused=False $(foreach q,last both,auto@0.15:fused=False$(COMMA)queries=$(q)) naive \
+	$(foreach r,0.3 0.1,auto@$(r):fused=False$(COMMA)queries=both) infoflow@0.15
 ladder: setup  ## DATA=folder: ideas on the questions for choosing, with the small model (an hour; resumable)
-	@$(RUN)/python benchmarks/report.py $(DATA) --half choosing --model qwen2.5-coder-0.5b-instruct --items 40 \
+	@$(RUN)/python benchmarks/report.py $(DATA) --half choosing --model qwen2.5-coder-0.5b-instruct --items 16 \
 		--sets hotpotqa_distractor nq_multidoc 2wikimultihopqa --methods $(LADDER) --out $(RESULTS)/ladder-0.5b.jsonl
 
 analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn (some twenty minutes)

@@ -23,6 +23,8 @@ import paths
 from analyses import table
 from cacheclip_eval import plots
 from cacheclip_eval.figures import summary
+from cacheclip_eval.retained import retained
+from cacheclip_eval.retained import table as kept
 from cacheclip_eval.tables import compare, summarise
 from pages import DOCS, RESULTS, copies, fill
 from pooled import pooled
@@ -193,6 +195,12 @@ def pareto(rows: Path) -> None:
         figure.savefig(DOCS / "figures" / "pareto.svg", metadata={"Date": None})
 
 
+def ladder(file: Path) -> str:
+    """What the ladder's systems keep of full prefill, its sets with equal weights."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return kept(retained(map(json.loads, lines), COLD), "today's")
+
+
 def speed() -> dict[str, str]:
     """Tables of the rows of `benchmarks/speed.py`: speedups, time by stage, ingestion and memory."""
     found = [
@@ -259,6 +267,7 @@ def tables(rows: dict[str, Path], folder: Path) -> dict[str, str]:
         "quality-minus-naive": compare(rows["quality-1.5b"], "naive"),
         "fusion": summarise(common(rows["fusion-1.5b"], folder)),
         "paths": paths.table(),
+        "ladder": ladder(rows["ladder-0.5b"]),
         **speed(),
     }
     for name in ("exact", "unseen", "fresh", "scales", "tuned", "recipe", "neighbours"):
@@ -275,7 +284,7 @@ def main() -> None:
     args = parser.parse_args()
     pages = [page for page in sorted(RESULTS.glob("*.md")) if page.name != "analyses.md"]
     with tempfile.TemporaryDirectory() as folder:
-        rows = copies([f"{name}-1.5b" for name in ROWS], Path(folder))
+        rows = copies([*(f"{name}-1.5b" for name in ROWS), "ladder-0.5b"], Path(folder))
         changed = fill([*pages, DOCS / "results.md"], tables(rows, Path(folder)), check=args.check)
         if not args.check:
             pareto(finished(rows["methods-1.5b"], Path(folder))[0])
