@@ -29,6 +29,7 @@ from .kv.library import KVDtype, Library
 from .kv.prefix_caching import PrefixCache
 from .methods import Method
 from .methods.auxiliary import Auxiliary
+from .model.adapter import check_fitted
 from .model.backbone import Backbone
 from .prefill.answering import Answering
 from .prefill.prefiller import Prefiller
@@ -45,7 +46,7 @@ from .serving.sampling import EFFECTIVE, check, decoding
 from .serving.stats import Stats, Tally, total
 from .store import Documents, Place, Remote
 from .weights import verified
-from .weights.pull import resolve as resolve_weights
+from .weights.opened import open_backbone
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -180,8 +181,12 @@ class Engine:
         """Load an auxiliary model, which selects tokens; assign it to `auxiliary` to use it.
 
         Its chunks are encoded behind the shared prefix, whatever encoding the primary model's chunks have: only its
-        attention scores are used. Raises `NotComposable`, `WeightsError`.
+        attention scores are used. ``model`` may be a folder that `cacheclip tune auxiliary` wrote; one that was fitted
+        to another model than this engine's is used with a warning in the log. Raises `NotComposable`, `WeightsError`,
+        `ConfigurationError`.
         """
+        if not isinstance(model, Backbone):
+            check_fitted(model, self.backbone)
         return Auxiliary(self.collections.open_library(_backbone(model, dtype, device), Isolated(prefix)))
 
     @property
@@ -564,6 +569,4 @@ def _check_prompt(prompt: Any) -> None:
 
 
 def _backbone(model: str | Path | Backbone, dtype: torch.dtype | str, device: str | torch.device) -> Backbone:
-    return (
-        model if isinstance(model, Backbone) else Backbone.load(resolve_weights(str(model)), dtype=dtype, device=device)
-    )
+    return model if isinstance(model, Backbone) else open_backbone(model, dtype, device)

@@ -33,11 +33,16 @@ def library_version() -> str:
         return "0+unknown"
 
 
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a LoRA adapter in peft's format."""
+    return (Path(folder) / _CONFIG).is_file()
+
+
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The card of a trained folder; empty without one. Raises `ConfigurationError` for a damaged card."""
     try:
         card = json.loads((Path(folder) / CARD).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{Path(folder) / CARD} cannot be read: {error}") from error
@@ -65,6 +70,13 @@ def check_card(card: Mapping[str, Any], backbone: Backbone, folder: str | Path) 
         )
     if (theirs := card.get("library")) != library_version():
         log.warning("%s was trained with cacheclip-rag %s, this is %s", folder, theirs, library_version())
+
+
+def check_fitted(folder: str | Path, backbone: Backbone) -> None:
+    """Logs a warning if ``folder`` is an auxiliary model's that was fitted to another model than ``backbone``'s."""
+    fitted = read_card(folder).get("fitted_to")
+    if isinstance(fitted, dict) and any(fitted.get(name) != value for name, value in backbone.origin().items()):
+        log.warning("%s was fitted to another model, %s: it may select worse here", folder, fitted.get("name"))
 
 
 def twin(model: PreTrainedModel, apart: Container[str] = ()) -> PreTrainedModel:
