@@ -29,6 +29,7 @@ from .kv.library import KVDtype, Library
 from .kv.prefix_caching import PrefixCache
 from .methods import Method
 from .methods.auxiliary import Auxiliary
+from .methods.head import read_head
 from .model.adapter import check_fitted
 from .model.backbone import Backbone
 from .prefill.answering import Answering
@@ -181,13 +182,15 @@ class Engine:
         """Load an auxiliary model, which selects tokens; assign it to `auxiliary` to use it.
 
         Its chunks are encoded behind the shared prefix, whatever encoding the primary model's chunks have: only its
-        attention scores are used. ``model`` may be a folder that `cacheclip tune auxiliary` wrote; one that was fitted
+        attention scores are used. ``model`` may be a folder that `cacheclip tune` wrote; one that was fitted
         to another model than this engine's is used with a warning in the log. Raises `NotComposable`, `WeightsError`,
         `ConfigurationError`.
         """
-        if not isinstance(model, Backbone):
-            check_fitted(model, self.backbone)
-        return Auxiliary(self.collections.open_library(_backbone(model, dtype, device), Isolated(prefix)))
+        backbone, head = _backbone(model, dtype, device), None
+        if backbone.trained is not None:
+            check_fitted(backbone.trained, self.backbone)
+            head = read_head(backbone.trained)
+        return Auxiliary(self.collections.open_library(backbone, Isolated(prefix)), head)
 
     @property
     def auxiliary(self) -> Auxiliary | None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from cacheclip_eval.data import Passage, prompt
 from cacheclip_train.lora import Lora
-from cacheclip_train.selection import KEEPING, Selection, Teacher, kl
+from cacheclip_train.selection import KEEPING, Selection
+from cacheclip_train.teacher import Teacher, kl
 from oracles import distance, own
 from test_tune import items, tune, write
 from tiny import PASSAGES, tiny_backbone
@@ -77,7 +78,7 @@ def test_a_target_keeps_its_mass_between_tokenizers(smollm2):
         p, q, _ = selection.compared(item)
     assert float(p.sum()) == pytest.approx(1.0, abs=1e-4) and float(q.sum()) == pytest.approx(1.0, abs=1e-4)
     tokens = [len(smollm2.tokenise(passage.chunk)) for passage in passages]
-    masses = list(selection.target(item).values())
+    masses = list(selection.targets.of(item).values())
     shares = torch.tensor([float(mass.sum()) for mass in masses]) / sum(float(mass.sum()) for mass in masses)
     assert torch.allclose(torch.stack([part.sum() for part in p.split(tokens)]), shares, atol=1e-2)
     assert float(kl(p, p)) == 0.0 and float(kl(p, q)) > 0.0
@@ -116,7 +117,7 @@ def test_the_folder_is_an_auxiliary_model(trained, stand_in, smollm2, caplog):
 
 def test_an_adapter_without_a_card_stands_for_no_model(tmp_path):
     fitted("last").lora.save(tmp_path)
-    with pytest.raises(ConfigurationError, match="whose card names no model"):
+    with pytest.raises(ConfigurationError, match="no card that names its model"):
         Engine(tiny_backbone(), auxiliary=tmp_path)
 
 

@@ -38,6 +38,11 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / _CONFIG).is_file()
 
 
+def is_trained(folder: str | Path) -> bool:
+    """Whether a folder holds what `cacheclip tune` trains of a model, and not a model."""
+    return is_adapter(folder) or ((Path(folder) / CARD).is_file() and not (Path(folder) / "config.json").exists())
+
+
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The card of a trained folder; empty without one. Raises `ConfigurationError` for a damaged card."""
     try:
@@ -72,7 +77,7 @@ def check_card(card: Mapping[str, Any], backbone: Backbone, folder: str | Path) 
         log.warning("%s was trained with cacheclip-rag %s, this is %s", folder, theirs, library_version())
 
 
-def check_fitted(folder: str | Path, backbone: Backbone) -> None:
+def check_fitted(folder: Path, backbone: Backbone) -> None:
     """Logs a warning if ``folder`` is an auxiliary model's that was fitted to another model than ``backbone``'s."""
     fitted = read_card(folder).get("fitted_to")
     if isinstance(fitted, dict) and any(fitted.get(name) != value for name, value in backbone.origin().items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Blocks:
         backbone = self.lora.backbone
         text, end = prompt(item, backbone), backbone.tokenizer.eos_token_id
         ends = torch.tensor([] if end is None else [end], dtype=torch.long)
-        answer = torch.cat([backbone.tokenise(item.answers[0], plain=True).ids, ends])
+        given = next(answer.strip() for answer in item.answers if answer.strip())
+        answer = torch.cat([backbone.tokenise(given, plain=True).ids, ends])
         passages = [passage.chunk for passage in item.passages]
         return rows_of(backbone, self._method, text, passages, answer) if apart else full_rows(backbone, text, answer)
 
@@ -61,6 +63,12 @@ class Blocks:
             for untuned in (True, False):
                 found[f"{'untuned' if untuned else 'tuned'}, {name}"] = self.mean_loss(rows, untuned)
         return found
+
+    def save(self, folder: Path) -> None:
+        self.lora.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.lora.load(folder)
 
     def loss(self, rows: Rows) -> Tensor:
         answer = rows.ids[-rows.answer :].to(self.lora.backbone.device)

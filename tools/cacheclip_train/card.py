@@ -23,7 +23,7 @@ def readme(card: Mapping[str, Any]) -> str:
     fitted = f", fitted to `{card['fitted_to']['name']}`" if "fitted_to" in card else ""
     names = list(training["history"][0]["held_out"])
     lines = [
-        f"# LoRA adapter of `{model}`{fitted}",
+        f"# {'Head on' if card['kind'] == 'head' else 'LoRA adapter of'} `{model}`{fitted}",
         "",
         f"Use it as `{card['uses']}`. Written by cacheclip-rag {card['library']}, `cacheclip tune {card['kind']}`.",
         "",

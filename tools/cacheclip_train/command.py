@@ -12,7 +12,7 @@ import torch
 from cacheclip_eval.data import Item, spread
 from cacheclip_eval.sources import Source, sources
 
-from cacheclip_rag.errors import ConfigurationError
+from cacheclip_rag.errors import ConfigurationError, NotComposable
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.adapter import library_version, read_card
 from cacheclip_rag.model.backbone import Backbone, best_dtype
@@ -21,9 +21,11 @@ from cacheclip_rag.weights.pull import resolve as resolve_weights
 from .blocks import Blocks
 from .card import write_card
 from .data import split
+from .head import Head
 from .loop import Outcome, Settings, Show, Task, train
 from .lora import Lora
-from .selection import KEEPING, Selection, Teacher
+from .selection import KEEPING, Selection
+from .teacher import Teacher
 
 SCHEMES = {"blockattention": True, "turborag": False}
 """The methods whose weights `tune blocks` trains, and whether full attention is trained jointly."""
@@ -35,7 +37,6 @@ class Trainee(Protocol):
     """What a command trains. ``unit``: what its losses are, for the card."""
 
     unit: str
-    lora: Lora
 
     def fits(self, item: Item) -> bool:
         """Whether an item can be trained on: its prompt is within the context length."""
@@ -47,12 +48,18 @@ class Trainee(Protocol):
     def report(self, items: Sequence[Item]) -> Mapping[str, float]:
         """Losses tuned and untuned, by name."""
 
+    def save(self, folder: Path) -> None:
+        """Write what is trained."""
+
+    def load(self, folder: Path) -> None:
+        """Take what `save` wrote."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """What to train. ``kind``: the command; ``uses``: the method string, with ``FOLDER`` for the result; ``options``:
     those of this kind, part of the training's identity; ``open``: loads the models. ``stop_items``: how many held-out
-    questions are looked at; ``hours``: of this run.
+    questions are looked at; ``hours``: of this run; ``answers``: whether questions need one.
     """
 
     kind: str
@@ -66,6 +73,7 @@ class Plan:
     report_documents: int = 6
     stop_items: int = 32
     hours: float | None = None
+    answers: bool = True
 
 
 def blocks(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
@@ -82,7 +90,7 @@ def blocks(data: Sequence[str], out: Path, settings: Settings, options: Mapping[
     uses = f"{method}{',' if ':' in method else ':'}adapter=FOLDER"
 
     def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
-        lora = _lora(options["model"], options, settings)
+        lora = _lora(options["model"], plan)
         card = {"primary": {"name": options["model"], **lora.backbone.origin()}}
         return Blocks(lora, recipe, options["joint"]), card
 
@@ -98,17 +106,36 @@ def auxiliary(data: Sequence[str], out: Path, settings: Settings, options: Mappi
     uses = f"cacheclip:auxiliary=FOLDER{'' if options['layers'] == 'last' else ',layers=upper'}"
 
     def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
-        primary = Backbone.load(resolve_weights(options["model"]))
-        if primary.obstacle is not None:
-            raise ConfigurationError(f"{primary.obstacle}: no method selects tokens for it")
-        lora = _lora(options["auxiliary"], options, settings, KEEPING)
-        card = {
-            "primary": {"name": options["auxiliary"], **lora.backbone.origin()},
-            "fitted_to": {"name": options["model"], **primary.origin()},
-        }
-        return Selection(lora, Teacher(primary), options["layers"]), card
+        teacher, lora = _teacher(plan), _lora(options["auxiliary"], plan, KEEPING)
+        return Selection(lora, teacher, options["layers"]), _fitted(plan, teacher, lora.backbone)
 
-    return _plan("auxiliary", uses, data, out, settings, options, opened, **more)
+    return _plan("auxiliary", uses, data, out, settings, options, opened, answers=False, **more)
+
+
+def head(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of ``tune head``. ``options``: model (the primary), auxiliary, hidden (rows). Raises
+    `ConfigurationError`.
+    """
+
+    def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
+        teacher, backbone = _teacher(plan), Backbone.load(resolve_weights(options["auxiliary"]), dtype="float32")
+        return Head(backbone, teacher, options["hidden"], settings.seed), _fitted(plan, teacher, backbone)
+
+    return _plan("head", "cacheclip:auxiliary=FOLDER", data, out, settings, options, opened, answers=False, **more)
+
+
+def _teacher(plan: Plan) -> Teacher:
+    primary = Backbone.load(resolve_weights(plan.options["model"]))
+    if primary.obstacle is not None:
+        raise NotComposable(f"{primary.obstacle}: no method selects tokens for it")
+    return Teacher(primary)
+
+
+def _fitted(plan: Plan, teacher: Teacher, auxiliary: Backbone) -> dict[str, Any]:
+    return {
+        "primary": {"name": plan.options["auxiliary"], **auxiliary.origin()},
+        "fitted_to": {"name": plan.options["model"], **teacher.backbone.origin()},
+    }
 
 
 def _plan(
@@ -131,10 +158,10 @@ def _plan(
     return Plan(kind, uses, found, out, settings, options, opened, **more)
 
 
-def _lora(name: str, options: Mapping[str, Any], settings: Settings, attention: str = "sdpa") -> Lora:
-    backbone, mixed = Backbone.load(resolve_weights(name), dtype="float32"), options["mixed"]
+def _lora(name: str, plan: Plan, attention: str = "sdpa") -> Lora:
+    backbone, mixed = Backbone.load(resolve_weights(name), dtype="float32"), plan.options["mixed"]
     mixed = best_dtype(backbone.device) == torch.bfloat16 if mixed is None else mixed
-    return Lora(backbone, options["rank"], settings.seed, mixed, attention)
+    return Lora(backbone, plan.options["rank"], plan.settings.seed, mixed, attention)
 
 
 def execute(plan: Plan, show: Show) -> Outcome:
@@ -143,7 +170,7 @@ def execute(plan: Plan, show: Show) -> Outcome:
     The adapter is the best so far, also while training goes on. Raises what `train` and `split` raise.
     """
     sets = {source.name: source.all() for source in plan.sources}
-    parts = split(sets, plan.stop_documents, plan.report_documents, plan.settings.seed)
+    parts = split(sets, plan.stop_documents, plan.report_documents, plan.settings.seed, plan.answers)
     show("opening the model", 0, 0)
     trainee, models = plan.open(plan)
     items = {
@@ -153,10 +180,9 @@ def execute(plan: Plan, show: Show) -> Outcome:
     for name, found in items.items():
         if not found:
             raise ConfigurationError(f"no question to {name} fits the model's context length: ?passages=4 takes fewer")
-    settings = {**plan.options, "mixed": trainee.lora.mixed}
     identity = {
         "kind": plan.kind,
-        **settings,
+        **plan.options,
         **models,
         "documents": parts.documents,
         "items": {name: [item.id for item in found] for name, found in items.items()},
@@ -165,7 +191,7 @@ def execute(plan: Plan, show: Show) -> Outcome:
     _write_items(plan.out / HELD_OUT, parts.report)
 
     def save(history: Sequence[Mapping[str, Any]]) -> None:
-        trainee.lora.save(plan.out)
+        trainee.save(plan.out)
         counts = {name: len(found) for name, found in items.items()} | {"report": len(parts.report)}
         training = {name: history[-1][name] for name in ("step", "tokens", "seconds")}
         card = {
@@ -175,7 +201,7 @@ def execute(plan: Plan, show: Show) -> Outcome:
             "library": library_version(),
             **models,
             "data": {"documents": parts.documents, **counts},
-            "settings": {**asdict(plan.settings), **settings},
+            "settings": {**asdict(plan.settings), **plan.options},
             "training": {**training, "unit": trainee.unit, "history": list(history)},
         }
         write_card(plan.out, card)
@@ -184,7 +210,7 @@ def execute(plan: Plan, show: Show) -> Outcome:
     outcome = train(task, plan.settings, plan.out, identity, plan.hours, show)
     if outcome.ended != "paused" and outcome.gained:
         show("looking at questions to report on", 0, 0)
-        trainee.lora.load(plan.out)
+        trainee.load(plan.out)
         reported = spread([item for item in parts.report if trainee.fits(item)], 2 * plan.stop_items)
         gained = trainee.report(reported) if reported else {}
         write_card(plan.out, {**read_card(plan.out), "finished": True, "report": gained})
