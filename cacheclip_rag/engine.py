@@ -29,6 +29,8 @@ from .kv.library import KVDtype, Library
 from .kv.prefix_caching import PrefixCache
 from .methods import Method
 from .methods.auxiliary import Auxiliary
+from .methods.head import read_head
+from .model.adapter import check_fitted
 from .model.backbone import Backbone
 from .model.decode_weights import Format
 from .model.decode_weights import check as check_format
@@ -47,7 +49,7 @@ from .serving.sampling import EFFECTIVE, check, decoding
 from .serving.stats import Stats, Tally, total
 from .store import Documents, Place, Remote
 from .weights import verified
-from .weights.pull import resolve as resolve_weights
+from .weights.opened import open_backbone
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -191,9 +193,15 @@ class Engine:
         """Load an auxiliary model, which selects tokens; assign it to `auxiliary` to use it.
 
         Its chunks are encoded behind the shared prefix, whatever encoding the primary model's chunks have: only its
-        attention scores are used. Raises `NotComposable`, `WeightsError`.
+        attention scores are used. ``model`` may be a folder that `cacheclip tune` wrote; one that was fitted
+        to another model than this engine's is used with a warning in the log. Raises `NotComposable`, `WeightsError`,
+        `ConfigurationError`.
         """
-        return Auxiliary(self.collections.open_library(_backbone(model, dtype, device), Isolated(prefix)))
+        backbone, head = _backbone(model, dtype, device), None
+        if backbone.trained is not None:
+            check_fitted(backbone.trained, self.backbone)
+            head = read_head(backbone.trained)
+        return Auxiliary(self.collections.open_library(backbone, Isolated(prefix)), head)
 
     @property
     def auxiliary(self) -> Auxiliary | None:
@@ -581,8 +589,7 @@ def _backbone(
 ) -> Backbone:
     check_format(decode_weights)
     if not isinstance(model, Backbone):
-        path = resolve_weights(str(model))
-        return Backbone.load(path, dtype=dtype, device=device, decode_weights=decode_weights)
+        return open_backbone(model, dtype, device, decode_weights)
     if decode_weights != "auto" and model.decode_weights is None:
         raise ConfigurationError(
             f'this Backbone was loaded without 4-bit weights: Backbone.load(..., decode_weights="{decode_weights}")'

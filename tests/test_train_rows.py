@@ -33,8 +33,11 @@ def tuned(method: str, folder: Path) -> str:
     return f"{method}{',' if ':' in method else ':'}adapter={folder}"
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "llama3-rope", "yarn-rope", "qwen2"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "link0"])
+CASES = [("llama", name) for name in METHODS if name != "link0"]
+CASES += [(kind, "turborag:positions=shared") for kind in ("qwen3", "llama3-rope", "yarn-rope", "qwen2")]
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
 def test_training_computes_what_the_cached_path_does(kind, method, tmp_path):
     backbone = tiny_backbone(kind)
     trained = adapter(backbone, tmp_path, method=method)

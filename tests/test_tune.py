@@ -62,8 +62,8 @@ def test_too_few_documents_and_no_questions_are_said():
         split({"a": items(), "b": [Item("x", "Why?", (" ",), (Passage("", PASSAGES[0]),))]}, 1, 1)
 
 
-def tune(*words: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["tune", "blocks", *map(str, words)])
+def tune(*words: object, kind: str = "blocks") -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["tune", kind, *map(str, words)])
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -84,7 +84,7 @@ def trained(stand_in: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_says_on_what_it_was_trained_and_what_it_gained(trained, stand_in):
     card = json.loads((trained / "card.json").read_text())
-    assert card["finished"] and card["primary"]["name"] == stand_in and card["method"] == "blockattention"
+    assert card["finished"] and card["primary"]["name"] == stand_in and card["uses"] == "blockattention:adapter=FOLDER"
     looks = [row["held_out"]["encoded apart"] for row in card["training"]["history"]]
     assert looks[-1] == min(looks) < looks[0]
     assert set(card["report"]) == {

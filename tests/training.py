@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from cacheclip_eval.data import Item, Passage
-from cacheclip_train.blocks import Adapted
+from cacheclip_train.blocks import Blocks
+from cacheclip_train.lora import Lora
 from tiny import PASSAGES, QUESTION
 from torch import Tensor, nn
 
@@ -20,14 +21,14 @@ ITEM = Item(
 )
 
 
-def adapter(backbone: Backbone, folder: Path, seed: int = 3, method: str = "blockattention") -> Adapted:
+def adapter(backbone: Backbone, folder: Path, seed: int = 3, method: str = "blockattention") -> Blocks:
     """An adapter of random weights, saved in ``folder`` without a card. It changes much of what the model says."""
-    adapted = Adapted(backbone, resolve(method), rank=4)
+    adapted = Blocks(Lora(backbone, rank=4), resolve(method), joint=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in adapted.trained.values():
+        for parameter in adapted.lora.trained.values():
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
-    adapted.save(folder)
+    adapted.lora.save(folder)
     return adapted
 
 

@@ -110,17 +110,14 @@ def serve(
     except ImportError as error:
         raise ConfigurationError(f"{error}; serve needs FastAPI: pip install 'cacheclip-rag[serve]'") from error
     from ..engine import GIB, Engine
-    from ..model.backbone import Backbone
-    from ..weights.pull import resolve
+    from ..weights.opened import open_backbone
 
     keys = read_keys(api_key or (), api_keys)
     _warn(keys, host, port)
     tenants = sorted({*keys.values()} or {""})
     with quietly(), bar() as progress:
         progress("opening the model", 0, 0)
-        main, *helper = (
-            Backbone.load(resolve(name), dtype=dtype, device=device) for name in (model, auxiliary) if name is not None
-        )
+        main, *helper = (open_backbone(name, dtype, device) for name in (model, auxiliary) if name is not None)
 
         def opened(tenant: str) -> Engine:
             return Engine(

@@ -14,13 +14,30 @@ from .progress import bar
 
 app = typer.Typer(no_args_is_help=True, help="Train what methods of the literature train. Resumable.")
 
+Data = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="DATA...", help="\\[name=]FILE.jsonl or a folder with a qa.jsonl, as for eval."),
+]
+Rank = Annotated[int, typer.Option(min=1, help="LoRA's rank.")]
+Rate = Annotated[float, typer.Option(help="Learning rate.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples of a step.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the data, at most.")]
+Every = Annotated[int, typer.Option(min=1, help="Steps between two looks at held-out questions.")]
+Patience = Annotated[int, typer.Option(min=1, help="Looks without a gain that end it.")]
+Seed = Annotated[int, typer.Option(help="Of the split, the order and the first weights.")]
+StopDocuments = Annotated[int, typer.Option(min=1, help="Documents of each set to stop by.")]
+ReportDocuments = Annotated[int, typer.Option(min=0, help="Documents of each set to report on.")]
+StopItems = Annotated[int, typer.Option(min=1, help="Questions to stop by, spread over them.")]
+Hours = Annotated[float | None, typer.Option(min=0.0, help="Pause after so many.", show_default="no limit")]
+Mixed = Annotated[
+    bool | None,
+    typer.Option("--mixed/--no-mixed", help="Multiply in bfloat16.", show_default="where the hardware does"),
+]
+
 
 @app.command()
 def blocks(
-    data: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="DATA...", help="\\[name=]FILE.jsonl or a folder with a qa.jsonl, as for eval."),
-    ] = None,
+    data: Data = None,
     out: Annotated[Path, typer.Option(help="The folder of the adapter, its card and its checkpoint.")] = Path("blocks"),
     model: Annotated[str, typer.Option(help="The model that is tuned.")] = "smollm2-135m-instruct",
     method: Annotated[
@@ -30,43 +47,105 @@ def blocks(
         bool | None,
         typer.Option("--joint/--no-joint", help="Train full attention, too.", show_default="for blockattention"),
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA's rank.")] = 16,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
-    batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 8,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, at most.")] = 3,
-    every: Annotated[int, typer.Option(min=1, help="Steps between two looks at held-out questions.")] = 20,
-    patience: Annotated[int, typer.Option(min=1, help="Looks without a gain that end it.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the split, the order and the first weights.")] = 0,
-    stop_documents: Annotated[int, typer.Option(min=1, help="Documents of each set to stop by.")] = 3,
-    report_documents: Annotated[int, typer.Option(min=0, help="Documents of each set to report on.")] = 6,
-    stop_items: Annotated[int, typer.Option(min=1, help="Questions to stop by, spread over them.")] = 32,
-    hours: Annotated[float | None, typer.Option(min=0.0, help="Pause after so many.", show_default="no limit")] = None,
-    mixed: Annotated[
-        bool | None,
-        typer.Option("--mixed/--no-mixed", help="Multiply in bfloat16.", show_default="where the hardware does"),
-    ] = None,
+    rank: Rank = 16,
+    lr: Rate = 2e-4,
+    batch: Batch = 8,
+    epochs: Epochs = 3,
+    every: Every = 20,
+    patience: Patience = 4,
+    seed: Seed = 0,
+    stop_documents: StopDocuments = 3,
+    report_documents: ReportDocuments = 6,
+    stop_items: StopItems = 32,
+    hours: Hours = None,
+    mixed: Mixed = None,
 ) -> None:
     """Train a LoRA adapter for chunks that are encoded apart: Block-Attention or TurboRAG.
 
     A prompt's chunks do not see each other in training, as they do not when their KV is reused; the question sees all.
     Ctrl-C or --hours pauses it, and the same command goes on from the last checkpoint. Exit code 1: nothing was gained.
     """
+    settings = _settings(epochs, batch, lr, every, patience, seed)
+    options = {"model": model, "method": method, "joint": joint, "rank": rank, "mixed": mixed}
+    limits = _limits(stop_documents, report_documents, stop_items, hours)
+    _run(_training("command").blocks(data or [], out, settings, options, **limits))
+
+
+@app.command()
+def auxiliary(
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="The folder of the adapter, its card and its checkpoint.")] = Path(
+        "auxiliary"
+    ),
+    model: Annotated[str, typer.Option(help="The model that it selects tokens for.")] = "qwen2.5-coder-0.5b-instruct",
+    auxiliary: Annotated[str, typer.Option(help="The auxiliary model that is tuned.")] = "smollm2-135m-instruct",
+    layers: Annotated[str, typer.Option(help="Its layers that score: last or upper.")] = "last",
+    rank: Rank = 8,
+    lr: Rate = 2e-4,
+    batch: Batch = 8,
+    epochs: Epochs = 3,
+    every: Every = 20,
+    patience: Patience = 4,
+    seed: Seed = 0,
+    stop_documents: StopDocuments = 3,
+    report_documents: ReportDocuments = 6,
+    stop_items: StopItems = 32,
+    hours: Hours = None,
+    mixed: Mixed = None,
+) -> None:
+    """Fit an auxiliary model to the model it selects tokens for: LoRA towards that model's attention from the question.
+
+    Ctrl-C or --hours pauses it, and the same command goes on from the last checkpoint. Exit code 1: nothing was gained.
+    """
+    settings = _settings(epochs, batch, lr, every, patience, seed)
+    options = {"model": model, "auxiliary": auxiliary, "layers": layers, "rank": rank, "mixed": mixed}
+    limits = _limits(stop_documents, report_documents, stop_items, hours)
+    _run(_training("command").auxiliary(data or [], out, settings, options, **limits))
+
+
+@app.command()
+def head(
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="The folder of the head, its card and its checkpoint.")] = Path("head"),
+    model: Annotated[str, typer.Option(help="The model that it selects tokens for.")] = "qwen2.5-coder-0.5b-instruct",
+    auxiliary: Annotated[str, typer.Option(help="The auxiliary model that it is a head of.")] = "smollm2-135m-instruct",
+    hidden: Annotated[int, typer.Option(min=1, help="Its hidden units.")] = 32,
+    lr: Rate = 3e-3,
+    batch: Batch = 8,
+    epochs: Epochs = 20,
+    every: Every = 20,
+    patience: Patience = 10,
+    seed: Seed = 0,
+    stop_documents: StopDocuments = 3,
+    report_documents: ReportDocuments = 6,
+    stop_items: StopItems = 32,
+    hours: Hours = None,
+) -> None:
+    """Fit a small head on a frozen auxiliary model to the model it selects tokens for: minutes instead of hours.
+
+    Ctrl-C or --hours pauses it, and the same command goes on from the last checkpoint. Exit code 1: nothing was gained.
+    """
+    settings = _settings(epochs, batch, lr, every, patience, seed)
+    options = {"model": model, "auxiliary": auxiliary, "hidden": hidden}
+    limits = _limits(stop_documents, report_documents, stop_items, hours)
+    _run(_training("command").head(data or [], out, settings, options, **limits))
+
+
+def _settings(epochs: int, batch: int, lr: float, every: int, patience: int, seed: int) -> Any:
+    return _training("loop").Settings(epochs=epochs, batch=batch, lr=lr, every=every, patience=patience, seed=seed)
+
+
+def _limits(stop_documents: int, report_documents: int, stop_items: int, hours: float | None) -> dict[str, Any]:
+    return {
+        "stop_documents": stop_documents,
+        "report_documents": report_documents,
+        "stop_items": stop_items,
+        "hours": hours,
+    }
+
+
+def _run(plan: Any) -> None:
     work = _training("command")
-    settings = _training("loop").Settings(epochs=epochs, batch=batch, lr=lr, every=every, patience=patience, seed=seed)
-    plan = work.plan(
-        data or [],
-        method,
-        model=model,
-        out=out,
-        settings=settings,
-        joint=joint,
-        rank=rank,
-        stop_documents=stop_documents,
-        report_documents=report_documents,
-        stop_items=stop_items,
-        hours=hours,
-        mixed=mixed,
-    )
     with quietly(), bar() as progress:
         outcome = work.execute(plan, progress)
     for line in work.lines(plan, outcome):

@@ -12,6 +12,7 @@ import torch
 from ..chunks import ChunkKV
 from ..compute import Computer, Part
 from ..errors import PromptError
+from .head import SelectionHead, features
 from .scores import AttentionScores
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ class Auxiliary:
     Its own chunk KV is stored like the primary model's, so scoring costs one forward over the question's tokens: the
     chunks are placed one after another behind the shared prefix, and the question runs over them in one pass, with one
     softmax over all chunks, on reused KV (docs/methods.md). Chunks beyond its context length are scored in several
-    passes. Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
+    passes. With a ``head``, trained by ``cacheclip tune head``, scores are its own, from the attention of all layers
+    and other features. Source: CacheClip (arXiv 2510.10129), section on auxiliary-model-guided selection.
     """
 
-    def __init__(self, library: Library) -> None:
-        self.library, self.backbone = library, library.backbone
+    def __init__(self, library: Library, head: SelectionHead | None = None) -> None:
+        self.library, self.backbone, self.head = library, library.backbone, head
         self.computer: Computer = library.backbone.computer
 
     def layers(self, which: str | int) -> list[int]:
@@ -65,11 +67,10 @@ class Auxiliary:
         """Attention from the question to every token of each chunk: mean over heads, question tokens and ``layers``.
 
         The softmax runs over everything the question sees. A question longer than half of the context length is cut to
-        its end; chunks that do not fit beside it score 0.
+        its end; chunks that do not fit beside it score 0. A head takes all layers.
         """
-        length = self.backbone.context_length - len(self.library.prefix_ids)
-        asked = self.backbone.tokenise("\n\n" + question, plain=True).ids[-max(length // 2, 1) :]
-        room = length - len(asked)
+        asked = self.asked(question)
+        room = self.backbone.context_length - len(self.library.prefix_ids) - len(asked)
         chunks: dict[int, ChunkKV] = {}
         for number, text in enumerate(texts):
             try:
@@ -91,9 +92,32 @@ class Auxiliary:
                 size += len(chunks[number])
         return results
 
+    def asked(self, question: str) -> torch.Tensor:
+        """The question's tokens ``[q]`` as they are run over the chunks."""
+        length = self.backbone.context_length - len(self.library.prefix_ids)
+        return self.backbone.tokenise("\n\n" + question, plain=True).ids[-max(length // 2, 1) :]
+
     def _pass(self, chunks: Sequence[ChunkKV], question: torch.Tensor, layers: str | int) -> list[np.ndarray]:
         if not chunks:
             return []
+        if self.head is None:
+            [scores], _ = self._attention(chunks, question, [self.layers(layers)])
+        else:
+            scores = self.head(self.features(chunks, question)).softmax(dim=0)
+        return [part.numpy() for part in scores.cpu().split([len(chunk) for chunk in chunks])]
+
+    def features(self, chunks: Sequence[ChunkKV], question: torch.Tensor) -> torch.Tensor:
+        """What a head knows of each token of ``chunks``: ``[C, F]`` float32 (see `head.features`)."""
+        attention, values = self._attention(chunks, question, [[layer] for layer in self.computer.full_layers])
+        ids, sizes = torch.cat([chunk.ids for chunk in chunks]), [len(chunk) for chunk in chunks]
+        return features(torch.stack(attention), values.flatten(1), ids, sizes, question)
+
+    def _attention(
+        self, chunks: Sequence[ChunkKV], question: torch.Tensor, layers: Sequence[Sequence[int]]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """For each group of ``layers``, the question's attention ``[C]`` to the tokens of chunks; and their values
+        ``[C, Hk, D]`` at the last layer.
+        """
         start = len(self.library.prefix_ids)
         lengths = [len(chunk) for chunk in chunks]
         stop = start + sum(lengths)
@@ -107,6 +131,6 @@ class Auxiliary:
         device = self.computer.device
         rows = torch.arange(stop, stop + len(question), device=device)
         columns = torch.arange(start, stop, device=device)
-        scores = AttentionScores(rows, columns, self.layers(layers), windows=self.computer.windows)
-        self.computer.forward([Part(workspace, question, rows, hooks=[scores])], logits=0)
-        return [part.numpy() for part in scores.scores.cpu().split(lengths)]
+        hooks = [AttentionScores(rows, columns, group, windows=self.computer.windows) for group in layers]
+        self.computer.forward([Part(workspace, question, rows, hooks=hooks)], logits=0)
+        return [hook.scores for hook in hooks], workspace.placed(self.computer.layers - 1)[1][start:stop]

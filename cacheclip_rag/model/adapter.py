@@ -34,11 +34,21 @@ def library_version() -> str:
         return "0+unknown"
 
 
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a LoRA adapter in peft's format."""
+    return (Path(folder) / _CONFIG).is_file()
+
+
+def is_trained(folder: str | Path) -> bool:
+    """Whether a folder holds what `cacheclip tune` trains of a model, and not a model."""
+    return is_adapter(folder) or ((Path(folder) / CARD).is_file() and not (Path(folder) / "config.json").exists())
+
+
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The card of a trained folder; empty without one. Raises `ConfigurationError` for a damaged card."""
     try:
         card = json.loads((Path(folder) / CARD).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{Path(folder) / CARD} cannot be read: {error}") from error
@@ -68,6 +78,13 @@ def check_card(card: Mapping[str, Any], backbone: Backbone, folder: str | Path) 
         log.warning("%s was trained with cacheclip-rag %s, this is %s", folder, theirs, library_version())
 
 
+def check_fitted(folder: Path, backbone: Backbone) -> None:
+    """Logs a warning if ``folder`` is an auxiliary model's that was fitted to another model than ``backbone``'s."""
+    fitted = read_card(folder).get("fitted_to")
+    if isinstance(fitted, dict) and any(fitted.get(name) != value for name, value in backbone.origin().items()):
+        log.warning("%s was fitted to another model, %s: it may select worse here", folder, fitted.get("name"))
+
+
 def twin(model: PreTrainedModel, apart: Container[str] = ()) -> PreTrainedModel:
     """A copy of a model that shares its weights, but for those of the modules named in ``apart``, which are copied, and
     no longer packed.
@@ -93,6 +110,8 @@ def with_adapter(backbone: Backbone, folder: str | Path) -> Backbone:
     if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
         raise ConfigurationError(f"{folder} holds no LoRA adapter: it has no {' and no '.join(missing)}")
     check_card(read_card(folder), backbone, folder)
+    if backbone.decode_weights is not None:
+        raise ConfigurationError("an adapter does not go with 4-bit weights, which are copies of the model's without it")
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:

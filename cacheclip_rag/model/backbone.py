@@ -59,6 +59,8 @@ class Backbone:
         `ConfigurationError`. ``attention``: see `attention.choose`, which may raise.
         """
         self.texts = PromptTokenizer(tokenizer)
+        self.trained: Path | None = None
+        """The folder of `cacheclip tune` that it was opened from, or None."""
         self.computer = Layers(model, attention=attention)
         self.model, self.tokenizer, self.config = self.computer.model, tokenizer, self.computer.config
         self.device, self.dtype, self.attention = self.computer.device, self.computer.dtype, self.computer.attention

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,95 +10,81 @@ import torch
 from cacheclip_eval.data import Item, prompt
 from torch import Tensor, nn
 
-from cacheclip_rag.errors import ConfigurationError, NotComposable
+from cacheclip_rag.errors import PromptError
 from cacheclip_rag.methods import Method
-from cacheclip_rag.model.adapter import twin
-from cacheclip_rag.model.backbone import Backbone
 
+from .lora import Lora
 from .rows import Rows, full_rows, rows_of
 
-
-class Adapted:
-    """A LoRA adapter of a primary model, trained on the answers to questions about passages.
-
-    ``method`` says how passages are encoded and placed. The adapter is in peft's format; the weights of ``backbone``,
-    in float32, are shared and stay as they are. ``mixed``: multiply in bfloat16. Raises `NotComposable` for a model
-    whose chunks cannot be composed, `ConfigurationError` without peft, and for a model with sliding windows, which the
-    mask does not have.
-    """
-
-    def __init__(self, backbone: Backbone, method: Method, rank: int, seed: int = 0, mixed: bool = False) -> None:
-        if backbone.obstacle is not None:
-            raise NotComposable(f"{backbone.obstacle}: its chunks cannot be composed, with trained weights neither")
-        if any(window is not None for window in backbone.computer.windows):
-            raise ConfigurationError(
-                "tune blocks trains models with full attention in every layer, not sliding windows"
-            )
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise ConfigurationError(f"training needs peft ({error}): pip install 'cacheclip-rag[train]'") from error
-        self.backbone, self.method, self.mixed = backbone, method, mixed
-        own = twin(backbone.model)
-        own.set_attn_implementation("sdpa")
-        torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model: Any = get_peft_model(own, config)
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def rows(self, item: Item, apart: bool) -> Rows:
-        """The rows of an item's prompt and answer: with passages encoded ``apart``, or of a full prefill."""
-        text = prompt(item, self.backbone)
-        end = self.backbone.tokenizer.eos_token_id
-        ends = torch.tensor([] if end is None else [end], dtype=torch.long)
-        answer = torch.cat([self.backbone.tokenise(item.answers[0], plain=True).ids, ends])
-        passages = [passage.chunk for passage in item.passages]
-        return (
-            rows_of(self.backbone, self.method, text, passages, answer)
-            if apart
-            else full_rows(self.backbone, text, answer)
-        )
-
-    def logits(self, rows: Rows) -> Tensor:
-        """The logits ``[A, V]`` float32 that predict the answer's tokens."""
-        device = self.backbone.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
-            output = self.model(
-                input_ids=rows.ids[None].to(device),
-                position_ids=rows.positions[None].to(device),
-                attention_mask=None if rows.mask is None else rows.mask[None, None].to(device),
-                use_cache=False,
-                logits_to_keep=rows.answer + 1,
-            )
-        return output.logits[0, :-1].float()
-
-    def loss(self, rows: Rows) -> Tensor:
-        """The mean negative log-likelihood of the answer's tokens."""
-        return nn.functional.cross_entropy(self.logits(rows), rows.ids[-rows.answer :].to(self.backbone.device))
-
-    def mean_loss(self, rows: Sequence[Rows], untuned: bool = False) -> float:
-        """The mean `loss`, with the adapter or, ``untuned``, without it."""
-        self.model.eval()
-        with torch.no_grad(), self.model.disable_adapter() if untuned else nullcontext():
-            return sum(float(self.loss(one)) for one in rows) / len(rows)
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder))
+_NAMES = (("encoded apart", True), ("full attention", False))
 
 
 class Blocks:
-    """The `loop.Task` of ``cacheclip tune blocks``.
+    """The `command.Trainee` of ``cacheclip tune blocks``: answers to questions about passages.
 
-    Every item is an example with its passages encoded apart; with ``joint`` it is another one in full attention, as in
-    Block-Attention (arXiv 2409.15355), so that one model does both. The loss is on the answer's tokens only.
+    ``method`` says how passages are encoded and placed. Every item is an example with its passages encoded apart; with
+    ``joint`` it is another one in full attention, as in Block-Attention (arXiv 2409.15355), so that one model does
+    both. The loss is the mean negative log-likelihood of the answer's tokens.
     """
 
-    def __init__(self, adapted: Adapted, train: Sequence[Item], stop: Sequence[Item], joint: bool, save: Any) -> None:
-        self._adapted, self._train, self._joint, self._save = adapted, train, joint, save
-        self.stop_rows = {apart: [adapted.rows(item, apart) for item in stop] for apart in (True, False)}
+    unit = "negative log-likelihood of the right answer per token, mean over questions"
+
+    def __init__(self, lora: Lora, method: Method, joint: bool) -> None:
+        self.lora, self._method, self._joint = lora, method, joint
+
+    def rows(self, item: Item, apart: bool) -> Rows:
+        """The rows of an item's prompt and answer: with passages encoded ``apart``, or of a full prefill."""
+        backbone = self.lora.backbone
+        text, end = prompt(item, backbone), backbone.tokenizer.eos_token_id
+        ends = torch.tensor([] if end is None else [end], dtype=torch.long)
+        given = next(answer.strip() for answer in item.answers if answer.strip())
+        answer = torch.cat([backbone.tokenise(given, plain=True).ids, ends])
+        passages = [passage.chunk for passage in item.passages]
+        return rows_of(backbone, self._method, text, passages, answer) if apart else full_rows(backbone, text, answer)
+
+    def logits(self, rows: Rows) -> Tensor:
+        """The logits ``[A, V]`` float32 that predict the answer's tokens."""
+        return self.lora.logits(rows, rows.answer + 1)[:-1]
+
+    def fits(self, item: Item) -> bool:
+        try:
+            return len(self.rows(item, apart=False)) > 0
+        except PromptError:
+            return False
+
+    def task(self, train: Sequence[Item], stop: Sequence[Item], save: Callable[[Any], None]) -> _Task:
+        return _Task(self, train, stop, self._joint, save)
+
+    def report(self, items: Sequence[Item]) -> dict[str, float]:
+        """The mean loss, tuned and untuned, encoded apart and in full attention."""
+        found = {}
+        for name, apart in _NAMES:
+            rows = [self.rows(item, apart) for item in items]
+            for untuned in (True, False):
+                found[f"{'untuned' if untuned else 'tuned'}, {name}"] = self.mean_loss(rows, untuned)
+        return found
+
+    def save(self, folder: Path) -> None:
+        self.lora.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.lora.load(folder)
+
+    def loss(self, rows: Rows) -> Tensor:
+        answer = rows.ids[-rows.answer :].to(self.lora.backbone.device)
+        return nn.functional.cross_entropy(self.logits(rows), answer)
+
+    def mean_loss(self, rows: Sequence[Rows], untuned: bool = False) -> float:
+        with self.lora.looking(untuned):
+            return sum(float(self.loss(one)) for one in rows) / len(rows)
+
+
+class _Task:
+    def __init__(
+        self, blocks: Blocks, train: Sequence[Item], stop: Sequence[Item], joint: bool, save: Callable[[Any], None]
+    ) -> None:
+        self._blocks, self._train, self._joint, self.save = blocks, train, joint, save
+        self._stop = {name: [blocks.rows(item, apart) for item in stop] for name, apart in _NAMES}
 
     @property
     def examples(self) -> int:
@@ -107,26 +92,12 @@ class Blocks:
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:
-        return self._adapted.trained
+        return self._blocks.lora.trained
 
     def loss(self, example: int) -> tuple[Tensor, int]:
-        rows = self._adapted.rows(self._train[example % len(self._train)], example < len(self._train))
-        self._adapted.model.train()
-        return self._adapted.loss(rows), len(rows)
+        rows = self._blocks.rows(self._train[example % len(self._train)], example < len(self._train))
+        self._blocks.lora.model.train()
+        return self._blocks.loss(rows), len(rows)
 
     def held_out(self) -> Mapping[str, float]:
-        return {name: self._adapted.mean_loss(self.stop_rows[apart]) for name, apart in _NAMES}
-
-    def save(self, history: Sequence[Mapping[str, Any]]) -> None:
-        self._save(history)
-
-
-_NAMES = (("encoded apart", True), ("full attention", False))
-
-
-def report(adapted: Adapted, items: Sequence[Item]) -> Iterator[tuple[str, float]]:
-    """The mean loss on items that decided nothing: tuned and untuned, encoded apart and in full attention."""
-    for name, apart in _NAMES:
-        rows = [adapted.rows(item, apart) for item in items]
-        for untuned in (True, False):
-            yield f"{'untuned' if untuned else 'tuned'}, {name}", adapted.mean_loss(rows, untuned)
+        return {name: self._blocks.mean_loss(rows) for name, rows in self._stop.items()}

@@ -13,20 +13,19 @@ from cacheclip_rag.store import files
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write ``card.json``, which the library checks, and ``README.md``, the same for readers."""
-    folder.mkdir(parents=True, exist_ok=True)
     files.publish(folder / "README.md", readme(card).encode())
     files.publish(folder / CARD, json.dumps(card, indent=1, ensure_ascii=False).encode())
 
 
 def readme(card: Mapping[str, Any]) -> str:
     """The card in Markdown."""
-    primary, data, training = card["primary"], card["data"], card["training"]
+    model, data, training = card["primary"]["name"], card["data"], card["training"]
+    fitted = f", fitted to `{card['fitted_to']['name']}`" if "fitted_to" in card else ""
+    names = list(training["history"][0]["held_out"])
     lines = [
-        f"# LoRA adapter of `{primary['name']}` for `{card['method']}`",
+        f"# {'Head on' if card['kind'] == 'head' else 'LoRA adapter of'} `{model}`{fitted}",
         "",
-        f'```python\nEngine("{primary["name"]}", method="{card["method"]}:adapter=FOLDER")\n```',
-        "",
-        f"Written by cacheclip-rag {card['library']}, `cacheclip tune {card['kind']}`.",
+        f"Use it as `{card['uses']}`. Written by cacheclip-rag {card['library']}, `cacheclip tune {card['kind']}`.",
         "",
         "## Trained on",
         "",
@@ -36,14 +35,14 @@ def readme(card: Mapping[str, Any]) -> str:
         lines.append(f"- {name}: documents of the questions: {counts}")
     lines += [
         f"- {data['train']} questions to train on, {data['stop']} to stop by",
-        f"- {training['tokens']:,} tokens in {training['steps']} steps, {training['seconds'] / 3600:.2f} hours",
+        f"- {training['tokens']:,} tokens in {training['step']} steps, {training['seconds'] / 3600:.2f} hours",
         "",
         "## What it gained",
         "",
-        "Negative log-likelihood of the right answer per token, mean over the questions to stop by.",
+        f"On the questions to stop by: {training['unit']}.",
         "",
-        "| tokens | " + " | ".join(training["history"][0]["held_out"]) + " |",
-        "|---" * (1 + len(training["history"][0]["held_out"])) + "|",
+        "| tokens | " + " | ".join(names) + " |",
+        "|---" * (1 + len(names)) + "|",
     ]
     for row in training["history"]:
         lines.append(f"| {row['tokens']:,} | " + " | ".join(f"{v:.3f}" for v in row["held_out"].values()) + " |")

@@ -1,86 +1,167 @@
-"""The command ``cacheclip tune blocks``: from its arguments to a trained folder with a card."""
+"""The commands ``cacheclip tune ...``: from their arguments to a trained folder with a card."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from cacheclip_eval.data import Item, spread
 from cacheclip_eval.sources import Source, sources
 
-from cacheclip_rag.errors import ConfigurationError, PromptError
-from cacheclip_rag.methods import Method, resolve
+from cacheclip_rag.errors import ConfigurationError, NotComposable
+from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.adapter import library_version, read_card
 from cacheclip_rag.model.backbone import Backbone, best_dtype
 from cacheclip_rag.weights.pull import resolve as resolve_weights
 
-from .blocks import Adapted, Blocks, report
+from .blocks import Blocks
 from .card import write_card
-from .data import Split, split
-from .loop import Outcome, Settings, Show, train
+from .data import split
+from .head import Head
+from .loop import Outcome, Settings, Show, Task, train
+from .lora import Lora
+from .selection import KEEPING, Selection
+from .teacher import Teacher
 
 SCHEMES = {"blockattention": True, "turborag": False}
-"""The methods whose weights can be trained, and whether full attention is trained jointly."""
+"""The methods whose weights `tune blocks` trains, and whether full attention is trained jointly."""
 
 HELD_OUT = "held-out.jsonl"
 
 
+class Trainee(Protocol):
+    """What a command trains. ``unit``: what its losses are, for the card."""
+
+    unit: str
+
+    def fits(self, item: Item) -> bool:
+        """Whether an item can be trained on: its prompt is within the context length."""
+
+    def task(
+        self, train: Sequence[Item], stop: Sequence[Item], save: Callable[[Sequence[Mapping[str, Any]]], None]
+    ) -> Task: ...
+
+    def report(self, items: Sequence[Item]) -> Mapping[str, float]:
+        """Losses tuned and untuned, by name."""
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained."""
+
+    def load(self, folder: Path) -> None:
+        """Take what `save` wrote."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What to train. ``joint``: full attention, too; ``stop_items``: how many held-out questions are looked at;
-    ``mixed``: multiply in bfloat16, None where the hardware does.
+    """What to train. ``kind``: the command; ``uses``: the method string, with ``FOLDER`` for the result; ``options``:
+    those of this kind, part of the training's identity; ``open``: loads the models. ``stop_items``: how many held-out
+    questions are looked at; ``hours``: of this run; ``answers``: whether questions need one.
     """
 
+    kind: str
+    uses: str
     sources: Sequence[Source]
-    model: str
-    method: Method
-    written: str
     out: Path
-    joint: bool
-    rank: int
     settings: Settings
+    options: Mapping[str, Any]
+    open: Callable[[Plan], tuple[Trainee, Mapping[str, Any]]]
     stop_documents: int = 3
     report_documents: int = 6
     stop_items: int = 32
     hours: float | None = None
-    mixed: bool | None = None
+    answers: bool = True
 
 
-def plan(
-    data: Sequence[str],
-    method: str,
-    *,
-    model: str,
-    out: Path,
-    settings: Settings,
-    joint: bool | None = None,
-    rank: int = 16,
-    stop_documents: int = 3,
-    report_documents: int = 6,
-    stop_items: int = 32,
-    hours: float | None = None,
-    mixed: bool | None = None,
-) -> Plan:
-    """Check the arguments, before a model is loaded. Raises `ConfigurationError`."""
-    if not data:
-        raise ConfigurationError("give at least one data set, before the options: FILE or FOLDER")
+def blocks(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of ``tune blocks``. ``options``: model, method, joint (None: as its paper), rank, mixed (None: where the
+    hardware does). Checked before a model is loaded. Raises `ConfigurationError`.
+    """
+    method, joint = options["method"], options["joint"]
     recipe = resolve(method)
     if recipe.name not in SCHEMES:
         raise ConfigurationError(f"tune blocks trains for {' or '.join(SCHEMES)}, not {recipe.name}")
     if getattr(recipe.encode, "adapter", None) is not None:
         raise ConfigurationError("tune blocks trains an adapter: leave adapter= out of --method")
+    options = {**options, "joint": SCHEMES[recipe.name] if joint is None else joint}
+    uses = f"{method}{',' if ':' in method else ':'}adapter=FOLDER"
+
+    def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
+        lora = _lora(options["model"], plan)
+        card = {"primary": {"name": options["model"], **lora.backbone.origin()}}
+        return Blocks(lora, recipe, options["joint"]), card
+
+    return _plan("blocks", uses, data, out, settings, options, opened, **more)
+
+
+def auxiliary(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of ``tune auxiliary``. ``options``: model (the primary), auxiliary, layers, rank, mixed. Raises
+    `ConfigurationError`.
+    """
+    if options["layers"] not in ("last", "upper"):
+        raise ConfigurationError(f"--layers is last or upper, not {options['layers']}")
+    uses = f"cacheclip:auxiliary=FOLDER{'' if options['layers'] == 'last' else ',layers=upper'}"
+
+    def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
+        teacher, lora = _teacher(plan), _lora(options["auxiliary"], plan, KEEPING)
+        return Selection(lora, teacher, options["layers"]), _fitted(plan, teacher, lora.backbone)
+
+    return _plan("auxiliary", uses, data, out, settings, options, opened, answers=False, **more)
+
+
+def head(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of ``tune head``. ``options``: model (the primary), auxiliary, hidden (rows). Raises
+    `ConfigurationError`.
+    """
+
+    def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
+        teacher, backbone = _teacher(plan), Backbone.load(resolve_weights(options["auxiliary"]), dtype="float32")
+        return Head(backbone, teacher, options["hidden"], settings.seed), _fitted(plan, teacher, backbone)
+
+    return _plan("head", "cacheclip:auxiliary=FOLDER", data, out, settings, options, opened, answers=False, **more)
+
+
+def _teacher(plan: Plan) -> Teacher:
+    primary = Backbone.load(resolve_weights(plan.options["model"]))
+    if primary.obstacle is not None:
+        raise NotComposable(f"{primary.obstacle}: no method selects tokens for it")
+    return Teacher(primary)
+
+
+def _fitted(plan: Plan, teacher: Teacher, auxiliary: Backbone) -> dict[str, Any]:
+    return {
+        "primary": {"name": plan.options["auxiliary"], **auxiliary.origin()},
+        "fitted_to": {"name": plan.options["model"], **teacher.backbone.origin()},
+    }
+
+
+def _plan(
+    kind: str,
+    uses: str,
+    data: Sequence[str],
+    out: Path,
+    settings: Settings,
+    options: Mapping[str, Any],
+    opened: Callable[[Plan], tuple[Trainee, Mapping[str, Any]]],
+    **more: Any,
+) -> Plan:
+    if not data:
+        raise ConfigurationError("give at least one data set, before the options: FILE or FOLDER")
     found = sources(data)
     if generated := [source.name for source in found if source.path is None]:
         raise ConfigurationError(f"{', '.join(generated)}: training takes files and folders of questions")
     if read_card(out).get("finished"):
         raise ConfigurationError(f"{out} holds a finished training: give another --out")
-    joint = SCHEMES[recipe.name] if joint is None else joint
-    limits = stop_documents, report_documents, stop_items
-    return Plan(found, model, recipe, method, out, joint, rank, settings, *limits, hours, mixed)
+    return Plan(kind, uses, found, out, settings, options, opened, **more)
+
+
+def _lora(name: str, plan: Plan, attention: str = "sdpa") -> Lora:
+    backbone, mixed = Backbone.load(resolve_weights(name), dtype="float32"), plan.options["mixed"]
+    mixed = best_dtype(backbone.device) == torch.bfloat16 if mixed is None else mixed
+    return Lora(backbone, plan.options["rank"], plan.settings.seed, mixed, attention)
 
 
 def execute(plan: Plan, show: Show) -> Outcome:
@@ -88,83 +169,52 @@ def execute(plan: Plan, show: Show) -> Outcome:
 
     The adapter is the best so far, also while training goes on. Raises what `train` and `split` raise.
     """
-    parts = split(
-        {source.name: source.all() for source in plan.sources},
-        plan.stop_documents,
-        plan.report_documents,
-        plan.settings.seed,
-    )
+    sets = {source.name: source.all() for source in plan.sources}
+    parts = split(sets, plan.stop_documents, plan.report_documents, plan.settings.seed, plan.answers)
     show("opening the model", 0, 0)
-    backbone = Backbone.load(resolve_weights(plan.model), dtype="float32")
-    mixed = best_dtype(backbone.device) == torch.bfloat16 if plan.mixed is None else plan.mixed
-    adapted = Adapted(backbone, plan.method, plan.rank, plan.settings.seed, mixed)
+    trainee, models = plan.open(plan)
     items = {
-        "train": _fitting(parts.train, adapted),
-        "stop": spread(_fitting(parts.stop, adapted), plan.stop_items),
+        "train": [item for item in parts.train if trainee.fits(item)],
+        "stop": spread([item for item in parts.stop if trainee.fits(item)], plan.stop_items),
     }
     for name, found in items.items():
         if not found:
             raise ConfigurationError(f"no question to {name} fits the model's context length: ?passages=4 takes fewer")
     identity = {
-        "kind": "blocks",
-        "method": plan.written,
-        "joint": plan.joint,
-        "rank": plan.rank,
-        "mixed": mixed,
-        "primary": backbone.origin(),
+        "kind": plan.kind,
+        **plan.options,
+        **models,
         "documents": parts.documents,
         "items": {name: [item.id for item in found] for name, found in items.items()},
     }
     plan.out.mkdir(parents=True, exist_ok=True)
     _write_items(plan.out / HELD_OUT, parts.report)
 
-    def card(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        counts = {name: len(found) for name, found in items.items()} | {"report": len(parts.report)}
-        training = {"history": list(history), "steps": history[-1]["step"], "tokens": history[-1]["tokens"]}
-        return {
-            "kind": "blocks",
-            "finished": False,
-            "method": plan.written,
-            "library": library_version(),
-            "primary": {"name": plan.model, **backbone.origin()},
-            "data": {"documents": parts.documents, **counts},
-            "settings": {**asdict(plan.settings), "joint": plan.joint, "rank": plan.rank, "mixed": mixed},
-            "training": {**training, "seconds": history[-1]["seconds"]},
-        }
-
     def save(history: Sequence[Mapping[str, Any]]) -> None:
-        adapted.save(plan.out)
-        write_card(plan.out, card(history))
+        trainee.save(plan.out)
+        counts = {name: len(found) for name, found in items.items()} | {"report": len(parts.report)}
+        training = {name: history[-1][name] for name in ("step", "tokens", "seconds")}
+        card = {
+            "kind": plan.kind,
+            "finished": False,
+            "uses": plan.uses,
+            "library": library_version(),
+            **models,
+            "data": {"documents": parts.documents, **counts},
+            "settings": {**asdict(plan.settings), **plan.options},
+            "training": {**training, "unit": trainee.unit, "history": list(history)},
+        }
+        write_card(plan.out, card)
 
-    task = Blocks(adapted, items["train"], items["stop"], plan.joint, save)
+    task = trainee.task(items["train"], items["stop"], save)
     outcome = train(task, plan.settings, plan.out, identity, plan.hours, show)
     if outcome.ended != "paused" and outcome.gained:
-        _finish(plan, parts, adapted, show)
+        show("looking at questions to report on", 0, 0)
+        trainee.load(plan.out)
+        reported = spread([item for item in parts.report if trainee.fits(item)], 2 * plan.stop_items)
+        gained = trainee.report(reported) if reported else {}
+        write_card(plan.out, {**read_card(plan.out), "finished": True, "report": gained})
     return outcome
-
-
-def _finish(plan: Plan, parts: Split, adapted: Adapted, show: Show) -> None:
-    """Complete the card: what the best adapter does on the questions to report on."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    show("looking at questions to report on", 0, 0)
-    set_peft_model_state_dict(adapted.model, load_file(plan.out / "adapter_model.safetensors"))
-    items = spread(_fitting(parts.report, adapted), 2 * plan.stop_items)
-    written = read_card(plan.out)
-    write_card(plan.out, {**written, "finished": True, "report": dict(report(adapted, items)) if items else {}})
-
-
-def _fitting(items: Sequence[Item], adapted: Adapted) -> list[Item]:
-    """The items whose prompt and answer fit into the model's context length."""
-    found = []
-    for item in items:
-        try:
-            adapted.rows(item, apart=False)
-        except PromptError:
-            continue
-        found.append(item)
-    return found
 
 
 def _write_items(path: Path, items: Sequence[Item]) -> None:
@@ -184,12 +234,12 @@ def lines(plan: Plan, outcome: Outcome) -> list[str]:
     rate = outcome.tokens / outcome.seconds * 3600 if outcome.seconds else 0.0
     said = [
         f"{outcome.steps:,} steps, {outcome.tokens:,} tokens, {rate:,.0f} tokens an hour",
-        f"loss on held-out questions: {changes}",
+        f"on held-out questions: {changes}",
     ]
     if outcome.ended == "paused":
-        said.append(f"paused: the same command goes on; the best adapter so far is in {plan.out}")
+        said.append(f"paused: the same command goes on; the best so far, if anything was gained, is in {plan.out}")
     elif outcome.gained:
-        said.append(f'{plan.out}: method="{plan.written}{":" if ":" not in plan.written else ","}adapter={plan.out}"')
+        said.append(f'use it as "{plan.uses.replace("FOLDER", str(plan.out))}"')
     else:
         said.append("training lowered the held-out loss at no look, so there is no adapter")
     return said

@@ -24,20 +24,22 @@ class Split:
     documents: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
 
-def split(sets: Mapping[str, Sequence[Item]], stop: int, report: int, seed: int = 0) -> Split:
+def split(sets: Mapping[str, Sequence[Item]], stop: int, report: int, seed: int = 0, answers: bool = True) -> Split:
     """Split each data set by the documents that its questions are about: ``stop`` documents to stop by, ``report`` to
     report on, all others to train on.
 
     A question is about its first supporting passage's title, else about itself. Questions without an answer are left
-    out. Raises `ConfigurationError` without any, and for a set of too few documents.
+    out if ``answers`` are needed. Raises `ConfigurationError` without any, and for a set of too few documents.
     """
     parts: dict[str, list[Item]] = {"train": [], "stop": [], "report": []}
     documents = {}
     for name, given in sets.items():
-        items = [item for item in given if any(answer.strip() for answer in item.answers) and item.passages]
+        items = [item for item in given if item.passages and item.question.strip()]
+        if answers:
+            items = [item for item in items if any(answer.strip() for answer in item.answers)]
         if not items:
             raise ConfigurationError(
-                f"{name} holds no question with an answer and passages: training needs lines of "
+                f"{name} holds no question with {'an answer and ' if answers else ''}passages: training needs lines of "
                 '{"id", "question", "answers", "passages"} (docs/evaluation.md)'
             )
         titles = sorted({_document(item) for item in items})

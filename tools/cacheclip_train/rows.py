@@ -60,32 +60,57 @@ def rows_of(backbone: Backbone, method: Method, prompt: str, passages: Sequence[
     count = len(layout)
     _check(backbone, count + len(answer))
     places = shared_positions(layout) if method.positions == "shared" else torch.arange(count)
-    prefix = method.encode.prefix_ids(backbone)
 
     # By span and by the distance it is moved: one, unless the prompt tokenises the chunk's middle in another way.
     moved: dict[tuple[int, int], list[tuple[int, slice]]] = {}
     for number, row, part in layout.runs():
         moved.setdefault((number, int(places[row]) - part.start), []).append((row, part))
-    ids, positions, slots, copies = [], [], [], []
-    for copy, ((number, start), runs) in enumerate(moved.items()):
-        chunk = tokens[number].ids
-        slot = torch.full((len(prefix) + len(chunk),), -1)
+    chunks = []
+    for (number, start), runs in moved.items():
+        slots = torch.full((len(tokens[number]),), -1)
         for row, part in runs:
-            slot[len(prefix) + part.start : len(prefix) + part.stop] = torch.arange(row, row + part.stop - part.start)
-        slot[slot == count - 1] = -1  # the last token is always computed
-        ids.append(torch.cat([prefix, chunk]))
-        positions.append(torch.arange(start - len(prefix), start + len(chunk)))
-        slots.append(slot)
-        copies.append(torch.full((len(slot),), copy))
+            slots[part] = torch.arange(row, row + part.stop - part.start)
+        slots[slots == count - 1] = -1  # the last token is always computed
+        chunks.append(Placed(tokens[number].ids, start, slots))
     held = layout.reusable.clone()
     held[-1] = False
     fresh = (~held).nonzero()[:, 0]
     behind = torch.arange(len(answer))
-    ids += [layout.ids[fresh], answer]
-    positions += [places[fresh], int(places.max()) + 1 + behind]
-    slots += [fresh, count + behind]
-    copies.append(torch.full((len(fresh) + len(answer),), -1))
-    return Rows(torch.cat(ids), torch.cat(positions), _mask(torch.cat(slots), torch.cat(copies)), len(answer))
+    return composed(
+        method.encode.prefix_ids(backbone),
+        chunks,
+        torch.cat([layout.ids[fresh], answer]),
+        torch.cat([fresh, count + behind]),
+        torch.cat([places[fresh], int(places.max()) + 1 + behind]),
+        len(answer),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A chunk in a prompt: its tokens ``ids [n]`` int64, the RoPE position ``start`` that the first is moved to, and
+    the ``slots [n]`` int64 of the prompt that they hold, -1 for a token that the prompt does not have.
+    """
+
+    ids: Tensor
+    start: int
+    slots: Tensor
+
+
+def composed(
+    prefix: Tensor, chunks: Sequence[Placed], ids: Tensor, slots: Tensor, positions: Tensor, answer: int
+) -> Rows:
+    """The rows of a prompt that is composed of ``chunks``, each behind a copy of the encode ``prefix [P]``, and of
+    computed tokens, ``ids [n]`` at prompt ``slots [n]`` and RoPE ``positions [n]``, of which the last ``answer`` are
+    the answer. Chunks come first, in their order.
+    """
+    before = torch.full((len(prefix),), -1)
+    each = [torch.cat([prefix, chunk.ids]) for chunk in chunks]
+    places = [torch.arange(chunk.start - len(prefix), chunk.start + len(chunk.ids)) for chunk in chunks]
+    copies = [torch.full((len(one),), number) for number, one in enumerate(each)]
+    held = [part for chunk in chunks for part in (before, chunk.slots)]
+    mask = _mask(torch.cat([*held, slots]), torch.cat([*copies, torch.full((len(ids),), -1)]))
+    return Rows(torch.cat([*each, ids]), torch.cat([*places, positions]), mask, answer)
 
 
 def _mask(slots: Tensor, copies: Tensor) -> Tensor:
