@@ -127,7 +127,8 @@ class Plan:
     """How one request's rows are filled, except for its last one, which vLLM computes.
 
     ``prefix``: rows from 0 on that hold the encode prefix; ``head``: rows before it are exact, so that a shared block
-    may hold them; ``first``: rows before it are there already; ``question``: the question's rows; ``spare``: blocks
+    may hold them; ``shared``: rows before it have KV that later prompts with the same ``salt`` may use; ``first``: rows
+    before it are there already; ``question``: the question's rows; ``spare``: blocks
     behind the request's own ``blocks``, for a copy of the question; ``local``: tokens that vLLM's prefix cache had when
     it was asked last; ``barred``: rows before `first` are only computed in this step, so that it cannot be filled.
     """
@@ -144,6 +145,8 @@ class Plan:
     encode: Encode | None = None
     sources: bool = False
     head: int = 0
+    shared: int = 0
+    salt: str = ""
     first: int = 0
     blocks: list[int] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)

@@ -139,6 +139,7 @@ class Planner:
             self.reasons[request.request_id] = plan
             return
         self.plans[request.request_id] = plan
+        plan.shared, plan.salt = (self._begins(plan) if caching else plan.prefix), seams.salt(request)
         if caching:
             seams.keep_private(request, self._shared(plan) // self._block, self._hashed, self._block)
         self._load(plan)
@@ -152,6 +153,12 @@ class Planner:
     def _shared(self, plan: Plan) -> int:
         """Rows before it, down to a block's border, are exact, and their blocks may be shared."""
         return 0 if plan.encode is not None else plan.head
+
+    def _begins(self, plan: Plan) -> int:
+        """The rows before its first chunk, all of which are exact."""
+        if plan.encode is not None:
+            return plan.prefix
+        return min(plan.head, *(place.runs[0][0] for place in plan.places if place.key is not None))
 
     def _plan(self, request: Any, asked: Options) -> Plan | str:
         """The plan of a prompt, or why nothing of it is reused."""
