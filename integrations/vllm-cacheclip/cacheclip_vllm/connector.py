@@ -24,6 +24,7 @@ from cacheclip_rag.kv.library import Library
 from cacheclip_rag.store import NotWorthLoading
 
 from . import PROOF, seams
+from .auxiliary import WorkerAuxiliary
 from .filling import Filler
 from .libraries import Libraries
 from .metrics import ReuseMetrics, ReuseStats
@@ -99,6 +100,7 @@ class CacheClipConnector(KVConnectorBase_V1):
                 hashed=kv_cache_config.hash_block_size or block,
                 most=self._most,
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
+                auxiliary=self._settings.auxiliary is not None,
             )
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
@@ -113,6 +115,7 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._invalid: set[int] = set()
             self._failed: set[int] = set()
             """Blocks that failed to be filled in the step before: vLLM computes them at the earliest in this one."""
+            self._auxiliary: WorkerAuxiliary | None = None
             self._untried = "the model was not tried: start vLLM with --worker-cls cacheclip_vllm.worker.Worker"
 
     # ---- in the scheduler --------------------------------------------------------------------------------------------
@@ -222,7 +225,9 @@ class CacheClipConnector(KVConnectorBase_V1):
         if self._obstacle:
             return
         model = seams.Model(module, self._vllm_config, self._kv_cache_config, device)
-        filler = Filler(model, self._libraries, self._most)
+        if self._settings.auxiliary is not None:
+            self._auxiliary = WorkerAuxiliary(self._settings.auxiliary, self._libraries)
+        filler = Filler(model, self._libraries, self._most, self._auxiliary)
         if (reason := model.obstacle(kernel_blocks) or tried(filler)) is not None:
             said = f"the chunks of this model cannot be moved and joined inside vLLM: {reason}"
             if self._settings.unsupported != "plain":
@@ -242,7 +247,7 @@ class CacheClipConnector(KVConnectorBase_V1):
         for job in work.load:
             library = self._libraries.of(job.tenant, job.encoder)
             self._wanted[job.request] = job
-            self._loads[job.request] = self._threads.submit(_load, library, job.keys)
+            self._loads[job.request] = self._threads.submit(_load, library, job.keys, job.tenant, self._auxiliary)
         if work.plans:
             self._fill(work.plans)
         self._failed = set(self._invalid)
@@ -270,6 +275,8 @@ class CacheClipConnector(KVConnectorBase_V1):
             done = [Done(failed=repr(error)) for _ in plans]
         for plan, result in zip(plans, done, strict=True):
             self._chunks.pop(plan.request, None)  # not for as long as it decodes; a preempted one loads them again
+            if plan.encode is not None and self._auxiliary is not None:
+                self._threads.submit(self._auxiliary.prepare, plan.tenant, [plan.encode.text])
             if result.failed:
                 self._invalid.update(plan.blocks[plan.first // self._block :])
             self._results.done[plan.request] = result
@@ -296,8 +303,12 @@ class CacheClipConnector(KVConnectorBase_V1):
         """Nothing to wait for."""
 
 
-def _load(library: Library, keys: Mapping[str, int | None]) -> dict[str, ChunkKV | str]:
-    """The stored chunks with these keys, or why one is not there; ``keys`` as in `Load`."""
+def _load(
+    library: Library, keys: Mapping[str, int | None], tenant: str, auxiliary: WorkerAuxiliary | None
+) -> dict[str, ChunkKV | str]:
+    """The stored chunks with these keys, or why one is not there; ``keys`` as in `Load`. An auxiliary model has its own
+    of them then.
+    """
     library.store.refresh()  # what another process forgot is not served from memory
     found: dict[str, ChunkKV | str] = {}
     for key, tokens in keys.items():
@@ -307,6 +318,8 @@ def _load(library: Library, keys: Mapping[str, int | None]) -> dict[str, ChunkKV
             found[key] = str(reason)
         else:
             found[key] = _GONE if chunk is None else chunk
+    if auxiliary is not None:
+        auxiliary.prepare(tenant, [chunk.text for chunk in found.values() if not isinstance(chunk, str)])
     return found
 
 

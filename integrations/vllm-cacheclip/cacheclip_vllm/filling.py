@@ -8,20 +8,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cacheclip_rag.chunks import ChunkKV
 from cacheclip_rag.compute import Part
 from cacheclip_rag.kv.fit import prompt_fit
+from cacheclip_rag.methods.auxiliary import CharacterScores
 from cacheclip_rag.methods.request import Request
 from cacheclip_rag.prefill.sources import sources_of
 from cacheclip_rag.prompt import Layout
 
 from . import seams
+from .auxiliary import WorkerAuxiliary
 from .batch import Batch
 from .beginnings import Beginnings
-from .computer import Forward, Keep, PagedComputer, PagedWorkspace, Tables
+from .computer import Forward, Keep, Mean, PagedComputer, PagedWorkspace, Tables
 from .libraries import Libraries
 from .plan import Done, Plan, needs_every_key
 
@@ -34,9 +37,12 @@ _FEW = 64
 
 
 class Filler:
-    """Fills blocks with a worker's model. ``most``: rows of a pass."""
+    """Fills blocks with a worker's model. ``most``: rows of a pass; ``auxiliary``: the model that some methods ask."""
 
-    def __init__(self, model: seams.Model, libraries: Libraries, most: int) -> None:
+    def __init__(
+        self, model: seams.Model, libraries: Libraries, most: int, auxiliary: WorkerAuxiliary | None = None
+    ) -> None:
+        self.auxiliary = auxiliary
         self.model, self.libraries, self._most = model, libraries, most
         self.tables = Tables(model)
         self._beginnings = Beginnings()
@@ -139,7 +145,7 @@ class _Work:
             chunks=tuple(None if place.key is None else self._chunks[place.key] for place in plan.places),
             workspace=workspace,
             computer=computer,
-            auxiliary=_no_auxiliary,
+            auxiliary=lambda layers: self._auxiliary_scores(ask, layers),
             rows=rows,
             groups=layout.chunk[rows],
             fresh=fresh,
@@ -191,6 +197,13 @@ class _Work:
         if len(head):
             ask(Forward([Part(workspace, layout.ids[head], head, hooks=[Keep()])], None))
 
+    def _auxiliary_scores(self, ask: Ask, layers: str) -> list[CharacterScores]:
+        assert self._filler.auxiliary is not None, "a method that needs it is refused without"
+        found = self._filler.auxiliary.score(self.plan, self._chunks, layers)
+        scores = torch.from_numpy(np.concatenate([one.scores for one in found])).to(self._filler.model.device)
+        agreed = ask(Mean(scores)).cpu().split([len(one.scores) for one in found])
+        return [dataclasses.replace(one, scores=mine.numpy()) for one, mine in zip(found, agreed, strict=True)]
+
     def _in_place(self, layout: Layout) -> Tensor:
         """``[T]`` bool: the tokens of a chunk right behind its encode prefix, whose KV needs no repair."""
         return layout.reusable & (torch.arange(len(layout)) < self.plan.head)
@@ -212,7 +225,3 @@ class _Work:
         if plan.sources:
             report["sources"] = [[run.source.name.lower(), run.tokens] for run in sources.runs()]
         return report
-
-
-def _no_auxiliary(layers: str) -> Any:
-    raise NotImplementedError("methods with an auxiliary model are refused before")

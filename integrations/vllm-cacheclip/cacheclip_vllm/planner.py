@@ -89,13 +89,22 @@ class Known:
 class Planner:
     """Plans requests. Not thread-safe: the scheduler's own thread calls it.
 
-    ``most``: rows that all plans of a step may compute, and a pass takes; ``ranks``: workers that load chunks.
+    ``most``: rows that all plans of a step may compute, and a pass takes; ``ranks``: workers that load chunks;
+    ``auxiliary``: whether they have an auxiliary model.
     """
 
     def __init__(
-        self, libraries: Libraries, default: Method, *, block: int, hashed: int, most: int, ranks: int
+        self,
+        libraries: Libraries,
+        default: Method,
+        *,
+        block: int,
+        hashed: int,
+        most: int,
+        ranks: int,
+        auxiliary: bool = False,
     ) -> None:
-        self._libraries, self._default = libraries, default
+        self._libraries, self._default, self._auxiliary = libraries, default, auxiliary
         self._block, self._hashed, self._most, self._ranks = block, hashed, most, ranks
         self._known: dict[str, Known] = {}
         self.plans: dict[str, Plan] = {}
@@ -128,7 +137,7 @@ class Planner:
     def add(self, request: Any, given: Any, caching: bool) -> None:
         """Plan a new request with the options ``given``; ``caching``: whether vLLM's prefix cache is on."""
         try:
-            asked = options(given, self._default)
+            asked = options(given, self._default, self._auxiliary)
             plan = self._encoding(request, asked) if asked.encode is not None else self._plan(request, asked)
         except CacheClipError as error:
             plan = str(error)
