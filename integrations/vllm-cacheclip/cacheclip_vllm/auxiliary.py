@@ -1,5 +1,6 @@
-"""CacheClip's auxiliary model beside vLLM's worker, on its CPU. It reads text: chunks have theirs, and the question's is
-decoded from the prompt's tokens.
+"""CacheClip's auxiliary model beside vLLM's worker, on its CPU.
+
+It reads text: chunks have theirs, and the question's is decoded from the prompt's tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class WorkerAuxiliary:
 
     def score(self, plan: Plan, chunks: Mapping[str, ChunkKV], layers: str) -> list[CharacterScores]:
         """Scores of each place in the plan, as its layout counts: a character of that is one of the chunk's tokens."""
-        question = self._libraries.model.say(plan.ids[plan.question]).strip()
+        question = self._question(plan, chunks)
         texts = [place.text for place in plan.places]
         with self._lock:
             found = self._for(plan.tenant).score(texts, question, layers)
@@ -55,6 +56,22 @@ class WorkerAuxiliary:
             _by_token(scores, None if place.key is None else chunks[place.key])
             for scores, place in zip(found, plan.places, strict=True)
         ]
+
+    def _question(self, plan: Plan, chunks: Mapping[str, ChunkKV]) -> str:
+        """The question's text. Its first token may hold the last chunk's end, as in ".\\n\\n", and its last one the
+        first chunk's beginning.
+        """
+        rows, text = plan.question, self._libraries.model.say(plan.ids[plan.question])
+        for place in plan.places if len(rows) else ():
+            if place.key is None:
+                continue
+            offsets, whole = chunks[place.key].offsets, chunks[place.key].text
+            (begin, first, _), (row, offset, length) = place.runs[0], place.runs[-1]
+            if row + length == rows[0]:
+                text = text.removeprefix(whole[int(offsets[offset + length - 1, 1]) :])
+            if begin == rows[-1] + 1:
+                text = text.removesuffix(whole[: int(offsets[first, 0])])
+        return text.strip()
 
     def _for(self, tenant: str) -> Auxiliary:
         if tenant not in self._of:

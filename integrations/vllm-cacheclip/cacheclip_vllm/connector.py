@@ -104,6 +104,8 @@ class CacheClipConnector(KVConnectorBase_V1):
             )
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
+            self._unfinished: dict[str, dict[str, Any]] = {}
+            """Reports that were handed out in this step, of requests whose results come behind their end."""
             self._counts = ReuseStats()
         else:
             self._block = seams.block_size(kv_cache_config)
@@ -155,6 +157,7 @@ class CacheClipConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._planner is None:
             return Work([], [], [], idle=False)
+        self._unfinished.clear()
         if self._planner.ready:
             self._planner.bar(seams.blocks_computed(scheduler_output, self._manager, self._block))
         plans, load, dropped = self._planner.end_of_step()
@@ -172,7 +175,9 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._planner.loaded(request, missing)
         for request, done in results.done.items():
             self._counts.done(done)
-            if request in self._asked:
+            if request in self._unfinished:
+                self._unfinished[request].update(done.report)
+            elif request in self._asked:
                 self._reports[request] = done
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -190,6 +195,10 @@ class CacheClipConnector(KVConnectorBase_V1):
         report: dict[str, Any] = {} if done is None else dict(done.report)
         if reason or (done is not None and done.failed):
             report["fallbacks"] = [reason or (done.failed if done is not None else None)]
+        if done is None and not reason:
+            # It ends in the step that filled its blocks: vLLM ends requests before it hands on that step's results, and
+            # sends what both have said.
+            self._unfinished[name] = report
         return False, {FIELD: report}
 
     def shutdown(self) -> None:

@@ -123,3 +123,20 @@ def test_a_beginning_is_computed_once(served: Served) -> None:
     request = {"prompt_token_ids": prompts[0], "cache_salt": "of my own"}
     [salted] = served.llm.generate([request], asking({}, max_tokens=2), use_tqdm=False)
     assert "prefix" not in salted.kv_transfer_params["cacheclip"]["tokens"]
+
+
+def test_an_answer_of_one_token_has_a_report(served: Served) -> None:
+    """The request ends in the very step that filled its blocks."""
+    ids = served.prompt(PASSAGES)
+    reports = []
+    for tokens in (1, 2):
+        assert served.llm.reset_prefix_cache()
+        reports.append(served.ask([ids], tokens)[0][1])
+    one, more = reports
+    assert one["pass"].pop("seconds") and more["pass"].pop("seconds")
+    assert one == more and one["tokens"]["recomputed"]
+    many = served.ask([ids, *(served.prompt(order) for order in ORDERS)], 1)
+    assert all(sum(report["tokens"].values()) == report["prompt_tokens"] for _, report in many)
+    assert served.ask([ids], 1, reuse=False)[0][1] == {"fallbacks": ["not wanted"]}
+    served.llm.llm_engine.step()
+    assert not any(served.connectors()[0].held().values())
