@@ -19,6 +19,7 @@ from cacheclip_rag.weights.pull import resolve
 
 from .libraries import Libraries
 from .plan import Plan
+from .served import ServedModel
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -48,7 +49,7 @@ class WorkerAuxiliary:
 
     def score(self, plan: Plan, chunks: Mapping[str, ChunkKV], layers: str) -> list[CharacterScores]:
         """Scores of each place in the plan, as its layout counts: a character of that is one of the chunk's tokens."""
-        question = self._question(plan, chunks)
+        question = question_of(plan, chunks, self._libraries.model)
         texts = [place.text for place in plan.places]
         with self._lock:
             found = self._for(plan.tenant).score(texts, question, layers)
@@ -57,26 +58,27 @@ class WorkerAuxiliary:
             for scores, place in zip(found, plan.places, strict=True)
         ]
 
-    def _question(self, plan: Plan, chunks: Mapping[str, ChunkKV]) -> str:
-        """The question's text. Its first token may hold the last chunk's end, as in ".\\n\\n", and its last one the
-        first chunk's beginning.
-        """
-        rows, text = plan.question, self._libraries.model.say(plan.ids[plan.question])
-        for place in plan.places if len(rows) else ():
-            if place.key is None:
-                continue
-            offsets, whole = chunks[place.key].offsets, chunks[place.key].text
-            (begin, first, _), (row, offset, length) = place.runs[0], place.runs[-1]
-            if row + length == rows[0]:
-                text = text.removeprefix(whole[int(offsets[offset + length - 1, 1]) :])
-            if begin == rows[-1] + 1:
-                text = text.removesuffix(whole[: int(offsets[first, 0])])
-        return text.strip()
-
     def _for(self, tenant: str) -> Auxiliary:
         if tenant not in self._of:
             self._of[tenant] = Auxiliary(self._libraries.beside(tenant, self._backbone))
         return self._of[tenant]
+
+
+def question_of(plan: Plan, chunks: Mapping[str, ChunkKV], model: ServedModel) -> str:
+    """The question's text. Its first token may hold the last chunk's end, as in ".\\n\\n", and its last one the
+    first chunk's beginning.
+    """
+    rows, text = plan.question, model.say(plan.ids[plan.question])
+    for place in plan.places if len(rows) else ():
+        if place.key is None:
+            continue
+        offsets, whole = chunks[place.key].offsets, chunks[place.key].text
+        (begin, first, _), (row, offset, length) = place.runs[0], place.runs[-1]
+        if row + length == rows[0]:
+            text = text.removeprefix(whole[int(offsets[offset + length - 1, 1]) :])
+        if begin == rows[-1] + 1:
+            text = text.removesuffix(whole[: int(offsets[first, 0])])
+    return text.strip()
 
 
 def _by_token(scores: CharacterScores, chunk: ChunkKV | None) -> CharacterScores:
