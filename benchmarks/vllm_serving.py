@@ -157,7 +157,7 @@ def table(served: Served, items: list[Item], results: dict[str, list[dict[str, A
         gain = median(plain["seconds"] / mine["seconds"] for mine, plain in zip(runs, base, strict=True))
         texts = [served.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in runs[0]["answers"]]
         score = sum(f1(text, item.answers) for text, item in zip(texts, items, strict=True)) / len(items)
-        slow = first[int(0.95 * (len(first) - 1))]
+        slow = first[min(len(first) - 1, int(0.95 * len(first)))]
         cells = f"{median(first):.2f} s", f"{median(ratios):.1f}x", f"{slow:.2f} s", f"{rate:.2f}", f"{gain:.1f}x"
         print(f"| {name} | {' | '.join(cells)} | {score:.3f} |")
     print(f"\n{rounds} rounds of {len(items)} questions\n")

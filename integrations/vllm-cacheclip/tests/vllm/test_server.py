@@ -32,8 +32,8 @@ OTHERS = ["".join(random.Random(number).choices("abcdefghij ", k=180)) for numbe
 class Server:
     """`cacheclip serve` in a process of its own."""
 
-    def __init__(self, model: Path, store: Path) -> None:
-        self.model, self.store = model, store
+    def __init__(self, model: Path, store: Path, auxiliary: Path) -> None:
+        self.model, self.store, self.auxiliary = model, store, auxiliary
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -50,6 +50,10 @@ class Server:
             "--api-key",
             f"{OTHER}=acme",
             "--fuse-when-idle",
+            "--method",
+            "auto",
+            "--auxiliary",
+            str(self.auxiliary),
             *FLAGS.split(),
             *MEMORY.split(),
         ]
@@ -86,7 +90,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(save_tiny(tmp_path_factory.mktemp("served")), tmp_path_factory.mktemp("store"))
+    model, auxiliary = (save_tiny(tmp_path_factory.mktemp(name)) for name in ("served", "auxiliary"))
+    made = Server(model, tmp_path_factory.mktemp("store"), auxiliary)
     yield made
     made.kill()
 
@@ -103,6 +108,11 @@ def test_a_prompt_of_known_chunks(server: Server, chunks: ChunkClient) -> None:
     whole, report = server.ask(PASSAGES[::-1], recompute_ratio=1.0)
     assert whole == plain and report["chunks"] == len(PASSAGES) and report["tokens"]["recomputed"] > 500
     assert none["fallbacks"] == ["not wanted"]
+
+
+def test_an_auxiliary_model_chooses_where_it_is_asked(server: Server, chunks: ChunkClient) -> None:
+    report = server.ask(PASSAGES[::-1], method="cacheclip")[1]
+    assert report["method"] == "cacheclip" and report["tokens"]["recomputed"] > 100 and not report["fallbacks"]
 
 
 def test_adding_again_changes_nothing(chunks: ChunkClient) -> None:
