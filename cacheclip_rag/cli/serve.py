@@ -80,10 +80,6 @@ def serve(
     Then: curl -X PUT localhost:8000/v1/documents/ID -H 'Content-Type: application/json' -d '{"texts": ["..."]}'
     """
     if not embedded and find_spec("vllm") is not None and find_spec("cacheclip_vllm") is not None:
-        if auxiliary is not None:
-            raise ConfigurationError(
-                "vLLM's scheduler has no text for an auxiliary model: leave it out, or use --embedded"
-            )
         options: dict[str, Any] = {
             "store": str(store.expanduser().absolute()),
             "kv_dtype": kv_dtype,
@@ -92,6 +88,10 @@ def serve(
         if fuse_when_idle:
             options["fuse_when_idle"] = True
         options |= {name: value for name, value in (("method", method), ("remote", remote)) if value}
+        if auxiliary is not None:
+            from ..weights.pull import resolve
+
+            options["auxiliary"] = str(resolve(auxiliary).absolute())
         from ..server.access import read_keys
 
         owners = read_keys(api_key or (), api_keys)
@@ -195,7 +195,8 @@ def serve_vllm(
     environment = os.environ | {
         "VLLM_PLUGINS": "cacheclip,cacheclip_chunks",
         "CACHECLIP_API_KEYS": "\n".join(keys),
-        "CACHECLIP_METHOD": options.get("method", "auto"),
+        "CACHECLIP_METHOD": options.get("method", "cacheclip" if "auxiliary" in options else "auto"),
+        "CACHECLIP_AUXILIARY": options.get("auxiliary", ""),
         "CACHECLIP_SECRET": secret.hex(),
     }
     ours = ["--worker-cls", "cacheclip_vllm.worker.Worker", "--kv-transfer-config", json.dumps(config)]

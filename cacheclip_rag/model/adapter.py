@@ -111,7 +111,9 @@ def with_adapter(backbone: Backbone, folder: str | Path) -> Backbone:
         raise ConfigurationError(f"{folder} holds no LoRA adapter: it has no {' and no '.join(missing)}")
     check_card(read_card(folder), backbone, folder)
     if backbone.decode_weights is not None:
-        raise ConfigurationError("an adapter does not go with 4-bit weights, which are copies of the model's without it")
+        raise ConfigurationError(
+            "an adapter does not go with 4-bit weights, which are copies of the model's without it"
+        )
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:

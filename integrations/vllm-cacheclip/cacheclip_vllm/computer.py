@@ -9,7 +9,7 @@ are one ordinary batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Tables:
             for rotary in {id(rotary): rotary for rotary in rotaries}.values()
         ]
         """The layers that share a table, for each table."""
+        self._first = {layer: layers[0] for layers in self.alike for layer in layers}
 
     def move(self, keys: Tensor, layer: int, old: Tensor, new: Tensor) -> Tensor:
         """Keys ``[..., n, Hk, D]`` of a layer, or of several that are `alike`, from the positions ``old [n]`` to
@@ -45,16 +46,26 @@ class Tables:
         """
         if torch.equal(old, new):
             return keys
-        cos, sin, halves = self._tables[layer]
-        c0, s0, c1, s1 = (
-            table[at.to(table.device)][:, None].to(keys.device) for at in (old, new) for table in (cos, sin)
-        )
-        scale = c0 * c0 + s0 * s0  # 1 but for rounding; YaRN's factor is in the key and must stay, so it is divided out
-        return _rotated(keys, (c1 * c0 + s1 * s0) / scale, (s1 * c0 - c1 * s0) / scale, halves)
+        return _rotated(keys, *self._turn(layer, old, new, keys.device))
 
     def rotation(self, by: Tensor) -> Rotation:
         """The rotation of one layer's keys, token j by ``by[j]`` positions."""
-        return lambda keys, layer: self.move(keys, layer, (-by).clamp(min=0), by.clamp(min=0))
+        known: dict[int, tuple[Tensor, Tensor, bool]] = {}
+
+        def rotate(keys: Tensor, layer: int) -> Tensor:
+            first = self._first[layer]
+            if first not in known:
+                known[first] = self._turn(layer, (-by).clamp(min=0), by.clamp(min=0), keys.device)
+            return _rotated(keys, *known[first])
+
+        return rotate
+
+    def _turn(self, layer: int, old: Tensor, new: Tensor, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+        """The cos and sin ``[n, 1, d/2]`` that move keys from ``old`` to ``new``, and how dimensions are paired."""
+        cos, sin, halves = self._tables[layer]
+        c0, s0, c1, s1 = (table[at.to(table.device)][:, None].to(device) for at in (old, new) for table in (cos, sin))
+        scale = c0 * c0 + s0 * s0  # 1 but for rounding; YaRN's factor is in the key and must stay, so it is divided out
+        return (c1 * c0 + s1 * s0) / scale, (s1 * c0 - c1 * s0) / scale, halves
 
 
 def _rotated(keys: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
@@ -160,14 +171,17 @@ class Scratch:
 
 
 class Keep:
-    """A hook that keeps the KV of its rows in the plain tensors of their workspace."""
+    """A hook that keeps the KV of its first ``count`` rows (None: of all) in the plain tensors of their workspace."""
 
     layers = None
 
+    def __init__(self, count: int | None = None) -> None:
+        self._mine = slice(count)
+
     def __call__(self, at: LayerInput) -> None:
-        workspace = at.workspace
+        workspace, rows = at.workspace, at.rows[self._mine]
         assert isinstance(workspace, PagedWorkspace)
-        workspace.keys[at.layer, at.rows], workspace.values[at.layer, at.rows] = at.key, at.value
+        workspace.keys[at.layer, rows], workspace.values[at.layer, rows] = at.key[self._mine], at.value[self._mine]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,15 +202,21 @@ class Mean:
 class PagedComputer:
     """vLLM's loaded model as a `Computer` for one request.
 
-    ``run`` computes a `Forward` or a `Mean`, together with those of other requests (see `batch.Batch`).
+    ``run`` computes a `Forward` or a `Mean`, together with those of other requests (see `batch.Batch`). Of rows before
+    ``keep`` the workspace has the KV behind a forward through all layers.
     """
 
     def __init__(
-        self, model: seams.Model, tables: Tables, workspace: PagedWorkspace, run: Callable[[Any], Any]
+        self,
+        model: seams.Model,
+        tables: Tables,
+        workspace: PagedWorkspace,
+        run: Callable[[Any], Any],
+        keep: int = 0,
     ) -> None:
         self.layers, self.device = len(model.layers), model.device
         self.windows = model.windows
-        self._tables, self._workspace, self._run = tables, workspace, run
+        self._tables, self._workspace, self._run, self._keep = tables, workspace, run, keep
 
     @property
     def full_layers(self) -> list[int]:
@@ -216,8 +236,12 @@ class PagedComputer:
         """
         if first or logits or any(part.score_mod is not None for part in parts):
             raise NotComposable("inside vLLM a forward runs from the first layer on, with the backend's own attention")
-        self._run(Forward(parts, depth))
+        self._run(Forward(parts if depth is not None else [self._keeping(part) for part in parts], depth))
         return [None] * len(parts)
+
+    def _keeping(self, part: Part) -> Part:
+        count = int((part.rows < self._keep).sum())
+        return part if not count else replace(part, hooks=[Keep(count), *part.hooks])
 
     def advance(self, parts: Sequence[Part], first: int, last: int) -> list[Tensor]:
         """Raises `NotComposable`: vLLM's models do not hand out their residual stream."""

@@ -24,6 +24,7 @@ from cacheclip_rag.kv.library import Library
 from cacheclip_rag.store import NotWorthLoading
 
 from . import PROOF, seams
+from .auxiliary import WorkerAuxiliary
 from .filling import Filler
 from .libraries import Libraries
 from .metrics import ReuseMetrics, ReuseStats
@@ -99,9 +100,12 @@ class CacheClipConnector(KVConnectorBase_V1):
                 hashed=kv_cache_config.hash_block_size or block,
                 most=self._most,
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
+                auxiliary=self._settings.auxiliary is not None,
             )
             self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
             self._reports: dict[str, Done] = {}
+            self._unfinished: dict[str, dict[str, Any]] = {}
+            """Reports that were handed out in this step, of requests whose results come behind their end."""
             self._counts = ReuseStats()
         else:
             self._block = seams.block_size(kv_cache_config)
@@ -113,6 +117,7 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._invalid: set[int] = set()
             self._failed: set[int] = set()
             """Blocks that failed to be filled in the step before: vLLM computes them at the earliest in this one."""
+            self._auxiliary: WorkerAuxiliary | None = None
             self._untried = "the model was not tried: start vLLM with --worker-cls cacheclip_vllm.worker.Worker"
 
     # ---- in the scheduler --------------------------------------------------------------------------------------------
@@ -152,6 +157,7 @@ class CacheClipConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._planner is None:
             return Work([], [], [], idle=False)
+        self._unfinished.clear()
         if self._planner.ready:
             self._planner.bar(seams.blocks_computed(scheduler_output, self._manager, self._block))
         plans, load, dropped = self._planner.end_of_step()
@@ -169,7 +175,9 @@ class CacheClipConnector(KVConnectorBase_V1):
             self._planner.loaded(request, missing)
         for request, done in results.done.items():
             self._counts.done(done)
-            if request in self._asked:
+            if request in self._unfinished:
+                self._unfinished[request].update(done.report)
+            elif request in self._asked:
                 self._reports[request] = done
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -187,6 +195,10 @@ class CacheClipConnector(KVConnectorBase_V1):
         report: dict[str, Any] = {} if done is None else dict(done.report)
         if reason or (done is not None and done.failed):
             report["fallbacks"] = [reason or (done.failed if done is not None else None)]
+        if done is None and not reason:
+            # It ends in the step that filled its blocks: vLLM ends requests before it hands on that step's results, and
+            # sends what both have said.
+            self._unfinished[name] = report
         return False, {FIELD: report}
 
     def shutdown(self) -> None:
@@ -222,7 +234,9 @@ class CacheClipConnector(KVConnectorBase_V1):
         if self._obstacle:
             return
         model = seams.Model(module, self._vllm_config, self._kv_cache_config, device)
-        filler = Filler(model, self._libraries, self._most)
+        if self._settings.auxiliary is not None:
+            self._auxiliary = WorkerAuxiliary(self._settings.auxiliary, self._libraries)
+        filler = Filler(model, self._libraries, self._most, self._auxiliary)
         if (reason := model.obstacle(kernel_blocks) or tried(filler)) is not None:
             said = f"the chunks of this model cannot be moved and joined inside vLLM: {reason}"
             if self._settings.unsupported != "plain":
@@ -242,7 +256,7 @@ class CacheClipConnector(KVConnectorBase_V1):
         for job in work.load:
             library = self._libraries.of(job.tenant, job.encoder)
             self._wanted[job.request] = job
-            self._loads[job.request] = self._threads.submit(_load, library, job.keys)
+            self._loads[job.request] = self._threads.submit(_load, library, job.keys, job.tenant, self._auxiliary)
         if work.plans:
             self._fill(work.plans)
         self._failed = set(self._invalid)
@@ -270,6 +284,8 @@ class CacheClipConnector(KVConnectorBase_V1):
             done = [Done(failed=repr(error)) for _ in plans]
         for plan, result in zip(plans, done, strict=True):
             self._chunks.pop(plan.request, None)  # not for as long as it decodes; a preempted one loads them again
+            if plan.encode is not None and self._auxiliary is not None:
+                self._threads.submit(self._auxiliary.prepare, plan.tenant, [plan.encode.text])
             if result.failed:
                 self._invalid.update(plan.blocks[plan.first // self._block :])
             self._results.done[plan.request] = result
@@ -296,8 +312,12 @@ class CacheClipConnector(KVConnectorBase_V1):
         """Nothing to wait for."""
 
 
-def _load(library: Library, keys: Mapping[str, int | None]) -> dict[str, ChunkKV | str]:
-    """The stored chunks with these keys, or why one is not there; ``keys`` as in `Load`."""
+def _load(
+    library: Library, keys: Mapping[str, int | None], tenant: str, auxiliary: WorkerAuxiliary | None
+) -> dict[str, ChunkKV | str]:
+    """The stored chunks with these keys, or why one is not there; ``keys`` as in `Load`. An auxiliary model has its own
+    of them then.
+    """
     library.store.refresh()  # what another process forgot is not served from memory
     found: dict[str, ChunkKV | str] = {}
     for key, tokens in keys.items():
@@ -307,6 +327,8 @@ def _load(library: Library, keys: Mapping[str, int | None]) -> dict[str, ChunkKV
             found[key] = str(reason)
         else:
             found[key] = _GONE if chunk is None else chunk
+    if auxiliary is not None:
+        auxiliary.prepare(tenant, [chunk.text for chunk in found.values() if not isinstance(chunk, str)])
     return found
 
 

@@ -8,20 +8,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cacheclip_rag.chunks import ChunkKV
 from cacheclip_rag.compute import Part
-from cacheclip_rag.kv.encode import Encoder
 from cacheclip_rag.kv.fit import prompt_fit
+from cacheclip_rag.methods.auxiliary import CharacterScores
 from cacheclip_rag.methods.request import Request
 from cacheclip_rag.prefill.sources import sources_of
 from cacheclip_rag.prompt import Layout
 
 from . import seams
+from .auxiliary import WorkerAuxiliary
 from .batch import Batch
-from .computer import Forward, Keep, PagedComputer, PagedWorkspace, Tables
+from .beginnings import Beginnings
+from .computer import Forward, Keep, Mean, PagedComputer, PagedWorkspace, Tables
 from .libraries import Libraries
 from .plan import Done, Plan, needs_every_key
 
@@ -34,12 +37,15 @@ _FEW = 64
 
 
 class Filler:
-    """Fills blocks with a worker's model. ``most``: rows of a pass."""
+    """Fills blocks with a worker's model. ``most``: rows of a pass; ``auxiliary``: the model that some methods ask."""
 
-    def __init__(self, model: seams.Model, libraries: Libraries, most: int) -> None:
+    def __init__(
+        self, model: seams.Model, libraries: Libraries, most: int, auxiliary: WorkerAuxiliary | None = None
+    ) -> None:
+        self.auxiliary = auxiliary
         self.model, self.libraries, self._most = model, libraries, most
         self.tables = Tables(model)
-        self._fronts: dict[Encoder, tuple[Tensor, Tensor]] = {}
+        self._beginnings = Beginnings()
         rank, ranks = seams.rank()
         heads, mine = libraries.model.kv_heads, model.heads[0][1]
         first = rank * heads // ranks
@@ -52,7 +58,10 @@ class Filler:
         A plan that fails says so, and vLLM computes its request.
         """
         start, batch = time.perf_counter(), Batch(self.model, self._most, self.libraries.cost)
-        works = [_Work(self, plan, chunks.get(plan.request, {})) for plan in plans]
+        begun = [self._beginnings.find(plan.salt, plan.ids[: plan.shared]) for plan in plans]
+        works = [
+            _Work(self, plan, chunks.get(plan.request, {}), known) for plan, known in zip(plans, begun, strict=True)
+        ]
         results = batch.run([work.run for work in works])
         seconds = time.perf_counter() - start
         done = []
@@ -61,20 +70,13 @@ class Filler:
                 log.warning("a request is computed by vLLM, since reuse failed: %r", result, exc_info=result)
                 done.append(Done(failed=f"reuse failed: {result!r}"))
                 continue
+            if (more := work.beginning()) is not None:
+                self._beginnings.keep(work.plan.salt, work.plan.ids[: work.plan.shared], *more)
             if work.plan.encode is not None:
                 result = {"stored": self._store(work)}
             shared = {"seconds": round(seconds, 6), "requests": len(plans), "passes": batch.passes}
             done.append(Done({**result, "pass": shared}))
         return done
-
-    # ---- the encode prefix -------------------------------------------------------------------------------------------
-
-    def front(self, plan: Plan) -> tuple[Tensor, Tensor] | None:
-        """KV ``[L, Hk, P, D]`` of the plan's encode prefix, this rank's heads, if an earlier pass computed it."""
-        return self._fronts.get(plan.method.encode) if plan.prefix else None
-
-    def keep_front(self, plan: Plan, workspace: PagedWorkspace) -> None:
-        self._fronts[plan.method.encode] = workspace.read(slice(0, plan.prefix))
 
     # ---- workspaces and chunks ---------------------------------------------------------------------------------------
 
@@ -106,29 +108,33 @@ class Filler:
 
 
 class _Work:
-    """One plan being carried out; `run` is called in a thread of its own, and asks for forwards."""
+    """One plan being carried out; `run` is called in a thread of its own, and asks for forwards. ``begun``: KV of the
+    prompt's first rows that is there already.
+    """
 
-    def __init__(self, filler: Filler, plan: Plan, chunks: Mapping[str, ChunkKV]) -> None:
+    def __init__(
+        self, filler: Filler, plan: Plan, chunks: Mapping[str, ChunkKV], begun: tuple[Tensor, Tensor] | None
+    ) -> None:
         self.plan = plan
-        self._filler, self._chunks = filler, chunks
+        self._filler, self._chunks, self._begun = filler, chunks, begun
+        self._known = 0 if begun is None else begun[0].shape[2]
         self.workspace: PagedWorkspace | None = None
 
     def run(self, ask: Ask) -> dict[str, Any]:
         plan, filler = self.plan, self._filler
         layout = plan.layout()
         workspace = self.workspace = filler.workspace(plan)
-        computer = PagedComputer(filler.model, filler.tables, workspace, ask)
-        known = self._place(layout, workspace)
+        computer = PagedComputer(filler.model, filler.tables, workspace, ask, keep=plan.shared)
+        self._place(layout, workspace)
         count = len(layout)
         held = layout.reusable.clone()
         held[count - 1] = False
-        held[:known] = True
+        held[: self._known] = True
         if plan.encode is not None:
             rows = (~held[:-1]).nonzero()[:, 0]
             ask(Forward([Part(workspace, layout.ids[rows], rows, hooks=[Keep()])], None))
-            self._note_front(known)
             return {}
-        self._compute_head(ask, layout, workspace, known, held)
+        self._compute_head(ask, layout, workspace, held)
         in_place = self._in_place(layout)
         reusable = layout.reusable.clone()
         reusable[count - 1] = False
@@ -139,7 +145,7 @@ class _Work:
             chunks=tuple(None if place.key is None else self._chunks[place.key] for place in plan.places),
             workspace=workspace,
             computer=computer,
-            auxiliary=_no_auxiliary,
+            auxiliary=lambda layers: self._auxiliary_scores(ask, layers),
             rows=rows,
             groups=layout.chunk[rows],
             fresh=fresh,
@@ -158,40 +164,45 @@ class _Work:
         done = plan.method.recompute.run(rest, chosen, None)
         return self._report(layout, in_place, done.rows, done.adjusted, ratio, fit)
 
-    def _place(self, layout: Layout, workspace: PagedWorkspace) -> int:
-        """Place the stored KV; returns how many rows of the encode prefix are among it."""
-        known = 0
-        if (front := self._filler.front(self.plan)) is not None:
-            workspace.write(0, *front)
-            known = self.plan.prefix
+    def beginning(self) -> tuple[Tensor, Tensor] | None:
+        """KV ``[L, Hk, n, D]`` of the rows that later prompts may share, if more of it is known now than before."""
+        if not self._known < self.plan.shared or self._known < self.plan.first:  # vLLM's own rows cannot be read
+            return None
+        assert self.workspace is not None
+        return self.workspace.read(slice(0, self.plan.shared))
+
+    def _place(self, layout: Layout, workspace: PagedWorkspace) -> None:
+        """Place the stored KV."""
+        if self._begun is not None:
+            workspace.write(0, *self._begun)
         for number, row, tokens in layout.runs():
             key = self.plan.places[number].key
             assert key is not None
             workspace.place(self._chunks[key], tokens, row)
         workspace.flush()
-        return known
 
-    def _compute_head(self, ask: Ask, layout: Layout, workspace: PagedWorkspace, known: int, held: Tensor) -> None:
+    def _compute_head(self, ask: Ask, layout: Layout, workspace: PagedWorkspace, held: Tensor) -> None:
         """Compute what stands before the first chunk that needs repair, in a pass of its own where the selection needs
-        its keys, where the prefix's KV is to be kept, and where it is long. A few rows are computed with the question
-        and the chosen rows instead. Marks in ``held`` what is there then.
+        its keys, and where it is long. A few rows are computed with the question and the chosen rows instead. Marks in
+        ``held`` what is there then.
         """
         plan = self.plan
         head = (~held[: plan.head]).nonzero()[:, 0]
         held[: plan.first] = True
-        if not needs_every_key(plan.method) and (known or not plan.prefix):
+        if not needs_every_key(plan.method):
             head = head[head >= plan.first]
             if len(head) <= _FEW:
                 return
         held[: plan.head] = True
         if len(head):
             ask(Forward([Part(workspace, layout.ids[head], head, hooks=[Keep()])], None))
-            self._note_front(known)
 
-    def _note_front(self, known: int) -> None:
-        if self.plan.prefix and not known and (self.plan.encode is not None or self.plan.head >= self.plan.prefix):
-            assert self.workspace is not None
-            self._filler.keep_front(self.plan, self.workspace)
+    def _auxiliary_scores(self, ask: Ask, layers: str) -> list[CharacterScores]:
+        assert self._filler.auxiliary is not None, "a method that needs it is refused without"
+        found = self._filler.auxiliary.score(self.plan, self._chunks, layers)
+        scores = torch.from_numpy(np.concatenate([one.scores for one in found])).to(self._filler.model.device)
+        agreed = ask(Mean(scores)).cpu().split([len(one.scores) for one in found])
+        return [dataclasses.replace(one, scores=mine.numpy()) for one, mine in zip(found, agreed, strict=True)]
 
     def _in_place(self, layout: Layout) -> Tensor:
         """``[T]`` bool: the tokens of a chunk right behind its encode prefix, whose KV needs no repair."""
@@ -201,7 +212,7 @@ class _Work:
         self, layout: Layout, in_place: Tensor, recomputed: Tensor, adjusted: Tensor, ratio: float, fit: float
     ) -> dict[str, Any]:
         plan = self.plan
-        sources = sources_of(layout, plan.first, recomputed, in_place, adjusted)
+        sources = sources_of(layout, max(plan.first, self._known), recomputed, in_place, adjusted)
         report = {
             "method": plan.method.name,
             "requested_ratio": ratio,
@@ -214,7 +225,3 @@ class _Work:
         if plan.sources:
             report["sources"] = [[run.source.name.lower(), run.tokens] for run in sources.runs()]
         return report
-
-
-def _no_auxiliary(layers: str) -> Any:
-    raise NotImplementedError("methods with an auxiliary model are refused before")

@@ -28,8 +28,11 @@ from .served import ServedModel
 from .service import Chunks
 from .settings import settings
 
-KEYS, KEYS_FILE, METHOD = "CACHECLIP_API_KEYS", "CACHECLIP_API_KEYS_FILE", "CACHECLIP_METHOD"
-"""Environment variables: API keys (``key`` or ``key=tenant``, one a line), a file of them, the default method."""
+KEYS, KEYS_FILE = "CACHECLIP_API_KEYS", "CACHECLIP_API_KEYS_FILE"
+METHOD, AUXILIARY = "CACHECLIP_METHOD", "CACHECLIP_AUXILIARY"
+"""Environment variables: API keys (``key`` or ``key=tenant``, one a line), a file of them, the default method, the
+auxiliary model if there is one.
+"""
 
 
 def _keys() -> dict[str, str]:
@@ -42,11 +45,11 @@ class ServerAccess(Access):
     """`Access` as a middleware of vLLM's, which makes it from the application alone: keys come from the environment."""
 
     def __init__(self, app: App) -> None:
-        default = resolve(os.environ.get(METHOD, "auto"))
+        default, auxiliary = resolve(os.environ.get(METHOD, "auto")), bool(os.environ.get(AUXILIARY))
         super().__init__(
             app,
             keys=_keys(),
-            check_method=lambda method: options({"method": method}, default),
+            check_method=lambda method: options({"method": method}, default, auxiliary),
             added={"proof": os.environ.get(PROOF, "")},
         )
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cacheclip_rag.corpus.usage import Usage
-from cacheclip_rag.kv.encode import Encoder
+from cacheclip_rag.kv.encode import Encoder, Isolated
 from cacheclip_rag.kv.library import KVDtype, Library
 from cacheclip_rag.kv.variants import FusedVariants
+from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.store import LoadingCost, Place, Remote
 
 from .served import ServedModel
@@ -74,6 +75,10 @@ class Libraries:
             model: Any = self.model  # a library without weights computes nothing
             self._opened[name] = Library(model, encoder, place.store, tenant, self._secret, self._options.kv_dtype)
         return self._opened[name]
+
+    def beside(self, tenant: str, backbone: Backbone) -> Library:
+        """The chunks of this tenant as another model encodes them, behind its own template's beginning."""
+        return Library(backbone, Isolated(), self.place(tenant).store, tenant, self._secret, self._options.kv_dtype)
 
     def usage(self, tenant: str, encoder: Encoder) -> Usage:
         """The counts of which of these chunks come together, as the scheduler has saved them."""

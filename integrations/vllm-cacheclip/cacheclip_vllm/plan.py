@@ -39,10 +39,10 @@ class Options:
     encode: Mapping[str, Any] | None = None
 
 
-def options(given: Any, default: Method) -> Options:
+def options(given: Any, default: Method, auxiliary: bool = False) -> Options:
     """The options of a request, checked. Raises `ConfigurationError` that says what is valid.
 
-    A method that cannot be run inside vLLM is refused by name, with the reason.
+    A method that cannot be run inside vLLM is refused by name, with the reason. ``auxiliary``: see `refused`.
     """
     given = {} if given is None else given
     if not isinstance(given, Mapping):
@@ -59,7 +59,7 @@ def options(given: Any, default: Method) -> Options:
         raise ConfigurationError(
             f'"{given["method"]}" would encode chunks in a way of its own: start the server with it'
         )
-    if (reason := refused(method)) is not None:
+    if (reason := refused(method, auxiliary)) is not None:
         raise ConfigurationError(f'method "{method.name}" cannot be used inside vLLM: {reason}')
     if "recompute_ratio" in given:  # a ratio that somebody names is kept, however well contexts fit
         method = dataclasses.replace(method, fitted_ratio=None)
@@ -74,8 +74,8 @@ def options(given: Any, default: Method) -> Options:
     )
 
 
-def refused(method: Method) -> str | None:
-    """Why a method cannot be used inside vLLM, or None."""
+def refused(method: Method, auxiliary: bool = False) -> str | None:
+    """Why a method cannot be used inside vLLM, or None. ``auxiliary``: whether workers have an auxiliary model."""
     if getattr(method.encode, "adapter", None) is not None:
         return "the weights are the server's: start it with a model that the adapter is merged into"
     if method.strategy == "prefix":
@@ -90,8 +90,8 @@ def refused(method: Method) -> str | None:
         return "it continues from a residual stream, which vLLM's models do not hand out"
     if method.reorder:
         return "reordering changes the prompt, and the scheduler has its token ids only"
-    if method.select.needs_auxiliary:
-        return "the auxiliary model's text comes from the prompt's, and the scheduler has its token ids only"
+    if method.select.needs_auxiliary and not auxiliary:
+        return "no auxiliary model was configured: start the server with --auxiliary smollm2-135m-instruct"
     return None
 
 
@@ -127,7 +127,8 @@ class Plan:
     """How one request's rows are filled, except for its last one, which vLLM computes.
 
     ``prefix``: rows from 0 on that hold the encode prefix; ``head``: rows before it are exact, so that a shared block
-    may hold them; ``first``: rows before it are there already; ``question``: the question's rows; ``spare``: blocks
+    may hold them; ``shared``: rows before it have KV that later prompts with the same ``salt`` may use; ``first``: rows
+    before it are there already; ``question``: the question's rows; ``spare``: blocks
     behind the request's own ``blocks``, for a copy of the question; ``local``: tokens that vLLM's prefix cache had when
     it was asked last; ``barred``: rows before `first` are only computed in this step, so that it cannot be filled.
     """
@@ -144,6 +145,8 @@ class Plan:
     encode: Encode | None = None
     sources: bool = False
     head: int = 0
+    shared: int = 0
+    salt: str = ""
     first: int = 0
     blocks: list[int] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)

@@ -89,13 +89,22 @@ class Known:
 class Planner:
     """Plans requests. Not thread-safe: the scheduler's own thread calls it.
 
-    ``most``: rows that all plans of a step may compute, and a pass takes; ``ranks``: workers that load chunks.
+    ``most``: rows that all plans of a step may compute, and a pass takes; ``ranks``: workers that load chunks;
+    ``auxiliary``: whether they have an auxiliary model.
     """
 
     def __init__(
-        self, libraries: Libraries, default: Method, *, block: int, hashed: int, most: int, ranks: int
+        self,
+        libraries: Libraries,
+        default: Method,
+        *,
+        block: int,
+        hashed: int,
+        most: int,
+        ranks: int,
+        auxiliary: bool = False,
     ) -> None:
-        self._libraries, self._default = libraries, default
+        self._libraries, self._default, self._auxiliary = libraries, default, auxiliary
         self._block, self._hashed, self._most, self._ranks = block, hashed, most, ranks
         self._known: dict[str, Known] = {}
         self.plans: dict[str, Plan] = {}
@@ -128,7 +137,7 @@ class Planner:
     def add(self, request: Any, given: Any, caching: bool) -> None:
         """Plan a new request with the options ``given``; ``caching``: whether vLLM's prefix cache is on."""
         try:
-            asked = options(given, self._default)
+            asked = options(given, self._default, self._auxiliary)
             plan = self._encoding(request, asked) if asked.encode is not None else self._plan(request, asked)
         except CacheClipError as error:
             plan = str(error)
@@ -139,6 +148,7 @@ class Planner:
             self.reasons[request.request_id] = plan
             return
         self.plans[request.request_id] = plan
+        plan.shared, plan.salt = (self._begins(plan) if caching else plan.prefix), seams.salt(request)
         if caching:
             seams.keep_private(request, self._shared(plan) // self._block, self._hashed, self._block)
         self._load(plan)
@@ -152,6 +162,12 @@ class Planner:
     def _shared(self, plan: Plan) -> int:
         """Rows before it, down to a block's border, are exact, and their blocks may be shared."""
         return 0 if plan.encode is not None else plan.head
+
+    def _begins(self, plan: Plan) -> int:
+        """The rows before its first chunk, all of which are exact."""
+        if plan.encode is not None:
+            return plan.prefix
+        return min(plan.head, *(place.runs[0][0] for place in plan.places if place.key is not None))
 
     def _plan(self, request: Any, asked: Options) -> Plan | str:
         """The plan of a prompt, or why nothing of it is reused."""

@@ -164,6 +164,11 @@ def keep_private(request: Any, block: int, hash_size: int, size: int) -> None:
     request.update_block_hashes()
 
 
+def salt(request: Any) -> str:
+    """Only requests with the same one share KV in vLLM's prefix cache."""
+    return request.cache_salt or ""
+
+
 def idle(engine: Any) -> bool:
     """Whether the API server's engine has no request."""
     return not engine.output_processor.has_unfinished_requests()

@@ -16,14 +16,16 @@ from .plan import refused
 @dataclass(frozen=True)
 class Settings(StoreOptions):
     """The store's options; ``method`` and ``recompute_ratio`` of requests that name none; ``fuse_when_idle``: fuse
-    chunks that prompts held together while there is no request; ``untested``: whether a version of vLLM that the
-    tests were not run with is to "refuse" to start, or is served "plain", without reuse; ``unsupported``: the same for
-    a model or a configuration whose KV cannot be reused.
+    chunks that prompts held together while there is no request; ``auxiliary``: a small model that selects rows, on each
+    worker's CPU (a catalogue name, hub id or folder), with which the method is "cacheclip" if none is named;
+    ``untested``: whether a version of vLLM that the tests were not run with is to "refuse" to start, or is served
+    "plain", without reuse; ``unsupported``: the same for a model or a configuration whose KV cannot be reused.
     """
 
-    method: str = "auto"
+    method: str | None = None
     recompute_ratio: float | None = None
     fuse_when_idle: bool = False
+    auxiliary: str | None = None
     untested: Literal["refuse", "plain"] = "refuse"
     unsupported: Literal["refuse", "plain"] = "refuse"
 
@@ -33,8 +35,8 @@ class Settings(StoreOptions):
         changes = (
             {} if self.recompute_ratio is None else {"recompute_ratio": self.recompute_ratio, "fitted_ratio": None}
         )
-        method = methods.resolve(self.method, **changes)
-        if (reason := refused(method)) is not None:
+        method = methods.resolve(self.method or ("auto" if self.auxiliary is None else "cacheclip"), **changes)
+        if (reason := refused(method, self.auxiliary is not None)) is not None:
             raise ConfigurationError(f'method "{method.name}" cannot be used inside vLLM: {reason}')
         return method
 

@@ -116,6 +116,12 @@ def test_an_adapter_is_refused_since_the_weights_are_the_servers() -> None:
     assert "merged into" in str(refused(resolve("blockattention:adapter=folder")))
 
 
+def test_an_auxiliary_model_is_asked_where_there_is_one() -> None:
+    assert options({"method": "cacheclip"}, AUTO, auxiliary=True).method.select.needs_auxiliary
+    with pytest.raises(ConfigurationError, match="--auxiliary"):
+        options({"method": "cacheclip"}, AUTO)
+
+
 def test_all_other_methods_of_the_table_are_accepted() -> None:
     for name, method in METHODS.items():
         assert (refused(method) is not None) == (name in REFUSED), name

@@ -15,10 +15,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(
-        folder, tmp_path_factory.mktemp("store"), extra={"memory_bytes": 0}
-    )  # every chunk comes from its file
+def auxiliary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The auxiliary model of `served`, with other weights."""
+    return save_tiny(tmp_path_factory.mktemp("auxiliary"), "qwen2", seed=1)
+
+
+@pytest.fixture(scope="session")
+def served(folder: Path, auxiliary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    extra = {"memory_bytes": 0, "method": "auto", "auxiliary": str(auxiliary)}  # every chunk comes from its file
+    made = Served(folder, tmp_path_factory.mktemp("store"), extra=extra)
     for method in ("auto", "cacheblend", "link0"):  # one of each encoding
         made.encode(PASSAGES, method)
     yield made

@@ -107,3 +107,36 @@ def test_nothing_is_left_of_finished_requests(served: Served) -> None:
     scheduler, worker = served.connectors()
     held = {**scheduler.held(), **worker.held()}
     assert not any(held.values()), held
+
+
+def test_a_beginning_is_computed_once(served: Served) -> None:
+    """Without a whole block that vLLM's own cache could share, and for who may share one only."""
+    head = "Say it shortly. "
+    prompts = [served.prompt(PASSAGES[k:], head=head) for k in range(3)]
+    begins = next(row for row, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    assert begins < served.block and served.llm.reset_prefix_cache()
+    reports = [served.ask([ids])[0][1]["tokens"] for ids in prompts]
+    assert [tokens.get("prefix", 0) for tokens in reports[1:]] == [begins] * 2
+    assert reports[0].get("prefix", 0) < begins
+    answers = [served.ask([ids], recompute_ratio=1.0)[0][0] for ids in prompts]
+    assert answers == [served.ask([ids], reuse=False)[0][0] for ids in prompts]
+    request = {"prompt_token_ids": prompts[0], "cache_salt": "of my own"}
+    [salted] = served.llm.generate([request], asking({}, max_tokens=2), use_tqdm=False)
+    assert "prefix" not in salted.kv_transfer_params["cacheclip"]["tokens"]
+
+
+def test_an_answer_of_one_token_has_a_report(served: Served) -> None:
+    """The request ends in the very step that filled its blocks."""
+    ids = served.prompt(PASSAGES)
+    reports = []
+    for tokens in (1, 2):
+        assert served.llm.reset_prefix_cache()
+        reports.append(served.ask([ids], tokens)[0][1])
+    one, more = reports
+    assert one["pass"].pop("seconds") and more["pass"].pop("seconds")
+    assert one == more and one["tokens"]["recomputed"]
+    many = served.ask([ids, *(served.prompt(order) for order in ORDERS)], 1)
+    assert all(sum(report["tokens"].values()) == report["prompt_tokens"] for _, report in many)
+    assert served.ask([ids], 1, reuse=False)[0][1] == {"fallbacks": ["not wanted"]}
+    served.llm.llm_engine.step()
+    assert not any(served.connectors()[0].held().values())

@@ -43,7 +43,7 @@ v1.core.kv_cache_manager:KVCacheManager.block_pool
 v1.core.kv_cache_utils:KVCacheBlock.block_id
 v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens
 v1.request:Request.request_id sampling_params prompt_token_ids prompt_embeds mm_features lora_request resumable
-v1.request:Request.kv_transfer_params block_hashes
+v1.request:Request.kv_transfer_params block_hashes cache_salt
 sampling_params:SamplingParams.prompt_logprobs
 model_executor.layers.attention.attention:Attention.attn_backend impl num_heads num_kv_heads head_size head_size_v
 model_executor.layers.attention.attention:Attention.sliding_window kv_cache

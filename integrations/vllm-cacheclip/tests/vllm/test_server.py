@@ -32,8 +32,8 @@ OTHERS = ["".join(random.Random(number).choices("abcdefghij ", k=180)) for numbe
 class Server:
     """`cacheclip serve` in a process of its own."""
 
-    def __init__(self, model: Path, store: Path) -> None:
-        self.model, self.store = model, store
+    def __init__(self, model: Path, store: Path, auxiliary: Path) -> None:
+        self.model, self.store, self.auxiliary = model, store, auxiliary
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -50,6 +50,10 @@ class Server:
             "--api-key",
             f"{OTHER}=acme",
             "--fuse-when-idle",
+            "--method",
+            "auto",
+            "--auxiliary",
+            str(self.auxiliary),
             *FLAGS.split(),
             *MEMORY.split(),
         ]
@@ -86,7 +90,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(save_tiny(tmp_path_factory.mktemp("served")), tmp_path_factory.mktemp("store"))
+    model, auxiliary = (save_tiny(tmp_path_factory.mktemp(name)) for name in ("served", "auxiliary"))
+    made = Server(model, tmp_path_factory.mktemp("store"), auxiliary)
     yield made
     made.kill()
 
@@ -103,6 +108,11 @@ def test_a_prompt_of_known_chunks(server: Server, chunks: ChunkClient) -> None:
     whole, report = server.ask(PASSAGES[::-1], recompute_ratio=1.0)
     assert whole == plain and report["chunks"] == len(PASSAGES) and report["tokens"]["recomputed"] > 500
     assert none["fallbacks"] == ["not wanted"]
+
+
+def test_an_auxiliary_model_chooses_where_it_is_asked(server: Server, chunks: ChunkClient) -> None:
+    report = server.ask(PASSAGES[::-1], method="cacheclip")[1]
+    assert report["method"] == "cacheclip" and report["tokens"]["recomputed"] > 100 and not report["fallbacks"]
 
 
 def test_adding_again_changes_nothing(chunks: ChunkClient) -> None:
@@ -140,6 +150,74 @@ def test_frameworks_openai_clients(server: Server, chunks: ChunkClient) -> None:
     from llama_index.core.llms import ChatMessage
 
     assert like.chat([ChatMessage(content)]).message.content == expected
+
+
+def test_llama_index_by_base_url(server: Server, chunks: ChunkClient) -> None:
+    pytest.importorskip("llama_index.llms.openai_like")
+    from llama_index.core.llms import ChatMessage
+    from llama_index.core.schema import TextNode
+    from llama_index.core.vector_stores import SimpleVectorStore
+    from llama_index.llms.cacheclip import CacheClipLLM, CacheClipTransform, CacheClipVectorStore
+
+    llm = CacheClipLLM(base_url=server.url, api_key=KEY, max_new_tokens=12, temperature=0.0, max_retries=0)
+    assert llm.model_name == str(server.model) and llm.metadata.context_window == 2048
+    content = "\n\n".join([*PASSAGES, QUESTION])
+    expected, told = server.ask(PASSAGES)
+    for ask in (llm.chat, lambda messages: list(llm.stream_chat(messages))[-1]):
+        assert ask([ChatMessage(content)]).message.content == expected
+    assert "without a report" in str(llm.last_report()) and llm.last_report().completion_tokens == 12  # of the stream
+    llm.chat([ChatMessage(content)])
+    report = llm.last_report()
+    assert report.recomputed == told["tokens"]["recomputed"] and report.reused and report.method == "auto"
+    CacheClipTransform(llm)([TextNode(text=OTHERS[5])])
+    store = CacheClipVectorStore(SimpleVectorStore(stores_text=False), llm, show_progress=False, grace=0)
+    store.add([TextNode(id_="node", text=OTHERS[6], embedding=[1.0])])
+    assert server.ask(OTHERS[5:7])[1]["chunks"] == 2
+    store.delete_nodes(["node"])
+    assert server.ask(OTHERS[5:7])[1]["chunks"] == 1
+
+
+def test_langchain_by_base_url(server: Server, chunks: ChunkClient) -> None:
+    pytest.importorskip("langchain_openai")
+    from langchain_cacheclip import CacheClipVectorStore, ChatCacheClip
+    from langchain_core.documents import Document
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+    from langchain_core.vectorstores import InMemoryVectorStore
+
+    llm = ChatCacheClip(base_url=server.url, api_key=KEY, max_tokens=12, temperature=0, max_retries=0)
+    content = "\n\n".join([*PASSAGES, QUESTION])
+    expected, told = server.ask(PASSAGES)
+    assert "".join(piece.content for piece in llm.stream(content)) == expected
+    assert "without a report" in str(llm.last_report())
+    message = llm.invoke(content)
+    assert message.content == expected and message.usage_metadata["output_tokens"] == 12
+    assert llm.last_report().recomputed == told["tokens"]["recomputed"]
+    other = ChatCacheClip(base_url=server.url, api_key=KEY, max_tokens=1, method="naive", max_retries=0)
+    other.invoke(content)
+    report = other.last_report()
+    assert (report.method, report.recomputed, report.completion_tokens) == ("naive", 0, 1) and report.reused > 100
+    inner = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
+    store = CacheClipVectorStore(inner, llm, show_progress=False)
+    store.add_documents([Document(id=text[:8], page_content=text) for text in OTHERS[7:9]])
+    assert server.ask(OTHERS[7:9])[1]["chunks"] == 2
+    store.delete([OTHERS[7][:8]])
+    assert server.ask(OTHERS[7:9])[1]["chunks"] == 1
+
+
+def test_forgetting_what_a_document_has(server: Server, chunks: ChunkClient) -> None:
+    """What another document has as well stays."""
+    one, both = OTHERS[10], OTHERS[11]
+    chunks.add([one, both], document="first")
+    chunks.add([both], document="second")
+    chunks.forget([one, both], document="first")
+    report = server.ask([one, both])[1]
+    assert report["chunks"] == 1 and report["tokens"]["fresh"] > len(one)
+    chunks.forget([both], document="second")
+    assert server.ask([one, both])[1]["fallbacks"] == ["no chunk in this prompt has stored KV"]
+    chunks.add([one], document="first")
+    chunks.add([one], document="second")
+    chunks.forget([one])
+    assert server.ask([one])[1]["fallbacks"] == ["no chunk in this prompt has stored KV"]
 
 
 def test_nothing_without_a_key(server: Server, chunks: ChunkClient) -> None:
