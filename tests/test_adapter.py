@@ -16,6 +16,7 @@ from training import adapter
 
 from cacheclip_rag import ConfigurationError, Engine, NotComposable
 from cacheclip_rag.model.adapter import CARD, library_version, with_adapter
+from cacheclip_rag.model.decode_weights import DecodeWeights
 from cacheclip_rag.model.packed import PackedLinear, pack
 
 pytest.importorskip("peft")
@@ -191,3 +192,10 @@ def test_a_packed_model_takes_an_adapter_and_both_stay_packed(folder):
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm() < (logits[2] - logits[0]).norm()
     again = packed.forward(ids, torch.arange(len(ids)), packed.canvas(len(ids)))
     assert torch.equal(again, logits[2]), "the model itself changed"
+
+
+def test_an_adapter_is_refused_for_a_model_with_weights_in_four_bits(folder):
+    backbone = tiny_backbone(dtype=torch.bfloat16)
+    backbone.decode_weights = DecodeWeights(backbone.model)
+    with pytest.raises(ConfigurationError, match="4-bit"):
+        with_adapter(backbone, folder)
