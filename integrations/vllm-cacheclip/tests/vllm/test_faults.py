@@ -100,7 +100,6 @@ def test_one_failing_request_does_not_touch_the_others(served: Served, monkeypat
         ({"method": "ape"}, "decoding is vLLM's"),
         ({"method": "droidspeak"}, "residual stream"),
         ({"method": "cachecraft"}, "residual stream"),
-        ({"method": "cacheclip"}, "auxiliary"),
         ({"recompute_ratio": 2}, "from 0 (plain reuse) to 1"),
         ({"recompute_ratio": "0.2"}, "from 0 (plain reuse) to 1"),
         ({"ratio": 0.2}, "recompute_ratio"),
