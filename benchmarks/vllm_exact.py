@@ -59,7 +59,7 @@ class Comparison:
             store,
             max_model_len=4096,
             max_num_batched_tokens=4096,
-            kv_cache_memory_bytes=2 << 30,
+            kv_cache_memory_bytes=1 << 29,
             extra={"method": "auto", "auxiliary": None if auxiliary is None else str(auxiliary)},
         )
 
