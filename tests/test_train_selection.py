@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cacheclip_eval.data import Passage, prompt
+from cacheclip_train.blocks import Blocks
 from cacheclip_train.lora import Lora
 from cacheclip_train.selection import KEEPING, Selection
 from cacheclip_train.teacher import Teacher, kl
@@ -20,6 +21,7 @@ from tiny import PASSAGES, tiny_backbone
 from training import ITEM
 
 from cacheclip_rag import ConfigurationError, Engine
+from cacheclip_rag.methods import resolve
 from cacheclip_rag.model.adapter import with_adapter
 
 pytest.importorskip("peft")
@@ -124,3 +126,21 @@ def test_an_adapter_without_a_card_stands_for_no_model(tmp_path):
 def test_layers_are_checked(tmp_path):
     code, _, said = tune(write(tmp_path / "qa.jsonl", items()), "--layers", "first", kind="auxiliary")
     assert code == 2 and "last or upper" in said
+
+
+@pytest.mark.parametrize("kind", ["blocks", "auxiliary"])
+def test_checkpointing_changes_no_gradient(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        lora = Lora(tiny_backbone(), 2, attention=KEEPING, checkpointing=checkpointing)
+        lora.model.train()
+        if kind == "blocks":
+            task = Blocks(lora, resolve("blockattention"), joint=False)
+            loss = task.loss(task.rows(ITEM, True))
+        else:
+            p, q, _ = Selection(lora, Teacher(tiny_backbone("qwen3")), "upper").compared(ITEM)
+            loss = kl(p, q)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in lora.trained.items() if p.grad is not None and p.grad.abs().sum() > 0})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(distance(gradients[1][name], gradient) < 1e-5 for name, gradient in gradients[0].items())

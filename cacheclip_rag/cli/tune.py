@@ -33,6 +33,10 @@ Mixed = Annotated[
     bool | None,
     typer.Option("--mixed/--no-mixed", help="Multiply in bfloat16.", show_default="where the hardware does"),
 ]
+Checkpointing = Annotated[
+    bool,
+    typer.Option("--checkpointing", help="Compute activations twice: half the memory, a third more time."),
+]
 
 
 @app.command()
@@ -59,6 +63,7 @@ def blocks(
     stop_items: StopItems = 32,
     hours: Hours = None,
     mixed: Mixed = None,
+    checkpointing: Checkpointing = False,
 ) -> None:
     """Train a LoRA adapter for chunks that are encoded apart: Block-Attention or TurboRAG.
 
@@ -68,7 +73,7 @@ def blocks(
     settings = _settings(epochs, batch, lr, every, patience, seed)
     options = {"model": model, "method": method, "joint": joint, "rank": rank, "mixed": mixed}
     limits = _limits(stop_documents, report_documents, stop_items, hours)
-    _run(_training("command").blocks(data or [], out, settings, options, **limits))
+    _run(_training("command").blocks(data or [], out, settings, options, checkpointing=checkpointing, **limits))
 
 
 @app.command()
@@ -92,6 +97,7 @@ def auxiliary(
     stop_items: StopItems = 32,
     hours: Hours = None,
     mixed: Mixed = None,
+    checkpointing: Checkpointing = False,
 ) -> None:
     """Fit an auxiliary model to the model it selects tokens for: LoRA towards that model's attention from the question.
 
@@ -100,7 +106,7 @@ def auxiliary(
     settings = _settings(epochs, batch, lr, every, patience, seed)
     options = {"model": model, "auxiliary": auxiliary, "layers": layers, "rank": rank, "mixed": mixed}
     limits = _limits(stop_documents, report_documents, stop_items, hours)
-    _run(_training("command").auxiliary(data or [], out, settings, options, **limits))
+    _run(_training("command").auxiliary(data or [], out, settings, options, checkpointing=checkpointing, **limits))
 
 
 @app.command()

@@ -59,7 +59,8 @@ class Trainee(Protocol):
 class Plan:
     """What to train. ``kind``: the command; ``uses``: the method string, with ``FOLDER`` for the result; ``options``:
     those of this kind, part of the training's identity; ``open``: loads the models. ``stop_items``: how many held-out
-    questions are looked at; ``hours``: of this run; ``answers``: whether questions need one.
+    questions are looked at; ``hours``: of this run; ``answers``: whether questions need one;
+    ``checkpointing``: see `Lora`.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Plan:
     stop_items: int = 32
     hours: float | None = None
     answers: bool = True
+    checkpointing: bool = False
 
 
 def blocks(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
@@ -161,7 +163,7 @@ def _plan(
 def _lora(name: str, plan: Plan, attention: str = "sdpa") -> Lora:
     backbone, mixed = Backbone.load(resolve_weights(name), dtype="float32"), plan.options["mixed"]
     mixed = best_dtype(backbone.device) == torch.bfloat16 if mixed is None else mixed
-    return Lora(backbone, plan.options["rank"], plan.settings.seed, mixed, attention)
+    return Lora(backbone, plan.options["rank"], plan.settings.seed, mixed, attention, plan.checkpointing)
 
 
 def execute(plan: Plan, show: Show) -> Outcome:

@@ -21,13 +21,21 @@ class Lora:
     """A LoRA adapter of ``backbone``'s model, of this ``rank`` on all linear layers.
 
     The weights of ``backbone``, in float32, are shared and stay as they are. ``mixed``: multiply in bfloat16;
-    ``attention``: the name of an attention implementation of transformers that takes a mask. Raises `NotComposable` for
-    a model whose chunks cannot be composed, `ConfigurationError` without peft, and for a model with sliding windows,
-    which the mask does not have.
+    ``attention``: the name of an attention implementation of transformers that takes a mask; ``checkpointing``: keep no
+    activations inside layers, but compute them once more for the gradient (half the memory, the same numbers).
+
+    Raises `NotComposable` for a model whose chunks cannot be composed, `ConfigurationError` without peft, and for a
+    model with sliding windows, which the mask does not have.
     """
 
     def __init__(
-        self, backbone: Backbone, rank: int, seed: int = 0, mixed: bool = False, attention: str = "sdpa"
+        self,
+        backbone: Backbone,
+        rank: int,
+        seed: int = 0,
+        mixed: bool = False,
+        attention: str = "sdpa",
+        checkpointing: bool = False,
     ) -> None:
         if backbone.obstacle is not None:
             raise NotComposable(f"{backbone.obstacle}: its chunks cannot be composed, with trained weights neither")
@@ -43,6 +51,8 @@ class Lora:
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model: Any = get_peft_model(own, config)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
