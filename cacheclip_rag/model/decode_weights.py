@@ -1,7 +1,7 @@
 """A second copy of a model's linear weights in 4 bits, which decoding steps of few rows read instead of the first one.
 
 A decoding step takes as long as reading the weights does, so a quarter of the bytes is half of the time. From some six
-rows on, computing takes longer than reading, and bfloat16 is faster (docs/benchmarks.md has the measurements).
+rows on, computing takes longer than reading, and bfloat16 is faster (docs/decoding.md has the measurements).
 """
 
 from __future__ import annotations
