@@ -4,7 +4,7 @@
 
 First the linear layers of the model's shapes, by the number of rows of a pass: milliseconds of CPU time, the least of
 several runs over several copies of each weight, so that weights come from memory and not from a cache. Then decoding
-with ``decode_weights="int4"`` against the model's own weights: CPU time of a step behind 1,000 tokens, KL of its logits
+with ``decode_weights="int4"`` against the model's own weights: CPU time of a step, KL of its logits
 (teacher-forced on the model's own answers, a row a pass), and F1 over questions of ``DATA``, a folder with
 ``qa.jsonl``. CPU time, since it says something on a busy machine as well.
 """

@@ -16,7 +16,7 @@ from training import adapter
 
 from cacheclip_rag import ConfigurationError, Engine, NotComposable
 from cacheclip_rag.model.adapter import CARD, library_version, with_adapter
-from cacheclip_rag.model.decode_weights import DecodeWeights
+from cacheclip_rag.model.decode_weights import DecodeWeights, FewRowsLinear, fits
 from cacheclip_rag.model.packed import PackedLinear, pack
 
 pytest.importorskip("peft")
@@ -194,8 +194,16 @@ def test_a_packed_model_takes_an_adapter_and_both_stay_packed(folder):
     assert torch.equal(again, logits[2]), "the model itself changed"
 
 
-def test_an_adapter_is_refused_for_a_model_with_weights_in_four_bits(folder):
-    backbone = tiny_backbone(dtype=torch.bfloat16)
-    backbone.decode_weights = DecodeWeights(backbone.model)
-    with pytest.raises(ConfigurationError, match="4-bit"):
-        with_adapter(backbone, folder)
+def test_layers_that_an_adapter_changes_have_no_copy_of_what_they_were(folder):
+    """With weights in 4 bits beside the model's own."""
+    plain, quantised = (tiny_backbone() for _ in range(2))
+    quantised.decode_weights = DecodeWeights(quantised.model)
+    ids = plain.tokenise(PASSAGES[0]).ids
+    expected, merged = with_adapter(plain, folder), with_adapter(quantised, folder)
+    logits = [each.forward(ids, torch.arange(len(ids)), each.canvas(len(ids))) for each in (expected, merged)]
+    assert torch.equal(*logits)
+    for name, layer in merged.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            changed = not torch.equal(layer.weight, plain.model.get_submodule(name).weight)
+            fitting = fits(layer.out_features, layer.in_features)
+            assert isinstance(layer, FewRowsLinear) is (fitting and not changed), name

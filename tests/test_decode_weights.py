@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cacheclip_rag import ConfigurationError, Engine
+from cacheclip_rag.model.adapter import twin
 from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.model.decode_weights import GROUP, ROWS, DecodeWeights, decoding, quantise
 from cacheclip_rag.model.packed import pack
@@ -136,11 +137,26 @@ def test_streams_that_share_passes_answer_as_alone(folder: Path) -> None:
     assert [together[number] for number in range(3)] == alone
 
 
-def test_a_model_can_be_copied_with_it(folder: Path) -> None:
-    backbone = Backbone.load(folder, dtype="float32", device="cpu", decode_weights="int4")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_can_be_copied_with_it(folder: Path, dtype: str) -> None:
+    backbone = Backbone.load(folder, dtype=dtype, device="cpu", decode_weights="int4")
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode(), decoding():
         assert torch.equal(copy.deepcopy(backbone.model)(ids).logits, backbone.model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_that_an_adapter_changes_reads_its_changed_weights(folder: Path, dtype: str) -> None:
+    """Not the 4 bits of what they were."""
+    backbone = Backbone.load(folder, dtype=dtype, device="cpu", decode_weights="int4")
+    name = "model.layers.0.mlp.down_proj"
+    adapted = twin(backbone.model, {name})
+    layer, before = adapted.get_submodule(name), backbone.model.get_submodule(name)
+    x = torch.randn(1, 128).to(backbone.dtype)
+    with torch.inference_mode(), decoding():
+        layer.weight.mul_(2)
+        assert off(layer(x), 2 * nn.functional.linear(x, before.weight)) < 1e-2
+        assert off(before(x), nn.functional.linear(x, before.weight)) > 1e-2, "the model's own still reads 4 bits"
 
 
 def test_a_packed_layer_is_quantised_as_the_plain_one() -> None:

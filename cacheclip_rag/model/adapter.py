@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
 from .backbone import Backbone
+from .decode_weights import FewRowsLinear
 from .packed import PackedLinear, pack
 
 log = logging.getLogger("cacheclip_rag")
@@ -87,13 +88,14 @@ def check_fitted(folder: Path, backbone: Backbone) -> None:
 
 def twin(model: PreTrainedModel, apart: Container[str] = ()) -> PreTrainedModel:
     """A copy of a model that shares its weights, but for those of the modules named in ``apart``, which are copied, and
-    no longer packed.
+    no longer packed, nor in 4 bits beside.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     shared = {id(tensor): tensor for name, tensor in tensors if name.rpartition(".")[0] not in apart}
     copied = copy.deepcopy(model, shared)
-    for name in [name for name, module in copied.named_modules() if name in apart and isinstance(module, PackedLinear)]:
-        copied.set_submodule(name, copied.get_submodule(name).unpacked())
+    for name, module in list(copied.named_modules()):
+        if name in apart and isinstance(module, (PackedLinear, FewRowsLinear)):
+            copied.set_submodule(name, module.unpacked())
     return copied
 
 
@@ -110,10 +112,6 @@ def with_adapter(backbone: Backbone, folder: str | Path) -> Backbone:
     if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
         raise ConfigurationError(f"{folder} holds no LoRA adapter: it has no {' and no '.join(missing)}")
     check_card(read_card(folder), backbone, folder)
-    if backbone.decode_weights is not None:
-        raise ConfigurationError(
-            "an adapter does not go with 4-bit weights, which are copies of the model's without it"
-        )
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:

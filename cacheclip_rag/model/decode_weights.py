@@ -1,15 +1,15 @@
 """A second copy of a model's linear weights in 4 bits, which decoding steps of few rows read instead of the first one.
 
 A decoding step takes as long as reading the weights does, so a quarter of the bytes is half of the time. From some six
-rows on, computing takes longer than reading, and bfloat16 is faster (docs/benchmarks.md has the measurements).
+rows on, computing takes longer than reading, and bfloat16 is faster (docs/decoding.md has the measurements).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ GROUP = 32
 """Weights that share a scale and a zero point."""
 ROWS = 4
 """A pass of more rows than this reads the model's own weights."""
-
-_Layer = nn.Linear | PackedLinear
 
 _here = threading.local()  # others may be prefilling with the same model meanwhile
 
@@ -52,14 +50,14 @@ class DecodeWeights:
         if device.type != "cpu":
             raise ConfigurationError(f'decode_weights="int4" is for models on the CPU, not on {device}: leave it out')
         self.nbytes = 0
-        for layer in model.modules():
-            if not isinstance(layer, _Layer) or type(layer) not in (nn.Linear, PackedLinear):
-                continue
-            if fits(layer.out_features, layer.in_features):
-                forward = _Forward(layer, *quantise(layer.weight))
-                self.nbytes += forward.nbytes
-                # Not a module around it: names of weights, which identify the model's KV, stay as they are.
-                layer.forward = forward  # type: ignore[method-assign]
+        for module in list(model.modules()):
+            if type(module) in _CLASSES:
+                layer = cast(FewRowsLinear, module)
+                if fits(layer.out_features, layer.in_features):
+                    layer._four, layer._scales = quantise(layer.weight)
+                    # Not a module around it: names of weights, which identify the model's KV, stay as they are.
+                    layer.__class__ = _CLASSES[type(module)]
+                    self.nbytes += layer._four.nbytes + layer._scales.nbytes
 
 
 @contextmanager
@@ -73,21 +71,37 @@ def decoding() -> Iterator[None]:
         _here.decoding = before
 
 
-class _Forward:
-    """A linear layer's ``forward``, ``x [..., in] -> [..., out]``, from either copy of its weights."""
+class FewRows(nn.Module):
+    """What a linear layer with a copy of its weights in 4 bits does: ``x [..., in] -> [..., out]`` from either copy."""
 
-    def __init__(self, layer: _Layer, packed: Tensor, scales: Tensor) -> None:
-        self._layer, self._packed, self._scales = layer, packed, scales
-        self.nbytes = packed.nbytes + scales.nbytes
+    _four: Tensor
+    _scales: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.numel() > ROWS * x.shape[-1] or not getattr(_here, "decoding", False):
-            own: Callable[[Any, Tensor], Tensor] = type(self._layer).forward
-            return own(self._layer, x)
-        output: Tensor = torch._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self._packed, GROUP, self._scales)
-        if self._layer.bias is not None:
-            output = output + self._layer.bias
+            own: Tensor = super().forward(x)
+            return own
+        output: Tensor = torch._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self._four, GROUP, self._scales)
+        if isinstance(self.bias, Tensor):
+            output = output + self.bias
         return output.unflatten(0, x.shape[:-1])
+
+
+class FewRowsLinear(FewRows, nn.Linear):
+    """An ordinary linear layer with 4-bit weights beside its own."""
+
+    def unpacked(self) -> nn.Linear:
+        """An ordinary layer with the same weight and bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+
+class FewRowsPackedLinear(FewRows, PackedLinear):
+    """A packed linear layer with 4-bit weights beside its own."""
+
+
+_CLASSES: dict[type, type] = {nn.Linear: FewRowsLinear, PackedLinear: FewRowsPackedLinear}
 
 
 def fits(out: int, width: int) -> bool:
