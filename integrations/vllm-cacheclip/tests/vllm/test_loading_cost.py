@@ -13,7 +13,7 @@ from cacheclip_rag.chunks import ChunkKV
 from cacheclip_rag.store import DiskStore, LoadingCost
 from cacheclip_rag.store.loading_cost import DISK
 
-LONG = ["A passage that is several times as long as the others, so that its file takes several times as long. " * 8]
+LONG = ["Ferries to Brannock leave at seven, ten and four; in winter none sails when the wind is above eight. " * 8]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_prompt_of_slow_chunks_is_vllms(served: Served, cost: LoadingCost) -> 
 
 def test_a_context_is_loaded_however_long_it_takes(served: Served, cost: LoadingCost) -> None:
     """The chunk is to be computed behind it."""
-    text = "A passage that is computed behind another one, whose file takes long to be read, as it were. " * 2
+    text = "Timetables of the Brannock ferries hang in the harbour office, next to the tide tables of the year. " * 2
     slow(cost, 1.0)
     served.encode([text], context=PASSAGES[:1])
     contexts = {entry.context for entry in store_of(served).entries() if entry.text == text.strip()}
