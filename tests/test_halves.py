@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from halves import REPORTING, SETS, half  # noqa: E402
+from report import in_order, orders  # noqa: E402
 
 ALL = frozenset().union(*REPORTING.values())
 FILES = sorted((BENCHMARKS / "results").glob("*.jsonl"))
@@ -40,10 +41,10 @@ def test_the_reporting_half_has_the_promised_numbers() -> None:
     assert len(ALL) == sum(map(len, REPORTING.values())) and set(SETS) == set(REPORTING)
 
 
-def write(folder: Path, ids: list[str]) -> Path:
+def write(folder: Path, ids: list[str], passages: int = 1) -> Path:
     (folder / "nq_multidoc").mkdir()
-    passages = [{"title": "", "text": "The lamp was lit in 1874."}]
-    records = [{"id": id, "question": "When?", "answers": ["1874"], "passages": passages} for id in ids]
+    texts = [{"title": "", "text": f"Lamp {number} was lit in 1874."} for number in range(passages)]
+    records = [{"id": id, "question": "When?", "answers": ["1874"], "passages": texts} for id in ids]
     (folder / "nq_multidoc" / "qa.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
     return folder
 
@@ -61,3 +62,31 @@ def test_a_file_that_lacks_questions_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, sorted(REPORTING["nq_multidoc"])[1:])
     with pytest.raises(ConfigurationError, match="lacks 1 questions of the reporting half"):
         half(folder, "reporting", ["nq_multidoc"])
+
+
+def test_orders_are_of_the_same_questions_and_passages(tmp_path: Path) -> None:
+    (source,) = half(
+        write(tmp_path, [*sorted(REPORTING["nq_multidoc"]), "one"], passages=8), "choosing", ["nq_multidoc"]
+    )
+    plain, *moved = ([*each.all()] for each in (source, *(in_order(source, seed) for seed in (1, 2, 1))))
+    assert [item.id for item in plain] == [item.id for item in moved[0]]
+    assert moved[0] == moved[2] != moved[1] and moved[0] != plain
+    assert all(set(a.passages) == set(b.passages) for a, b in zip(plain, moved[0], strict=True))
+    assert in_order(source, 2).name == "nq_multidoc_order2" and in_order(source, 2).ids == source.ids
+
+
+def test_what_another_order_changes() -> None:
+    def row(id: str, order: int, answer: str, score: float) -> dict[str, object]:
+        return {
+            "dataset": f"d_order{order}",
+            "id": id,
+            "system": "a",
+            "answer": answer,
+            "score": score,
+            "kl": score / 2,
+        }
+
+    same = [row("1", order, "the Bath", 1.0) for order in (1, 2, 3)]
+    other = [row("2", 1, "Bath", 1.0), row("2", 2, "Rome", 0.0), row("2", 3, "Bath", 1.0)]
+    unfinished = [row("3", 1, "Oslo", 0.0)]
+    assert orders([*same, *other, *unfinished]).splitlines()[-1] == "| a | 2 | 50% | 0.500 | 0.250 |"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,6 +141,14 @@ def shortened(item: Item, count: int | None) -> Item:
 
     kept = sorted(sorted(range(len(item.passages)), key=rank)[:count])
     return replace(item, passages=tuple(item.passages[number] for number in kept))
+
+
+def shuffled(item: Item, seed: int) -> Item:
+    """The item with its passages in another order, the same for the same ``seed``; 0 leaves them as they are."""
+    if not seed:
+        return item
+    order = random.Random(f"{seed} {item.id}").sample(range(len(item.passages)), len(item.passages))
+    return replace(item, passages=tuple(item.passages[number] for number in order))
 
 
 def prompt(item: Item, backbone: Backbone) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from cacheclip_rag.errors import ConfigurationError
 from cacheclip_rag.model.backbone import Backbone
 
-from .data import Item, passages, read, shortened, spread
+from .data import Item, passages, read, shortened, shuffled, spread
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Source:
 
     ``only``: keys of the items' ``meta``, and the values they must have, as text. ``passages``: the maximum number of
     passages per item (`shortened`). ``ids``: the items that may be asked, None for all; the others' passages still
-    belong to the knowledge base.
+    belong to the knowledge base. ``order``: the seed of another order of each item's passages (`shuffled`).
     """
 
     name: str
@@ -30,12 +30,14 @@ class Source:
     only: Mapping[str, str] = field(default_factory=dict)
     passages: int | None = None
     ids: Collection[str] | None = None
+    order: int = 0
 
     def all(self) -> list[Item]:
         """All items of the file that meet the conditions, shortened; empty for a generated set."""
         if self.path is None:
             return []
-        return [shortened(item, self.passages) for item in read(self.path) if self._wanted(item)]
+        wanted = (shortened(item, self.passages) for item in read(self.path) if self._wanted(item))
+        return [shuffled(item, self.order) for item in wanted]
 
     def corpus(self) -> list[str]:
         """The passages of ``corpus.jsonl`` beside the file: further passages of the same knowledge base."""
