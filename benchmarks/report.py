@@ -87,9 +87,12 @@ def in_order(source: Source, seed: int) -> Source:
     return dataclasses.replace(source, name=f"{source.name}{_ORDER}{seed}", order=seed)
 
 
-def tables(files: list[Path], baseline: str) -> str:
-    """The table of all sets together, with equal weights, and one of each set."""
+def tables(files: list[Path], against: str) -> str:
+    """The table of all sets together, with equal weights, and one of each set. Differences are those from ``against``,
+    where it was run.
+    """
     found = [row for file in files for row in rows.read(file).values()]
+    baseline = against if any(row["system"] == against for row in found) else None
     parts = ["### All sets", table(retained(found, baseline), baseline)]
     if any(_ORDER in row["dataset"] for row in found):
         parts += ["### Orders", orders(found)]
