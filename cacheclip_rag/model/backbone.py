@@ -285,15 +285,17 @@ class Backbone:
                     input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)
                     done = bool(stopping_criteria(input_ids, None).all())
                 written[row] = int(token)
+                true = place < len(draft) and int(draft[place]) == int(token)
+                place += true
+                if drafts is not None and (done or not true):  # an answer may end inside a draft
+                    drafts.note(len(draft), place)
                 yield int(token)
                 if done:
                     return
                 row += 1
-                if place < len(draft) and draft[place] == written[row - 1]:
-                    place += 1
+                if true:
                     continue
                 if drafts is not None:
-                    drafts.note(len(draft), place)
                     draft = drafts.propose(written[:row], generation_config.max_length - row - 1)
                 place, start = 0, time.perf_counter()
                 rows = step(torch.from_numpy(np.append(written[row - 1], draft)), row - 1)

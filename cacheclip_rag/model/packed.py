@@ -1,7 +1,7 @@
 """Linear layers whose bfloat16 weights are kept in the layout that the CPU's matrix kernels (oneDNN) read.
 
 From weights in their ordinary layout, a decoding step reads memory at a third of its speed, because the kernel arranges
-them anew at every call (docs/speed.md). The values are the same, and so are results up to rounding.
+them anew at every call (docs/log.md). The values are the same, and so are results up to rounding.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PackedLinear(nn.Module):
 def pack(model: nn.Module) -> int:
     """Replace the model's bfloat16 linear layers on the CPU by packed ones, one at a time; returns how many.
 
-    None where the CPU has no bfloat16 instructions. Layers of a subclass of ``nn.Linear`` stay as they are.
+    0 where the CPU has no bfloat16 instructions. Layers of a subclass of ``nn.Linear`` stay as they are.
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 0
