@@ -1,4 +1,6 @@
-"""The commands ``cacheclip tune ...``; the work is done by `cacheclip_train`, which is imported when one runs."""
+"""The commands ``cacheclip tune ...``; the work is done by `cacheclip_train` and, for ``recipe``, by `cacheclip_eval`,
+which are imported when one runs.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ import typer
 
 from ..errors import ConfigurationError
 from .documents import quietly
-from .progress import bar
+from .progress import bar, say
 
-app = typer.Typer(no_args_is_help=True, help="Train what methods of the literature train. Resumable.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train what methods of the literature train, or choose a method's setting. Resumable."
+)
 
 Data = Annotated[
     list[str] | None,
@@ -137,6 +141,53 @@ def head(
     _run(_training("command").head(data or [], out, settings, options, **limits))
 
 
+@app.command()
+def recipe(
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="The folder of the recipe and of the rows that it comes from.")] = Path(
+        "recipe"
+    ),
+    model: Annotated[str, typer.Option(help="The model that answers.")] = "qwen2.5-coder-1.5b-instruct",
+    method: Annotated[
+        str, typer.Option(help="The method; parameters that it is given stay as they are, fused=False included.")
+    ] = "auto",
+    auxiliary: Annotated[
+        str, typer.Option(help="The auxiliary model, for a method that needs one.", show_default="none")
+    ] = "",
+    questions: Annotated[int, typer.Option(help="In all: half to choose on, half to report on.")] = 24,
+    ratios: Annotated[str, typer.Option(help="Ratios to try, of chunks by themselves.")] = "0.05,0.1,0.15,0.2",
+    neighbours: Annotated[int, typer.Option(min=1, help="The number of chunks to fuse each one with.")] = 10,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder that keeps chunk KV.", show_default="none, in memory only")
+    ] = None,
+) -> None:
+    """Find the setting of a method that suits a model and your documents, by the KL from full prefill.
+
+    Tries whose attention chooses and in which layers, then chunks by themselves, fused by similarity and by use, each
+    at several ratios. Answers are not needed. Ctrl-C stops it, and the same command goes on. Exit code 1: some
+    answers failed.
+    """
+    grid, pilot, written = map(_evaluation, ("grid", "pilot", "recipe"))
+    plan = grid.plan(
+        data or [],
+        method,
+        model=model,
+        auxiliary=auxiliary,
+        out=out,
+        questions=questions,
+        ratios=ratios,
+        neighbours=neighbours,
+        store=store,
+    )
+    with quietly():
+        record, failed = pilot.execute(plan, say)
+    for line in written.lines(record):
+        typer.echo(line)
+    if failed:
+        say(f"{failed} answers failed; {out / pilot.ROWS} says why, and the same command tries them again")
+        raise typer.Exit(1)
+
+
 def _settings(epochs: int, batch: int, lr: float, every: int, patience: int, seed: int) -> Any:
     return _training("loop").Settings(epochs=epochs, batch=batch, lr=lr, every=every, patience=patience, seed=seed)
 
@@ -161,7 +212,15 @@ def _run(plan: Any) -> None:
 
 
 def _training(module: str) -> Any:
+    return _tools(f"cacheclip_train.{module}", "tune needs peft: pip install 'cacheclip-rag[train]'")
+
+
+def _evaluation(module: str) -> Any:
+    return _tools(f"cacheclip_eval.{module}", "tune recipe needs cacheclip_eval: install cacheclip-rag as a whole")
+
+
+def _tools(module: str, needs: str) -> Any:
     try:
-        return importlib.import_module(f"cacheclip_train.{module}")
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigurationError(f"{error}; tune needs peft: pip install 'cacheclip-rag[train]'") from error
+        raise ConfigurationError(f"{error}; {needs}") from error
