@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cacheclip_eval import pilot, runner
+from cacheclip_eval import grid, pilot, runner
 from cacheclip_eval.sources import sources
 from cacheclip_eval.systems import parse
 from tiny import PASSAGES, SHAPE, byte_tokenizer, prompt_of, tiny_model
@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from cacheclip_rag import Engine
 from cacheclip_rag.cli.main import app
 from cacheclip_rag.methods import resolve
+
 
 def near(texts: list[str]) -> list[list[float]]:
     """Embeddings of texts that are all alike."""
@@ -116,7 +117,7 @@ def test_it_says_first_how_long_it_takes_and_in_the_end_what_few_questions_leave
     _, done = found
     said = done.stderr.splitlines()
     time = next(n for n, line in enumerate(said) if "the rest takes some" in line)
-    assert "up to 100 answers" in done.stderr and time < next(n for n, line in enumerate(said) if "queries" in line)
+    assert "up to 114 answers" in done.stderr and time < next(n for n, line in enumerate(said) if "queries" in line)
     assert "12 questions are few" in done.stdout and "--questions 24" in done.stdout
 
 
@@ -149,12 +150,31 @@ def test_contexts_that_make_no_sense_are_left_out_with_the_reason(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cacheclip_eval.fusable.mean_pooling", lambda: far)
-    data = write(tmp_path / "qa.jsonl", 12)
-    done = tune(data, "--model", model, "--out", tmp_path / "out", *SMALL)
+    data, out = write(tmp_path / "qa.jsonl", 12), tmp_path / "out"
+    done = tune(data, "--model", model, "--out", out, *SMALL, "--method", "infoflow:queries=last", "--ratios", "0.3")
     assert done.exit_code == 0 and "no neighbour is similar: the nearest one's cosine is 0.00" in done.stdout
-    record = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    record = json.loads((out / "recipe.json").read_text())
     assert list(record["skipped"]) == ["similar"]
-    assert not any("similar" in one["setting"] for step in record["steps"] for one in step["settings"])
+    # What the method was given stays as it is, and is no step.
+    assert [step["step"] for step in record["steps"]] == ["layers", "context and ratio"]
+    settings = [one["setting"] for step in record["steps"] for one in step["settings"]]
+    assert all("queries=last" in setting and "similar" not in setting for setting in settings)
+    assert resolve(record["method"]).select.queries == "last"  # type: ignore[attr-defined]
+
+
+def test_a_method_without_the_parts_is_tried_without_the_steps(tmp_path: Path) -> None:
+    """An own selection has no queries and no band, and a method that encodes nothing ahead fuses nothing."""
+    data = [str(write(tmp_path / "qa.jsonl", 12))]
+    fixed: dict[str, Any] = dict(model="", auxiliary="", out=tmp_path, questions=12, ratios="0.1")
+    assert grid.plan(data, "epic", **fixed).choosers() == {}
+    craft = grid.plan(data, "cachecraft", **fixed)
+    _, skipped = pilot._contexts(craft, {}, lambda _: None)
+    assert set(skipped.values()) == {"cachecraft encodes no chunk ahead"}
+    assert craft.setting({}, "cold", 0.1).method == "cachecraft:recompute_ratio=0.1"
+    _, skipped = pilot._contexts(grid.plan(data, "auto:fused=False", **fixed), {}, lambda _: None)
+    assert set(skipped.values()) == {"--method says fused=False"}
+    law = grid.plan(data, "auto", **fixed).setting({}, "use", 0.1)
+    assert resolve(law.method).fitted_ratio == pytest.approx(0.02) and resolve(law.method).recompute_ratio == 0.1
 
 
 def test_what_no_other_question_retrieved_is_not_fused_by_use(tmp_path: Path) -> None:
