@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 from cacheclip_eval import grid, pilot, runner
+from cacheclip_eval.choice import Tried, choose
 from cacheclip_eval.sources import sources
 from cacheclip_eval.systems import parse
 from tiny import PASSAGES, SHAPE, byte_tokenizer, prompt_of, tiny_model
@@ -109,6 +112,26 @@ def test_nothing_is_reported_on_that_chose_and_the_kl_decides_without_answers(fo
     assert compared[0]["setting"] == record["steps"][-1]["taken"] and compared[-1]["setting"] == "naive"
     assert all(one["score"] is None for one in compared) and "score" not in done.stdout
     assert all("verdict" in one for one in compared[1:])
+
+
+def test_what_is_written_follows_from_the_rows(found: tuple[Path, Result]) -> None:
+    """The rule decides by ratio and KL of the one half, and the claim is the mean over the other."""
+    out, _ = found
+    record = json.loads((out / "recipe.json").read_text())
+    rows = {(row["system"], row["id"]): row for row in map(json.loads, (out / "rows.jsonl").read_text().splitlines())}
+    halves = {half: record["questions"][half]["log"] for half in ("choosing", "reporting")}
+
+    def tried(setting: str, half: str) -> Tried:
+        mine = [rows[setting, id] for id in halves[half]]
+        return Tried(setting, round(mean(row["ratio"] for row in mine), 2), tuple(row["kl"] for row in mine))
+
+    for step in record["steps"]:
+        same = [tried(one["setting"], "choosing") for one in step["settings"]]
+        if step["step"] != "context and ratio":  # at one ratio: the number of tokens differs by rounding only
+            same = [dataclasses.replace(one, cost=0.0) for one in same]
+        assert choose(same).taken.setting == step["taken"]
+    for one in record["report"]["settings"]:
+        assert one["kl"] == pytest.approx(tried(one["setting"], "reporting").mean)
 
 
 def test_it_says_first_how_long_it_takes_and_in_the_end_what_few_questions_leave_open(
