@@ -68,6 +68,7 @@ def tune(*words: object) -> Result:
     return CliRunner().invoke(app, ["tune", "recipe", *map(str, words)])
 
 
+FAST = ("--method", "epic:fused=False", "--ratios", "0.3")
 SMALL = ("--questions", 12, "--ratios", "0.1,0.3", "--neighbours", 2)
 
 
@@ -170,12 +171,15 @@ def test_the_same_command_goes_on_and_ends_alike(
 
 
 def test_contexts_that_make_no_sense_are_left_out_with_the_reason(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("cacheclip_eval.fusable.mean_pooling", lambda: far)
     data, out = write(tmp_path / "qa.jsonl", 12), tmp_path / "out"
+    with data.open("a") as file:
+        file.write("{\n")
     done = tune(data, "--model", model, "--out", out, *SMALL, "--method", "infoflow:queries=last", "--ratios", "0.3")
     assert done.exit_code == 0 and "no neighbour is similar: the nearest one's cosine is 0.00" in done.stdout
+    assert "line 13 left out" in caplog.text
     record = json.loads((out / "recipe.json").read_text())
     assert list(record["skipped"]) == ["similar"]
     # What the method was given stays as it is, and is no step.
@@ -236,6 +240,27 @@ def test_answers_that_fail_leave_the_setting_out_and_are_code_1(
     monkeypatch.setattr(access, "fuse", real)
     assert tune(data, "--model", model, "--out", out, *SMALL).exit_code == 0
     assert json.loads((out / "recipe.json").read_text())["left_out"] == {}
+
+
+def test_a_question_that_full_prefill_cannot_answer_is_left_out_and_too_few_decide_nothing(
+    model: str, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "log.jsonl", 14)
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+
+    def run(out: Path, *long: int) -> Result:
+        for number in long:
+            lines[number]["question"] = "Why? " * 1000 + str(number)  # beyond the context length of 4,096 bytes
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tune(data, "--model", model, "--out", out, *FAST, "--questions", 14)
+
+    done = run(tmp_path / "some", 0, 1)
+    assert done.exit_code == 1 and "Left out because it failed: question q0: full prefill: PromptError" in done.stdout
+    record = json.loads((tmp_path / "some" / "recipe.json").read_text())
+    assert record["steps"][0]["questions"] == record["report"]["questions"] == 6
+    done = run(tmp_path / "many", 3)
+    assert done.exit_code == 2 and "full prefill answered 5 of 7 questions, and 6 are needed: full" in done.stderr
+    assert not (tmp_path / "many" / "recipe.json").exists()
 
 
 def test_halves_are_as_large_and_a_repeated_question_is_in_one(tmp_path: Path) -> None:

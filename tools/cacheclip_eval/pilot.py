@@ -70,13 +70,13 @@ def _usable(source: Source) -> list[Item]:
     return list(different.values())
 
 
-def execute(plan: Plan, say: Say) -> tuple[dict[str, Any], int]:
+def execute(plan: Plan, choosing: Half, reporting: Half, say: Say) -> tuple[dict[str, Any], int]:
     """Run what is missing, decide, and write ``recipe.json`` and ``README.md``. Returns the record, as `recipe.lines`
-    takes it, and the number of answers that failed in this run.
+    takes it, and the number of answers that failed in this run. The halves are those of `split`.
 
-    Raises `ConfigurationError` for too few questions, and for rows of another model or version; what `Engine` raises.
+    Raises `ConfigurationError` for rows of another model or version, and where too little was answered; what `Engine`
+    raises.
     """
-    choosing, reporting = split(plan.sources, plan.questions)
     rows.prepare(plan.out / ROWS)
     say("opening the model")
     helper = plan.auxiliary if plan.method.select.needs_auxiliary else None
@@ -215,6 +215,7 @@ class _Pilot:
 
         full = mine("full")
         whole = [key for key, row in full.items() if _good(row)]
+        self.left_out |= {f"question {row['id']}": row["error"] for row in full.values() if "error" in row}
         if len(whole) < LEAST:
             reason = next((row["error"] for row in full.values() if "error" in row), "")
             raise ConfigurationError(

@@ -52,7 +52,7 @@ def _chosen(record: Record) -> list[str]:
             f"{count} questions are few: twice as many (--questions {2 * count}) decide more, and rows are kept."
         )
     said += [f"Not tried: {context}: {reason}" for context, reason in record["skipped"].items()]
-    said += [f"Left out because it failed: {setting}: {reason}" for setting, reason in record["left_out"].items()]
+    said += [f"Left out because it failed: {what}: {reason}" for what, reason in record["left_out"].items()]
     return said
 
 
