@@ -17,8 +17,8 @@ import torch
 
 from . import methods
 from .compute import on_cpu
-from .corpus.corpus import Corpus, Ensured, Task, require_list
-from .corpus.fusing import FUSED_AT, Fusing
+from .corpus.corpus import Corpus, Ensured, require_list
+from .corpus.fusing import Fusing
 from .corpus.usage import Usage
 from .deprecation import warn
 from .errors import ConfigurationError, NotComposable, PromptError
@@ -114,15 +114,16 @@ class Engine:
         it is asked for chunks that are not here, and new chunks are copied to it. ``kv_dtype``: "int8" stores chunk KV
         in half the bytes of bfloat16 (docs/store.md says what that costs in quality). ``on_uncomposable``: what to do
         with a model whose KV cannot be moved: raise `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``:
-        while no request is being served, fuse frequent chunks with the chunks they are retrieved with, for a method
-        that takes fused variants. ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this
-        machine with these libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in
-        memory; others wait. A stream is in flight until it is read to its end or closed; while none of those in flight
-        is being read, another one is admitted beyond the limit, so that they do not wait for one another.
-        ``prompt_lookup``: how many tokens are drafted at a time from where the latest ones stood before, in the prompt
-        or the answer, and verified by one forward (see `serving.lookup`); 0 for none. It changes no answer.
-        ``decode_weights``: "int4" lets decoding steps of few rows read a second copy of the weights, in 4 bits, on a
-        CPU; it changes answers (docs/decoding.md says how much). A loaded `Backbone` has been told already.
+        while no request is being served, fuse the chunks of each prompt in its order, where the store has spare room,
+        and frequent chunks with those they are retrieved with, for a method that takes fused variants.
+        ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this machine with these
+        libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in memory; others wait. A
+        stream is in flight until it is read to its end or closed; while none of those in flight is being read, another
+        one is admitted beyond the limit, so that they do not wait for one another. ``prompt_lookup``: how many tokens
+        are drafted at a time from where the latest ones stood before, in the prompt or the answer, and verified by one
+        forward (see `serving.lookup`); 0 for none. It changes no answer. ``decode_weights``: "int4" lets decoding steps
+        of few rows read a second copy of the weights, in 4 bits, on a CPU; it changes answers (docs/decoding.md says
+        how much). A loaded `Backbone` has been told already.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -531,12 +532,10 @@ class Engine:
         """Count which chunks were used together; queue missing chunks for encoding and frequent ones for fusing."""
         if self.usage.note(names := [use.key for use in report.chunks if use.key in self.index]):
             self._threads.submit(self.usage.save)
-        method = request.method
-        if self._fuse_when_idle and method.fit is not None:
-            due = [self.index.text(name) for name in names if self.usage.uses(name) in FUSED_AT]
-            self.corpus.background.add(Task(text, method, fuse=True) for text in due if text is not None)
         if missing := [use.key for use in report.chunks if use.missing]:
-            self.corpus.encode_again(missing, method)
+            self.corpus.encode_again(missing, request.method)
+        if self._fuse_when_idle and request.method.fit is not None:
+            self.fusing.used_together(names, request.method)
 
     def _then_notify(self, tokens: Iterator[int], report: Report) -> Iterator[int]:
         """Yield ``tokens``; when they end, by whatever cause, count the request and notify the observers."""
