@@ -35,7 +35,9 @@ from .model.backbone import Backbone
 from .model.decode_weights import Format
 from .model.decode_weights import check as check_format
 from .prefill.answering import Answering
+from .prefill.audit import Audit, Auditor
 from .prefill.prefiller import Prefiller
+from .prefill.reading import Reading
 from .prefill.result import Prefill, PrefillRequest
 from .prompt import ChunkIndex
 from .report import Report
@@ -99,6 +101,7 @@ class Engine:
         max_requests: int = 16,
         prompt_lookup: int = 10,
         decode_weights: Format = "auto",
+        audit: float | Audit = 0.0,
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
@@ -123,7 +126,8 @@ class Engine:
         are drafted at a time from where the latest ones stood before, in the prompt or the answer, and verified by one
         forward (see `serving.lookup`); 0 for none. It changes no answer. ``decode_weights``: "int4" lets decoding steps
         of few rows read a second copy of the weights, in 4 bits, on a CPU; it changes answers (docs/decoding.md says
-        how much). A loaded `Backbone` has been told already.
+        how much). A loaded `Backbone` has been told already. ``audit``: the share of prompts that is prefilled again in
+        full, in idle time, and compared with how they were answered (docs/observability.md), or an `Audit`; 0 for none.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -136,6 +140,7 @@ class Engine:
         _check_adapter(self.method)
         if kv_dtype not in get_args(KVDtype):
             raise ConfigurationError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
+        auditing = audit if isinstance(audit, Audit) else Audit(audit)
         if max_requests < 1:
             raise ConfigurationError(f"max_requests must be at least 1, not {max_requests}")
         if prompt_lookup < 0:
@@ -163,6 +168,8 @@ class Engine:
         weakref.finalize(self, self.usage.save)
         self.corpus = Corpus(self.collections, place, self.usage, self.lock, self.limit)
         self.fusing = Fusing(self.corpus, self.usage, self.lock)
+        self.auditor = Auditor(auditing, self.collections, self.lock, self.limit)
+        self.corpus.on_forget.append(self.auditor.forget)
         self.prefiller = Prefiller(self.collections)
         if self.composable and auxiliary is not None:
             self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
@@ -174,7 +181,7 @@ class Engine:
             self.lock,
             self.limit,
             before=lambda: engine._before(),
-            after=lambda report, request: engine._after(report, request),
+            after=lambda *done: engine._after(*done),
             prompt_lookup=prompt_lookup,
         )
         self._hints, self._tally = Hints(), Tally()
@@ -245,8 +252,9 @@ class Engine:
         self.corpus.ensure_later(texts, self.method)
 
     def flush(self) -> None:
-        """Wait until all work of `ensure_later` is done, and uploaded if there is a remote store."""
+        """Wait until all work of `ensure_later` is done, and uploaded if there is a remote store, and all audits."""
         self.corpus.flush()
+        self.auditor.flush()
 
     def knows(self, text: str) -> bool:
         """Whether this chunk is known: its KV is stored, or its text is recognised by a method that stores no KV
@@ -466,13 +474,15 @@ class Engine:
         auxiliary = self.collections.auxiliary
         aside = [] if auxiliary is None else [auxiliary.store.stats()]
         memory = self.collections.memory_by_kind()
-        return self._tally.snapshot(self.limit.in_flight, self.limit.waiting, total(stores, aside), memory)
+        in_flight, waiting, audit = self.limit.in_flight, self.limit.waiting, self.auditor.stats()
+        return self._tally.snapshot(in_flight, waiting, total(stores, aside), memory, audit)
 
     def close(self) -> None:
         """Stop background work, after waiting for uploads.
 
         The engine can still answer prompts, and resumes background work when there is some.
         """
+        self.auditor.close()
         self.corpus.close()
 
     def __enter__(self) -> Engine:
@@ -528,14 +538,16 @@ class Engine:
                 raise
             log.exception("what other processes stored is not known")
 
-    def _after(self, report: Report, request: PrefillRequest) -> None:
-        """Count which chunks were used together; queue missing chunks for encoding and frequent ones for fusing."""
+    def _after(self, result: Prefill, request: PrefillRequest, reading: Reading) -> None:
+        """Count which chunks were used together; queue missing chunks for encoding and others for fusing; audit."""
+        report = result.report
         if self.usage.note(names := [use.key for use in report.chunks if use.key in self.index]):
             self._threads.submit(self.usage.save)
         if missing := [use.key for use in report.chunks if use.missing]:
             self.corpus.encode_again(missing, request.method)
         if self._fuse_when_idle and request.method.fit is not None:
             self.fusing.used_together(names, request.method)
+        self.auditor.prefilled(result, request, reading)
 
     def _then_notify(self, tokens: Iterator[int], report: Report) -> Iterator[int]:
         """Yield ``tokens``; when they end, by whatever cause, count the request and notify the observers."""

@@ -90,6 +90,8 @@ class Corpus:
         self.background = Background(self._do_later)
         self.fuse_later: Callable[[Task], object] = lambda task: None
         """Called for a task that fuses."""
+        self.on_forget: list[Callable[[Collection[str]], object]] = []
+        """Called with the names that the index had for chunks that were forgotten, here or by another process."""
         self._place, self._lock, self._limit = place, lock, limit
         self._obstacle = collections.backbone.obstacle
 
@@ -326,9 +328,13 @@ class Corpus:
                 self.index.remove(text)
             return
         self._drop_tasks(unwanted)
+        names = [self.collections.name(text) for text in gone]
         with self._lock:  # otherwise a prefill in progress could harvest them again
-            self.usage.forget([self.collections.name(text) for text in gone])
-            self.collections.forget(gone, unwanted)
+            self.usage.forget(names)
+            try:
+                self.collections.forget(gone, unwanted)
+            finally:
+                self._tell(names)
 
     def follow(self) -> None:
         """Catch up with other processes' changes to the store. What they forgot is dropped here as well, and not
@@ -336,6 +342,11 @@ class Corpus:
         """
         if lost := set(self.collections.follow()):
             self._drop_tasks(lost)
+            self._tell([self.collections.name(text) for text in lost])
+
+    def _tell(self, names: Collection[str]) -> None:
+        for tell in self.on_forget:
+            tell(names)
 
     def _drop_tasks(self, gone: Collection[str]) -> None:
         names = {self.collections.name(text) for text in gone}
