@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import CacheClipError, ConfigurationError, NotComposable, PromptError, StoreError, WeightsError
     from .methods import METHODS, Method
     from .model.backbone import Backbone
+    from .prefill.audit import Audit
     from .prompt import RenderedPrompt
     from .report import ChunkUse, Report
     from .serving.callers import calling
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "METHODS": "methods",
     "Answer": "engine",
+    "Audit": "prefill.audit",
     "Backbone": "model.backbone",
     "CacheClipError": "errors",
     "ChunkKV": "chunks",
@@ -45,6 +47,7 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "Answer",
+    "Audit",
     "Backbone",
     "CacheClipError",
     "ChunkKV",

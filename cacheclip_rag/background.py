@@ -69,6 +69,11 @@ class Background(Generic[Task]):
         return self._stopped()
 
     @property
+    def waiting(self) -> int:
+        """How many tasks wait."""
+        return len(self._waiting)
+
+    @property
     def busy(self) -> bool:
         """Whether a task is at hand."""
         return self._busy

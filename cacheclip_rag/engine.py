@@ -17,8 +17,8 @@ import torch
 
 from . import methods
 from .compute import on_cpu
-from .corpus.corpus import Corpus, Ensured, Task, require_list
-from .corpus.fusing import FUSED_AT, Fusing
+from .corpus.corpus import Corpus, Ensured, require_list
+from .corpus.fusing import Fusing
 from .corpus.usage import Usage
 from .deprecation import warn
 from .errors import ConfigurationError, NotComposable, PromptError
@@ -35,7 +35,9 @@ from .model.backbone import Backbone
 from .model.decode_weights import Format
 from .model.decode_weights import check as check_format
 from .prefill.answering import Answering
+from .prefill.audit import Audit, Auditor
 from .prefill.prefiller import Prefiller
+from .prefill.reading import Reading
 from .prefill.result import Prefill, PrefillRequest
 from .prompt import ChunkIndex
 from .report import Report
@@ -99,6 +101,7 @@ class Engine:
         max_requests: int = 16,
         prompt_lookup: int = 10,
         decode_weights: Format = "auto",
+        audit: float | Audit = 0.0,
     ) -> None:
         """``model`` and ``auxiliary``: a catalogue name, hub id, folder, GGUF file, or a loaded `Backbone`.
 
@@ -114,15 +117,17 @@ class Engine:
         it is asked for chunks that are not here, and new chunks are copied to it. ``kv_dtype``: "int8" stores chunk KV
         in half the bytes of bfloat16 (docs/store.md says what that costs in quality). ``on_uncomposable``: what to do
         with a model whose KV cannot be moved: raise `NotComposable`, or serve it by plain prefill. ``fuse_when_idle``:
-        while no request is being served, fuse frequent chunks with the chunks they are retrieved with, for a method
-        that takes fused variants. ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this
-        machine with these libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in
-        memory; others wait. A stream is in flight until it is read to its end or closed; while none of those in flight
-        is being read, another one is admitted beyond the limit, so that they do not wait for one another.
-        ``prompt_lookup``: how many tokens are drafted at a time from where the latest ones stood before, in the prompt
-        or the answer, and verified by one forward (see `serving.lookup`); 0 for none. It changes no answer.
-        ``decode_weights``: "int4" lets decoding steps of few rows read a second copy of the weights, in 4 bits, on a
-        CPU; it changes answers (docs/decoding.md says how much). A loaded `Backbone` has been told already.
+        while no request is being served, fuse the chunks of each prompt in its order, where the store has spare room,
+        and frequent chunks with those they are retrieved with, for a method that takes fused variants.
+        ``require_verified``: refuse a model that ``cacheclip verify`` has not passed on this machine with these
+        libraries. ``max_requests``: how many may be in flight, each with the KV of its prompt in memory; others wait. A
+        stream is in flight until it is read to its end or closed; while none of those in flight is being read, another
+        one is admitted beyond the limit, so that they do not wait for one another. ``prompt_lookup``: how many tokens
+        are drafted at a time from where the latest ones stood before, in the prompt or the answer, and verified by one
+        forward (see `serving.lookup`); 0 for none. It changes no answer. ``decode_weights``: "int4" lets decoding steps
+        of few rows read a second copy of the weights, in 4 bits, on a CPU; it changes answers (docs/decoding.md says
+        how much). A loaded `Backbone` has been told already. ``audit``: the share of prompts that is prefilled again in
+        full, in idle time, and compared with how they were answered (docs/observability.md), or an `Audit`; 0 for none.
 
         Raises `ConfigurationError`, `NotComposable`, `WeightsError`, `StoreError`.
         """
@@ -135,6 +140,7 @@ class Engine:
         _check_adapter(self.method)
         if kv_dtype not in get_args(KVDtype):
             raise ConfigurationError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
+        auditing = audit if isinstance(audit, Audit) else Audit(audit)
         if max_requests < 1:
             raise ConfigurationError(f"max_requests must be at least 1, not {max_requests}")
         if prompt_lookup < 0:
@@ -162,6 +168,8 @@ class Engine:
         weakref.finalize(self, self.usage.save)
         self.corpus = Corpus(self.collections, place, self.usage, self.lock, self.limit)
         self.fusing = Fusing(self.corpus, self.usage, self.lock)
+        self.auditor = Auditor(auditing, self.collections, self.lock, self.limit)
+        self.corpus.on_forget.append(self.auditor.forget)
         self.prefiller = Prefiller(self.collections)
         if self.composable and auxiliary is not None:
             self.auxiliary = self.open_auxiliary(auxiliary, dtype, device, prefix)
@@ -173,7 +181,7 @@ class Engine:
             self.lock,
             self.limit,
             before=lambda: engine._before(),
-            after=lambda report, request: engine._after(report, request),
+            after=lambda *done: engine._after(*done),
             prompt_lookup=prompt_lookup,
         )
         self._hints, self._tally = Hints(), Tally()
@@ -244,8 +252,9 @@ class Engine:
         self.corpus.ensure_later(texts, self.method)
 
     def flush(self) -> None:
-        """Wait until all work of `ensure_later` is done, and uploaded if there is a remote store."""
+        """Wait until all work of `ensure_later` is done, and uploaded if there is a remote store, and all audits."""
         self.corpus.flush()
+        self.auditor.flush()
 
     def knows(self, text: str) -> bool:
         """Whether this chunk is known: its KV is stored, or its text is recognised by a method that stores no KV
@@ -465,13 +474,15 @@ class Engine:
         auxiliary = self.collections.auxiliary
         aside = [] if auxiliary is None else [auxiliary.store.stats()]
         memory = self.collections.memory_by_kind()
-        return self._tally.snapshot(self.limit.in_flight, self.limit.waiting, total(stores, aside), memory)
+        in_flight, waiting, audit = self.limit.in_flight, self.limit.waiting, self.auditor.stats()
+        return self._tally.snapshot(in_flight, waiting, total(stores, aside), memory, audit)
 
     def close(self) -> None:
         """Stop background work, after waiting for uploads.
 
         The engine can still answer prompts, and resumes background work when there is some.
         """
+        self.auditor.close()
         self.corpus.close()
 
     def __enter__(self) -> Engine:
@@ -527,16 +538,16 @@ class Engine:
                 raise
             log.exception("what other processes stored is not known")
 
-    def _after(self, report: Report, request: PrefillRequest) -> None:
-        """Count which chunks were used together; queue missing chunks for encoding and frequent ones for fusing."""
+    def _after(self, result: Prefill, request: PrefillRequest, reading: Reading) -> None:
+        """Count which chunks were used together; queue missing chunks for encoding and others for fusing; audit."""
+        report = result.report
         if self.usage.note(names := [use.key for use in report.chunks if use.key in self.index]):
             self._threads.submit(self.usage.save)
-        method = request.method
-        if self._fuse_when_idle and method.fit is not None:
-            due = [self.index.text(name) for name in names if self.usage.uses(name) in FUSED_AT]
-            self.corpus.background.add(Task(text, method, fuse=True) for text in due if text is not None)
         if missing := [use.key for use in report.chunks if use.missing]:
-            self.corpus.encode_again(missing, method)
+            self.corpus.encode_again(missing, request.method)
+        if self._fuse_when_idle and request.method.fit is not None:
+            self.fusing.used_together(names, request.method)
+        self.auditor.prefilled(result, request, reading)
 
     def _then_notify(self, tokens: Iterator[int], report: Report) -> Iterator[int]:
         """Yield ``tokens``; when they end, by whatever cause, count the request and notify the observers."""

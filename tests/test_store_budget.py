@@ -13,6 +13,7 @@ from stores import HUGE, MODEL, OTHER, SIZE, make, open_disk, path_of, put, same
 
 from cacheclip_rag.chunks import Namespace
 from cacheclip_rag.store import ChunkStore, Int8Store, LRUCache, MemoryBudget, MemoryStore, Place, Remote, TieredStore
+from cacheclip_rag.store.remote import RemoteStore
 
 NBYTES = make("text 0").nbytes
 
@@ -44,6 +45,72 @@ def test_an_ingestion_does_not_evict_its_own_chunks(tmp_path: Path, kind: str) -
     assert all(store.get(MODEL.key(text)) is not None for text in kept)
     assert store.stats().evicted == 0 and store.stats().failed_puts == 9 - len(kept)
     assert store.put(MODEL.key("later"), make("later")), "as before, once it is over"
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "tiers", "int8"])
+def test_what_is_put_into_spare_room_evicts_nothing_and_goes_first(tmp_path: Path, kind: str) -> None:
+    store = small(kind, tmp_path)
+
+    def there() -> set[str]:
+        return {entry.text for entry in store.entries()}
+
+    for text in ("text 1", "text 2"):
+        assert store.put(MODEL.key(text), make(text))
+    before = store.spare_bytes()
+    put = [n for n in range(9) if store.put(MODEL.key(f"spare {n}"), make(f"spare {n}"), spare=True)]
+    assert put == ([0] if kind == "int8" else [0, 1]) and 0 <= store.spare_bytes() < before
+    assert there() == {"text 1", "text 2", *(f"spare {n}" for n in put)} and store.stats().evicted == 0
+    assert store.put(MODEL.key("text 3"), make("text 3"))
+    gone = {"text 1"} if kind == "int8" else set()  # which evicts two, and had but one of them
+    assert {"text 1", "text 2", "text 3"} - gone <= there() and store.stats().evicted
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "tiers"])
+def test_what_was_put_into_spare_room_and_is_read_is_one_like_the_others(tmp_path: Path, kind: str) -> None:
+    store = small(kind, tmp_path)
+    store.put(MODEL.key("text 1"), make("text 1"))
+    for n in range(2):
+        assert store.put(MODEL.key(f"spare {n}"), make(f"spare {n}"), spare=True)
+    assert store.get(MODEL.key("spare 0")) is not None
+    for number in (2, 3):
+        store.put(MODEL.key(f"text {number}"), make(f"text {number}"))
+    there = {entry.text for entry in store.entries()}
+    assert "spare 0" in there and "spare 1" not in there
+
+
+def test_of_several_caches_what_is_in_spare_room_goes_first() -> None:
+    memory = MemoryBudget(3)
+    old, new = LRUCache[str, str](memory, "old"), LRUCache[str, str](memory, "new")
+    assert old.put("a", "a", 1) and new.put("spare", "b", 1, spare=True) and old.put("c", "c", 1)
+    assert not new.put("spare too", "d", 1, spare=True)
+    assert old.put("e", "e", 1) and len(old) == 3 and len(new) == 0
+
+
+def test_what_a_full_disk_has_no_spare_room_for_is_not_in_memory_either(tmp_path: Path) -> None:
+    store = TieredStore(MemoryStore(HUGE), open_disk(tmp_path, cap=SIZE + 400))
+    assert store.put(MODEL.key("text 1"), make("text 1"))
+    assert not store.put(MODEL.key("spare 1"), make("spare 1"), spare=True)
+    assert MODEL.key("spare 1") not in store and MODEL.key("text 1") in store
+
+
+def test_another_process_evicts_first_what_was_put_into_spare_room(tmp_path: Path) -> None:
+    first, second = (open_disk(tmp_path, cap=4 * SIZE + 400) for _ in range(2))
+    first.put(MODEL.key("text 1"), make("text 1"))
+    first.put(MODEL.key("spare 1"), make("spare 1"), spare=True)
+    first.put(MODEL.key("spare 2"), make("spare 2"), spare=True)
+    for number in (2, 3):
+        assert second.put(MODEL.key(f"text {number}"), make(f"text {number}"))
+    assert {entry.text for entry in second.entries()} == {f"text {number}" for number in (1, 2, 3)}
+
+
+def test_what_is_put_into_spare_room_is_not_uploaded(tmp_path: Path) -> None:
+    remote = RemoteStore(Remote(f"file://{tmp_path / 'remote'}"), MODEL)
+    store = TieredStore(MemoryStore(HUGE), remote=remote)
+    assert store.put(MODEL.key("spare 1"), make("spare 1"), spare=True) and store.put(
+        MODEL.key("text 1"), make("text 1")
+    )
+    remote.flush()
+    assert [path.name[:64] for path in (tmp_path / "remote").rglob("*.safetensors")] == [MODEL.key("text 1")]
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "tiers", "int8"])

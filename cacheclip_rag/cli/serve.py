@@ -68,6 +68,9 @@ def serve(
     fuse_when_idle: Annotated[
         bool, typer.Option("--fuse-when-idle", help="While nothing is asked, fuse chunks that prompts held together.")
     ] = False,
+    audit: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The share of prompts that is checked against full prefill.")
+    ] = 0.0,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="This library's own engine, also where vLLM is installed.")
     ] = False,
@@ -80,6 +83,8 @@ def serve(
     Then: curl -X PUT localhost:8000/v1/documents/ID -H 'Content-Type: application/json' -d '{"texts": ["..."]}'
     """
     if not embedded and find_spec("vllm") is not None and find_spec("cacheclip_vllm") is not None:
+        if audit:
+            raise ConfigurationError("--audit is not there inside vLLM yet: --embedded has it")
         options: dict[str, Any] = {
             "store": str(store.expanduser().absolute()),
             "kv_dtype": kv_dtype,
@@ -131,6 +136,7 @@ def serve(
                 secret=store_cli.secret_of(secret_file, store),
                 remote=remote or None,
                 fuse_when_idle=fuse_when_idle,
+                audit=audit,
                 kv_dtype=cast(Any, kv_dtype),  # Engine checks it
             )
 
@@ -155,6 +161,7 @@ _OWN = (
     "--remote",
     "--kv-dtype",
     "--cap",
+    "--audit",
 )
 """Options of ours with a value. All others are vLLM's."""
 _SWITCHES = ("--fuse-when-idle", "--embedded")

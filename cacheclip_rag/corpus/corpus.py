@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +34,8 @@ _WAIT = 10.0
 
 
 class Task(NamedTuple):
-    """Work for idle time: encode a chunk, or fuse it with the chunks it is used with.
+    """Work for idle time: encode a chunk, or fuse it with the chunks it is used with, or fuse a ``sequence`` of chunks,
+    by their names in the index, in this order.
 
     ``again``: the chunk was known when the task was made, so that it may be forgotten in the meantime.
     """
@@ -44,6 +44,7 @@ class Task(NamedTuple):
     method: Method
     fuse: bool = False
     again: bool = False
+    sequence: tuple[str, ...] = ()
 
 
 @dataclass
@@ -89,6 +90,8 @@ class Corpus:
         self.background = Background(self._do_later)
         self.fuse_later: Callable[[Task], object] = lambda task: None
         """Called for a task that fuses."""
+        self.on_forget: list[Callable[[Collection[str]], object]] = []
+        """Called with the names that the index had for chunks that were forgotten, here or by another process."""
         self._place, self._lock, self._limit = place, lock, limit
         self._obstacle = collections.backbone.obstacle
 
@@ -242,14 +245,17 @@ class Corpus:
         gone = [text for name in names if (text := self.index.text(name)) is not None]
         self.background.add(Task(text, method, again=True) for text in gone)
 
+    def rests(self) -> bool:
+        """For background work: waits until no request is being served. False if there was one all the while, or this
+        is being closed.
+        """
+        return self._limit.wait_for_rest(_WAIT, self.background.ending) and not self.background.ending()
+
     @on_cpu
     def _do_later(self, task: Task) -> None:
-        patience = time.monotonic() + _WAIT
-        while not self._limit.at_rest and time.monotonic() < patience:
-            if self.background.ending():
-                return
-            time.sleep(0.02)
-        if task.fuse:
+        if not self._limit.wait_for_rest(_WAIT, self.background.ending) and self.background.ending():
+            return
+        if task.fuse or task.sequence:
             self.fuse_later(task)
             return
         result, before = Ensured(), self._place.forgettings()
@@ -321,17 +327,30 @@ class Corpus:
             for text in unwanted:
                 self.index.remove(text)
             return
-        self.background.drop(lambda task: canonical(task.text) in unwanted)
+        self._drop_tasks(unwanted)
+        names = [self.collections.name(text) for text in gone]
         with self._lock:  # otherwise a prefill in progress could harvest them again
-            self.usage.forget([self.collections.name(text) for text in gone])
-            self.collections.forget(gone, unwanted)
+            self.usage.forget(names)
+            try:
+                self.collections.forget(gone, unwanted)
+            finally:
+                self._tell(names)
 
     def follow(self) -> None:
         """Catch up with other processes' changes to the store. What they forgot is dropped here as well, and not
         encoded again.
         """
         if lost := set(self.collections.follow()):
-            self.background.drop(lambda task: canonical(task.text) in lost)
+            self._drop_tasks(lost)
+            self._tell([self.collections.name(text) for text in lost])
+
+    def _tell(self, names: Collection[str]) -> None:
+        for tell in self.on_forget:
+            tell(names)
+
+    def _drop_tasks(self, gone: Collection[str]) -> None:
+        names = {self.collections.name(text) for text in gone}
+        self.background.drop(lambda task: canonical(task.text) in gone or not names.isdisjoint(task.sequence))
 
     def _libraries(self) -> list[Library]:
         return [] if self._obstacle is not None else self.collections.libraries()

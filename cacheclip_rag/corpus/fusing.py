@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..compute import on_cpu
 from ..errors import ConfigurationError
@@ -24,6 +24,12 @@ _UNKNOWN_CONTEXT = "none of its neighbours is known: ensure them first"
 FUSED_AT = (2, 8, 32, 128, 512, 2048)
 """Numbers of prompts with a chunk after which it is fused in idle time: its expected context grows more reliable."""
 
+_VARIANTS = 3
+"""Variants kept per chunk, of those that are made in idle time."""
+
+_WAITING = 256
+"""Tasks that wait, above which no more prompts are noted for idle time."""
+
 _NEIGHBOURS = 10
 """The length of a context in idle time, in chunks."""
 
@@ -34,8 +40,8 @@ class Fusing:
     def __init__(self, corpus: Corpus, usage: Usage, lock: FairLock) -> None:
         self._corpus, self._collections, self._index = corpus, corpus.collections, corpus.index
         self._usage, self._lock = usage, lock
-        hot = weakref.WeakMethod(self.fuse_hot)  # a reference cycle would keep both alive after their engine
-        corpus.fuse_later = lambda task: (fuse := hot()) and fuse(task)
+        later = weakref.WeakMethod(self._fuse_later)  # a reference cycle would keep both alive after their engine
+        corpus.fuse_later = lambda task: (fuse := later()) and fuse(task)
 
     @on_cpu
     def fuse(
@@ -79,11 +85,16 @@ class Fusing:
                 progress(done)
         return result
 
-    def fuse_hot(self, task: Task) -> None:
-        """Fuse a frequent chunk with the chunks most likely to precede it."""
-        names = self._usage.expected_context(self._collections.name(task.text), _NEIGHBOURS)
-        texts = [text for name in names if (text := self._index.text(name)) is not None]
-        self.fuse({task.text: texts}, task.method)
+    def used_together(self, names: Sequence[str], method: Method) -> None:
+        """Queue what a prompt with these chunks, by their names in the index, is worth in idle time: the chunks in this
+        order, from its first use on, and frequent chunks with those most likely to precede them.
+        """
+        due = [self._index.text(name) for name in names if self._usage.uses(name) in FUSED_AT]
+        tasks = [Task(text, method, fuse=True) for text in due if text is not None]
+        sequence = tuple(dict.fromkeys(names))
+        if len(sequence) > 1 and self._corpus.background.waiting < _WAITING:
+            tasks.append(Task("", method, sequence=sequence))
+        self._corpus.background.add(tasks)
 
     def contexts(self, least: int = 2, count: int = 10) -> dict[str, list[str]]:
         """The chunks of at least ``least`` prompts, each with the ``count`` chunks most likely to precede it."""
@@ -95,6 +106,33 @@ class Fusing:
         return neighbours
 
     # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _fuse_later(self, task: Task) -> None:
+        if task.sequence:
+            self._fuse_sequence(task)
+            return
+        names = self._usage.expected_context(self._collections.name(task.text), _NEIGHBOURS)
+        texts = [text for name in names if (text := self._index.text(name)) is not None]
+        self.fuse({task.text: texts}, task.method, variants=_VARIANTS)
+
+    def _fuse_sequence(self, task: Task) -> None:
+        """Fuse a prompt's chunks in its order, into spare room, one chunk at a time between requests.
+
+        Where there is always a request, or one of the chunks is forgotten meanwhile, it ends; a later prompt with these
+        chunks goes on where it was.
+        """
+        variants, result = self._collections.of(task.method.encode).variants, Ensured()
+        pieces: Iterator[bool] | None = None
+        while not result.skipped and self._corpus.rests():
+            with self._corpus.skipping([""], result, "not fused in order"), self._lock:
+                self._corpus.follow()
+                texts = [text for name in task.sequence if (text := self._index.text(name)) is not None]
+                known = self._known(texts, self._collections.of(task.method.encode))
+                if len(known) < len(task.sequence) or not self._corpus.background.wanted():
+                    return
+                pieces = pieces or variants.in_order(known, _VARIANTS, spare=True)
+                if next(pieces, None) is None:
+                    return
 
     def _fuse(
         self, neighbours: Mapping[str, Sequence[str]], collection: Collection, keep: int, result: Ensured

@@ -16,6 +16,7 @@ log = logging.getLogger("cacheclip_rag")
 _ALIASES = {"max_tokens": "max_new_tokens", "stop_sequences": "stop"}
 
 ENGINES_OWN = {
+    "audit",
     "decode_weights",
     "disk_bytes",
     "kv_dtype",

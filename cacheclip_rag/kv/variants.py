@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..chunks import ChunkKV, canonical
@@ -30,7 +30,10 @@ class FusedVariants:
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._known: dict[str, dict[Context, str]] | None = None  # by text; keys in the order they came
+        self._known: dict[str, dict[Context, str]] | None = (
+            None  # by text; keys in the order they came, spare ones first
+        )
+        self._spare: set[str] = set()  # keys of those that were put into spare room, and that no prompt has taken yet
         self._lock = threading.RLock()
 
     def of(self, text: str) -> list[Context]:
@@ -60,6 +63,11 @@ class FusedVariants:
         if chunk is None and context:
             with self._lock:
                 self._all().get(canonical(text), {}).pop(context, None)
+        elif key in self._spare:
+            with self._lock:
+                self._spare.discard(key)
+                mine = self._all().get(canonical(text), {})
+                mine |= {context: mine.pop(context, key)}  # now it is the newest
         return chunk
 
     def key(self, text: str, context: Context) -> str | None:
@@ -108,19 +116,44 @@ class FusedVariants:
         isolation. Chunks beyond the context length are left out. Returns how many variants are new; raises what
         `Library.encode` raises.
         """
-        library = self._library
-        seen: list[ChunkKV] = []
-        new = 0
+        return sum(self.in_order(texts, keep))
+
+    def in_order(self, texts: Sequence[str], keep: int, spare: bool = False) -> Iterator[bool]:
+        """`fuse_in_order`, one chunk at a time: yields whether a new variant of it was stored.
+
+        ``spare``: only into room for which nothing has to go, in the store and among the ``keep`` variants of a chunk;
+        it ends where there is none. Until a prompt takes one of these variants, it is the first to go.
+        """
+        library, seen, texts = self._library, list[ChunkKV](), list(dict.fromkeys(map(canonical, texts)))
+        if spare:  # up to the last one that there is something to store of
+            while len(texts) > 1 and not self._has_room(texts[-1], tuple(texts[:-1]), keep):
+                texts.pop()
+            texts = texts if len(texts) > 1 else []
         for chunk in self._fitting(None, texts):
             context = tuple(other.text for other in seen)
-            known = library.get(library.key(chunk.text, context, in_sequence=True))
+            key = library.key(chunk.text, context, in_sequence=True)
+            known, new = library.get(key), False
+            if not spare:
+                self._spare.discard(key)
+            if known is None and spare and context and not self._has_room(chunk.text, context, keep):
+                [known] = self._compute([(chunk, seen)])  # for those behind it
+            elif known is None and context:
+                if spare and library.store.spare_bytes() < chunk.nbytes:
+                    return
+                [known] = self._make([(chunk, seen)], keep, in_sequence=True, spare=spare)
+                new = True
+            elif known is None:
+                known = chunk
             if known is None:
-                [known] = self._make([(chunk, seen)], keep, in_sequence=True) if context else [chunk]
-                if known is None:
-                    raise StoreError(_GONE)
-                new += bool(context)
+                raise StoreError(_GONE)
             seen.append(known)
-        return new
+            yield new
+
+    def _has_room(self, text: str, context: Context, keep: int) -> bool:
+        """Whether a variant with this context is new, and its chunk has less than ``keep`` others that must stay."""
+        with self._lock:
+            mine = self._all().get(text, {})
+            return context not in mine and len(set(mine.values()) - self._spare) < keep
 
     def _fitting(self, chunk: ChunkKV | None, texts: Sequence[str]) -> list[ChunkKV]:
         """The isolated chunks with these texts, each once, as many as the context length holds besides ``chunk``."""
@@ -154,27 +187,38 @@ class FusedVariants:
                 self._all().setdefault(text, {})[context] = key
         return found
 
+    def _compute(self, chunks: Sequence[tuple[ChunkKV, Sequence[ChunkKV]]]) -> list[ChunkKV]:
+        library = self._library
+        if (changed := library.changed()) is not None:
+            raise ConfigurationError(changed)
+        texts, contexts = zip(*chunks, strict=True)
+        return fused(library.encoder, library.backbone, texts, contexts, library.prefix_kv)
+
     def _make(
-        self, chunks: Sequence[tuple[ChunkKV, Sequence[ChunkKV]]], keep: int, in_sequence: bool = False
+        self,
+        chunks: Sequence[tuple[ChunkKV, Sequence[ChunkKV]]],
+        keep: int,
+        in_sequence: bool = False,
+        spare: bool = False,
     ) -> list[ChunkKV | None]:
         """Compute and store the fused chunks. None for a chunk if another process forgot it, or one of its context,
         meanwhile: forgetting deletes isolated chunks first, and then variants that were computed with them.
         """
         library = self._library
-        if (changed := library.changed()) is not None:
-            raise ConfigurationError(changed)
-        texts, contexts = zip(*chunks, strict=True)
-        made = fused(library.encoder, library.backbone, texts, contexts, library.prefix_kv)
-        made = [replace(chunk, in_sequence=in_sequence) for chunk in made]
+        made = [replace(chunk, in_sequence=in_sequence) for chunk in self._compute(chunks)]
         old: list[str] = []
         with self._lock:
             for chunk in made:
                 key = library.key(chunk.text, chunk.context, in_sequence)
                 mine = self._all().setdefault(chunk.text, {})
-                library.store.put(key, chunk)
+                if not library.store.put(key, chunk, spare) and spare:
+                    continue
                 replaced = mine.pop(chunk.context, key)
                 old += [replaced] if replaced != key else []  # the same key: it was evicted and is stored again
                 mine[chunk.context] = key
+                if spare:
+                    self._spare.add(key)
+                    mine |= {other: mine.pop(other) for other in list(mine) if mine[other] not in self._spare}
                 if library.keeps(key):  # if not, a later process finds only the old ones
                     old += [mine.pop(other) for other in list(mine)[:-keep]]
         library.store.delete(old)
@@ -201,4 +245,5 @@ class FusedVariants:
                 mine = self._known.setdefault(entry.text, {}) if entry.context else {}
                 if entry.in_sequence or entry.context not in mine:  # of the same context, the one computed in sequence
                     mine[entry.context] = entry.key
+            self._spare.intersection_update(key for mine in self._known.values() for key in mine.values())
         return self._known

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigurationError
 from ..report import Report
+from ..serving.stats import Audited
 
 
 def attributes(report: Report, model: str = "") -> dict[str, Any]:
@@ -42,7 +43,8 @@ def attributes(report: Report, model: str = "") -> dict[str, Any]:
 
 
 class OpenTelemetry:
-    """An observer that exports each request as a span and its time to the first token as a metric.
+    """An observer that exports each request as a span and its time to the first token as a metric; `audited` is one of
+    audits.
 
     ``span="own"`` creates a child span of the current one for each request; ``"current"`` adds attributes to the
     current span instead: for applications whose framework already creates a span for the model call, so that backends
@@ -69,6 +71,20 @@ class OpenTelemetry:
         self._first_token = meter.create_histogram(
             "gen_ai.server.time_to_first_token", unit="s", description="Seconds from the call to the first token."
         )
+
+        self._audits = meter.create_counter(
+            "cacheclip.audits", description="Prompts that were prefilled again in full, by what came of it."
+        )
+        self._kl = meter.create_histogram(
+            "cacheclip.audit.kl", description="KL divergence of the first token from full prefill, in nats."
+        )
+
+    def audited(self, audited: Audited) -> None:
+        """Count an audit, and record its KL: ``engine.auditor.observers.append(telemetry.audited)``."""
+        labels = {"cacheclip.method": audited.method}
+        self._audits.add(1, labels | {"cacheclip.audit.outcome": audited.outcome})
+        if audited.kl is not None:
+            self._kl.record(audited.kl, labels)
 
     def __call__(self, report: Report) -> None:
         about = attributes(report, self._model)

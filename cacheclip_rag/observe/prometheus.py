@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from ..engine import Engine
 from ..errors import ConfigurationError
-from ..serving.stats import SECONDS, Stats, total
+from ..serving.stats import KLS, SECONDS, AuditStats, Stats, total
 
 _BOUNDS = [*map(str, SECONDS), "+Inf"]
 
@@ -27,6 +27,8 @@ class Prometheus:
     | ``cacheclip_completion_tokens_total`` | |
     | ``cacheclip_fallbacks_total`` | ``kind``: ``chunk``, ``full prefill``, ``plain prefill``, ``escaped documents`` |
     | ``cacheclip_time_to_first_token_seconds`` | ``method`` |
+    | ``cacheclip_audits_total`` | ``outcome``: ``same``, ``changed``, ``dropped``, ``forgotten``, ``failed`` |
+    | ``cacheclip_audit_kl`` (nats, first token) | |
     | ``cacheclip_store_lookups_total`` | ``result``: ``hit``, ``miss`` |
     | ``cacheclip_store_chunks`` | ``kind``: ``alone``, ``fused`` |
     | ``cacheclip_store_bytes`` | ``tier``: ``memory``, ``disk`` |
@@ -97,6 +99,18 @@ class Prometheus:
         for method, (classes, seconds) in _times(every).items():
             times.add_metric([method], list(zip(_BOUNDS, accumulate(classes), strict=True)), sum_value=seconds)
         yield times
+        audits = sum((collections.Counter(stats.audit.outcomes) for stats in every), collections.Counter[str]())
+        outcomes = {outcome: audits[outcome] for outcome in AuditStats().outcomes}
+        about = "Prompts that were prefilled again in full, by what came of it."
+        yield several(Counter, "audits", about, "outcome", outcomes)
+        buckets = accumulate(map(sum, zip(*(stats.audit.classes for stats in every), strict=True)))
+        about = "KL divergence of the first token from full prefill, in nats."
+        yield Histogram(
+            "cacheclip_audit_kl",
+            about,
+            buckets=list(zip([*map(str, KLS), "+Inf"], buckets, strict=True)),
+            sum_value=sum(stats.audit.kl for stats in every),
+        )
 
 
 def _ended(every: Sequence[Stats]) -> collections.Counter[tuple[str, str]]:

@@ -22,6 +22,7 @@ from ..serving.lock import FairLock
 from ..serving.lookup import Lookup
 from ..serving.steps import Steps, Stream
 from .prefiller import Prefiller
+from .reading import Reading
 from .result import Prefill, PrefillRequest
 
 log = logging.getLogger("cacheclip_rag")
@@ -49,9 +50,9 @@ class _Drafts(Lookup):
 class Answering:
     """Runs requests: prefill, then decoding, whose ``steps`` several requests share.
 
-    ``before()`` is called under the lock, before the prompt is read; ``after(report, request)`` after the prefill, and
-    what it raises is logged. Neither is called for a model whose KV cannot be moved. ``prompt_lookup``: tokens of a
-    draft at most (see `serving.lookup`); 0 for none.
+    ``before()`` is called under the lock, before the prompt is read; ``after(result, request, reading)`` after the
+    prefill, and what it raises is logged. Neither is called for a model whose KV cannot be moved. ``prompt_lookup``:
+    tokens of a draft at most (see `serving.lookup`); 0 for none.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Answering:
         lock: FairLock,
         limit: RequestLimit,
         before: Callable[[], object],
-        after: Callable[[Report, PrefillRequest], None],
+        after: Callable[[Prefill, PrefillRequest, Reading], None],
         prompt_lookup: int = 10,
     ) -> None:
         self._backbone, self._prefiller, self._lock, self._limit = backbone, prefiller, lock, limit
@@ -146,7 +147,7 @@ class Answering:
             result = self._prefiller(request, reading, report)
         if movable:
             try:
-                self._after(report, request)
+                self._after(result, request, reading)
             except Exception as error:  # follow-up work for later requests must not fail this one
                 if raised_by_signal(error):
                     raise

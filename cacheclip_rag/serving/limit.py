@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import ref
 
@@ -93,6 +94,13 @@ class RequestLimit:
     def at_rest(self) -> bool:
         """Whether nobody waits for a token: none in flight, or only streams that nobody reads."""
         return all(place.rests for place in self._there())
+
+    def wait_for_rest(self, seconds: float, over: Callable[[], bool]) -> bool:
+        """Wait until `at_rest`, for so long at most, or until it is ``over``. Returns whether it is at rest."""
+        patience = time.monotonic() + seconds
+        while not (rests := self.at_rest) and time.monotonic() < patience and not over():
+            time.sleep(_LOOK)
+        return rests
 
     def after_fork(self) -> None:
         """In a forked process: whoever was in flight is answered by the other one."""

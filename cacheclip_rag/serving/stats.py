@@ -6,7 +6,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..report import Report
@@ -23,6 +23,54 @@ class FirstToken:
     count: int = 0
     seconds: float = 0.0
     classes: tuple[int, ...] = (0,) * (len(SECONDS) + 1)
+
+
+KLS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Upper bounds of the histogram buckets of `AuditStats`, in nats; the last bucket has none."""
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One audit that has ended (see `prefill.audit`): a prompt was prefilled again in full.
+
+    ``outcome``: the answer's likeliest first token is the ``same`` or ``changed``; or there was no comparison: the
+    audit was ``dropped`` for want of idle time, its chunks were ``forgotten``, or it ``failed``. ``kl``: KL(full
+    prefill || as answered) of the first token's distribution, in nats; None without a comparison.
+    """
+
+    method: str
+    outcome: str
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class AuditStats:
+    """Audits by outcome (see `Audited`), and a histogram of their KL: its sum in nats, and the count in each bucket of
+    `KLS`.
+    """
+
+    same: int = 0
+    changed: int = 0
+    dropped: int = 0
+    forgotten: int = 0
+    failed: int = 0
+    kl: float = 0.0
+    classes: tuple[int, ...] = (0,) * (len(KLS) + 1)
+
+    @property
+    def compared(self) -> int:
+        return self.same + self.changed
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("same", "changed", "dropped", "forgotten", "failed")}
+
+    def with_one(self, audited: Audited) -> AuditStats:
+        """These and one more."""
+        more = replace(self, **{audited.outcome: getattr(self, audited.outcome) + 1})
+        if audited.kl is None:
+            return more
+        return replace(more, kl=self.kl + audited.kl, classes=_count(self.classes, KLS, audited.kl))
 
 
 @dataclass(frozen=True)
@@ -55,6 +103,8 @@ class Stats:
     longer, by a ``plain prefill`` because the model's KV cannot be moved, or for ``escaped documents``."""
     first_token: dict[str, FirstToken] = field(default_factory=dict)
     """By method; requests without a first token are not counted."""
+    audit: AuditStats = field(default_factory=AuditStats)
+    """Prompts that were prefilled again in full (``Engine(..., audit=0.01)``)."""
     store: StoreStats = field(default_factory=StoreStats)
     """The sum over the chunk stores of all encodings in use; bytes include the auxiliary model's. Hits and misses count
     all look-ups, including those of ingestion."""
@@ -115,7 +165,14 @@ class Tally:
                 known = self._first_token.get(report.method, FirstToken())
                 self._first_token[report.method] = _with(known, report.ttft)
 
-    def snapshot(self, in_flight: int, waiting: int, store: StoreStats, memory: dict[str, int]) -> Stats:
+    def snapshot(
+        self,
+        in_flight: int,
+        waiting: int,
+        store: StoreStats,
+        memory: dict[str, int],
+        audit: AuditStats = AuditStats(),
+    ) -> Stats:
         with self._lock:
             return Stats(
                 finished={method: dict(reasons) for method, reasons in self._finished.items()},
@@ -123,6 +180,7 @@ class Tally:
                 waiting=waiting,
                 fallbacks=dict(self._fallbacks),
                 first_token=dict(self._first_token),
+                audit=audit,
                 store=store,
                 memory=memory,
                 **self._numbers,
@@ -145,6 +203,10 @@ def total(stores: Iterable[StoreStats], aside: Iterable[StoreStats] = ()) -> Sto
 
 
 def _with(known: FirstToken, seconds: float) -> FirstToken:
-    classes = list(known.classes)
-    classes[bisect_left(SECONDS, seconds)] += 1
-    return FirstToken(known.count + 1, known.seconds + seconds, tuple(classes))
+    return FirstToken(known.count + 1, known.seconds + seconds, _count(known.classes, SECONDS, seconds))
+
+
+def _count(classes: tuple[int, ...], bounds: tuple[float, ...], value: float) -> tuple[int, ...]:
+    """The counts of a histogram's buckets with one value more."""
+    at = bisect_left(bounds, value)
+    return (*classes[:at], classes[at] + 1, *classes[at + 1 :])

@@ -150,6 +150,11 @@ class SharedCap:
         self._write_down(total + size if fits else total)
         return gone if fits else None
 
+    def spare_bytes(self) -> int:
+        """The bytes that can come with nothing removed, by the note; 0 where it says nothing."""
+        total = self._noted()
+        return 0 if total is None else max(0, self.cap - total)
+
     def free(self, size: int, last_used: LastUsed) -> list[Found]:
         """Remove the least recently used files until ``size`` bytes are freed, whatever the cap says.
 

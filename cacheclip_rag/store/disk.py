@@ -193,7 +193,7 @@ class DiskStore:
         """Whether the file is there now, whatever was noted."""
         return _is_key(key) and _exists(self._file(key))
 
-    def put(self, key: str, chunk: ChunkKV) -> bool:
+    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
         if not _is_key(key):
             return self._not_kept("its key is no sha256")
         try:
@@ -203,9 +203,12 @@ class DiskStore:
         except MemoryError:
             return self._not_kept("out of memory")
         with self._writing:
-            return self._put(key, data)
+            return self._put(key, data, spare)
 
-    def _put(self, key: str, data: bytes) -> bool:
+    def spare_bytes(self) -> int:
+        return self._shared.spare_bytes()
+
+    def _put(self, key: str, data: bytes, spare: bool) -> bool:
         path = self._file(key)
         if _exists(path) and self._adopt(key):
             self._hold([key])
@@ -215,12 +218,15 @@ class DiskStore:
         try:
             for attempt in range(2):
                 try:
-                    if not self._publish(path, data):
+                    if not self._publish(path, data, spare):
+                        if spare:
+                            return False
                         held = self._held.active
                         return self._not_kept(FULL if held else "no room could be made")
                     kept = self._adopt(key)
                     self._hold([key])
-                    self.touch(key)
+                    if not spare:
+                        self.touch(key)
                     return kept
                 except FileNotFoundError:  # the folder: another process cleared the store
                     if attempt:
@@ -228,7 +234,7 @@ class DiskStore:
                     self._make_folder()
                 except OSError as error:  # once: a disk that others fill is not ours to clear
                     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                    if attempt or not full or not self._evict(len(data)):
+                    if attempt or spare or not full or not self._evict(len(data)):
                         raise
         except TimeoutError:
             return self._not_kept("another process keeps the store busy")
@@ -236,10 +242,10 @@ class DiskStore:
             return self._not_kept(error.strerror or str(error))
         return False
 
-    def _publish(self, path: Path, data: bytes) -> bool:
+    def _publish(self, path: Path, data: bytes, spare: bool) -> bool:
         """Write the file within the cap of all processes; False when there is no room. Raises OSError."""
         with self._shared.alone():
-            gone = self._shared.make_room(len(data), self._last_used)
+            gone = self._shared.make_room(len(data), (lambda file: None) if spare else self._last_used)
             self._note_evicted(gone or ())
             if gone is None:
                 return False
@@ -247,6 +253,8 @@ class DiskStore:
         try:
             files.fill(temporary, data, self.sync)  # others may write meanwhile
             with self._shared.alone():
+                if spare:
+                    files.touch(temporary, 0.0)
                 files.rename(temporary, path)
         except BaseException:
             files.discard(temporary)

@@ -228,8 +228,9 @@ def rename(path: Path, target: Path) -> None:
     os.replace(path, target)
 
 
-def touch(path: Path) -> None:
-    os.utime(path, follow_symlinks=False)
+def touch(path: Path, when: float | None = None) -> None:
+    """Stamp a file as last used then (epoch seconds), or now."""
+    os.utime(path, None if when is None else (when, when), follow_symlinks=False)
 
 
 def status(path: Path | str) -> os.stat_result:

@@ -37,11 +37,14 @@ class Int8Store:
         chunk = self.inner.get(key)
         return None if chunk is None or not chunk.packing else unpack(chunk)
 
-    def put(self, key: str, chunk: ChunkKV) -> bool:
+    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
         try:
-            return self.inner.put(key, pack(chunk))
+            return self.inner.put(key, pack(chunk), spare)
         except ValueError:
             return False
+
+    def spare_bytes(self) -> int:
+        return self.inner.spare_bytes()
 
     def delete(self, keys: Collection[str]) -> None:
         self.inner.delete(keys)

@@ -72,6 +72,11 @@ class MemoryBudget:
         """The bytes that can be added with everything evicted that may be."""
         return self.cap - sum(cache.held_bytes for cache in self._caches)
 
+    @property
+    def spare_bytes(self) -> int:
+        """The bytes that can be added with nothing evicted."""
+        return self.cap - self.nbytes
+
     def shrink(self) -> None:
         """Evict until all of it fits. Under the lock, together with what made it grow."""
         while self.nbytes > self.cap:
@@ -113,13 +118,19 @@ class LRUCache(Generic[K, V]):
             self._items.move_to_end(key)
             return item.value
 
-    def put(self, key: K, value: V, nbytes: int) -> bool:
-        """Keep it, in the place of what was there. False where it, with what must stay, is more than fits."""
+    def put(self, key: K, value: V, nbytes: int, spare: bool = False) -> bool:
+        """Keep it, in the place of what was there. False where it, with what must stay, is more than fits.
+
+        ``spare``: False also where something would have to be evicted for it; and until `get` it is the first to go.
+        """
         with self._memory.lock:
-            if nbytes > self._memory.room:
+            if nbytes > (self._memory.spare_bytes if spare else self._memory.room):
                 return False
             self.pop(key)
-            self._items[key] = _Item(value, nbytes, next(self._memory.ticks))
+            tick = next(self._memory.ticks)
+            self._items[key] = _Item(value, nbytes, -tick if spare else tick)
+            if spare:
+                self._items.move_to_end(key, last=False)
             self.nbytes += nbytes
             if self._held is not None:
                 self._held.add(key)
@@ -221,14 +232,17 @@ class MemoryStore:
             self._stats.misses += chunk is None
             return chunk
 
-    def put(self, key: str, chunk: ChunkKV) -> bool:
+    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
         with self._memory.lock:
             if key in self._chunks:
                 return True
-            kept = self._chunks.put(key, chunk, chunk.nbytes)
-            self._stats.failed_puts += not kept
+            kept = self._chunks.put(key, chunk, chunk.nbytes, spare)
+            self._stats.failed_puts += not kept and not spare
             self._stats.fused += kept and bool(chunk.context)
             return kept
+
+    def spare_bytes(self) -> int:
+        return self._memory.spare_bytes
 
     def delete(self, keys: Collection[str]) -> None:
         with self._memory.lock:

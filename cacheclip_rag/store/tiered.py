@@ -134,9 +134,14 @@ class TieredStore:
             if isinstance(farther, DiskStore):
                 farther.touch(key)
 
-    def put(self, key: str, chunk: ChunkKV) -> bool:
-        kept = [tier.put(key, chunk) for tier in self._all]
+    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
+        if spare and not self.tiers[-1].put(key, chunk, spare):  # in memory alone it would be gone with the process
+            return False
+        kept = [tier.put(key, chunk, spare) for tier in self._all]
         return any(kept)
+
+    def spare_bytes(self) -> int:
+        return self.tiers[-1].spare_bytes()
 
     def delete(self, keys: Collection[str]) -> None:
         with self._copying, self._lock:
