@@ -11,6 +11,10 @@ from torch import Tensor
 from .mask import SparseRows, trailing
 from .modified import modified_attention
 from .reference import reference_attention
+from .two_parts import in_two_parts, splittable
+
+APART = 2048
+"""Keys before a block's first row from which on the block is computed in two parts, so that they need no mask."""
 
 
 def sdpa_attention(
@@ -57,9 +61,17 @@ def sdpa_attention(
     output = torch.empty(1, length, heads, width, dtype=query.dtype, device=query.device)
     for start, stop, first, last, floor in sparse.blocks:
         keys = slice(floor if sliding_window is None else max(floor, first - sliding_window + 1), last + 1)
-        # A single row sees all of these keys and needs no mask.
-        bias = sparse.bias(start, stop, keys, groups, sliding_window, query.dtype) if stop - start > 1 else None
         folded = query[:, :, start:stop].reshape(1, kv_heads, groups * (stop - start), width)
-        part = F.scaled_dot_product_attention(folded, key[:, :, keys], value[:, :, keys], attn_mask=bias, scale=scaling)
+        if stop - start == 1:  # a single row sees all of these keys and needs no mask
+            part = F.scaled_dot_product_attention(folded, key[:, :, keys], value[:, :, keys], scale=scaling)
+        elif sliding_window is None and first - keys.start >= APART and splittable(query, key, value):
+            tail = slice(first, last + 1)
+            bias = sparse.bias(start, stop, tail, groups, None, query.dtype)
+            part = in_two_parts(folded, key, value, slice(keys.start, first), tail, bias, scaling)
+        else:
+            bias = sparse.bias(start, stop, keys, groups, sliding_window, query.dtype)
+            part = F.scaled_dot_product_attention(
+                folded, key[:, :, keys], value[:, :, keys], attn_mask=bias, scale=scaling
+            )
         output[:, start:stop] = part.reshape(1, heads, stop - start, width).transpose(1, 2)
     return output, None
