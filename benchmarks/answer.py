@@ -254,6 +254,11 @@ def key_of(row: dict[str, Any]) -> tuple[str, int, int, int]:
     return row["system"], row["context"], row["users"], row["round"]
 
 
+def same_run(row: dict[str, Any] | None, asking: Asking, cores: int) -> bool:
+    """Whether a row is of these questions, on so many cores: of another round's or number's it is another run."""
+    return row is not None and row["questions"] == [item.id for item in asking.items] and row["cores"] == cores
+
+
 # ---- how long it takes ------------------------------------------------------------------------------------------
 
 
@@ -376,14 +381,18 @@ def main() -> None:
     model = resolve(args.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     mine = [row for row in rows_of(args.out) if row["model"] == args.model and row["answer_tokens"] == args.answer]
-    done = {key_of(row) for row in mine if "first_s" in row} if args.resume else set()
-    todo = [cell for cell in cells(args) if cell.key not in done]
+    prompts = Prompts(args.data, AutoTokenizer.from_pretrained(model))
+
+    def asked(cell: Cell) -> Asking:
+        return prompts.of(cell.tokens, max(args.questions, cell.users), args.rounds, cell.round)
+
+    done = {key_of(row): row for row in mine if "first_s" in row} if args.resume else {}
+    todo = [cell for cell in cells(args) if not same_run(done.get(cell.key), asked(cell), len(args.cores))]
     load = os.getloadavg()[0]
     if load > 0.3:
         print(f"warning: the load average is {load:.1f}: this machine is not idle, and times will tell little")
     print(f"{args.model} on {len(args.cores)} cores: {len(todo)} measurements, about", end=" ")
     print(said(sum(expected(cell, args, mine) for cell in todo)), flush=True)
-    prompts = Prompts(args.data, AutoTokenizer.from_pretrained(model))
     warm_up = prompts.warm_up()
     for number, cell in enumerate(todo):
         left = sum(expected(other, args, mine) for other in todo[number:])
@@ -392,7 +401,7 @@ def main() -> None:
             f"about {said(left)} left",
             flush=True,
         )
-        asking = prompts.of(cell.tokens, max(args.questions, cell.users), args.rounds, cell.round)
+        asking = asked(cell)
         start = time.perf_counter()
         measured = measure(cell, asking, args, model, warm_up)
         if "skipped" in measured:

@@ -74,7 +74,8 @@ class Engine:
     """Answers prompts with a causal language model, reusing the stored KV of the chunks they contain.
 
     It has a ``corpus`` and its ``fusing`` (chunks), a ``prefiller`` and ``answering`` (prompts), a ``lock`` (the model
-    computes one prefill or decoding step at a time) and a ``limit`` (on requests in flight). Thread-safe.
+    computes one prefill, or one decoding step of all streams, at a time) and a ``limit`` (on requests in flight).
+    Thread-safe.
     """
 
     @on_cpu

@@ -79,6 +79,9 @@ def test_systems_answer_the_same_prompts_and_a_second_run_measures_what_is_missi
     path.write_text("\n".join([*lines[:3], lines[3][:40]]))  # as a killed run leaves it
     assert len(run(answer, [*words, "--resume"], monkeypatch)) == 4
     assert "1 measurements" in capsys.readouterr().out
+    rows = run(answer, [*words, "--resume", "--rounds", "1", "--questions", "3"], monkeypatch)
+    assert "2 measurements" in capsys.readouterr().out, "of three questions, those of two are other ones"
+    assert [len(row["questions"]) for row in rows if row["round"] == 0] == [3, 3]
 
 
 def test_a_peer_that_cannot_be_had_is_in_the_table_with_the_reason(answer, words, monkeypatch, capsys):

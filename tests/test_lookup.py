@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, ClassVar
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_greedy_answers_are_the_same_token_for_token(engines: tuple[Engine, Engi
             assert answer.report.finish_reason == expected.report.finish_reason
             assert expected.report.drafted == expected.report.looked_up == 0
             came += answer.report.looked_up
-    assert came or plain.backbone.config.model_type == "mistral", "no draft came true: nothing was tested"
+    assert came or plain.backbone.config.model_type == "mistral", "no draft was accepted: nothing was tested"
 
 
 def test_sampled_answers_are_the_same_with_the_same_seed(engines: tuple[Engine, Engine]) -> None:
@@ -237,3 +238,25 @@ def test_an_answer_that_ends_inside_a_draft_counts_what_came_of_it(monkeypatch: 
     end = next(at for at in range(4, 9) if right[at] not in right[:at])
     answer = engine.generate(prompt, max_new_tokens=32, eos_token_id=right[end])
     assert len(answer.ids) == end + 1 and (made[0].drafted, made[0].accepted) == (10, end)
+
+
+@pytest.mark.parametrize("how", ["stop string", "cancel", "closed stream"])
+def test_an_answer_that_is_ended_inside_a_draft_counts_what_came_of_it(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_backbone(), method="query_guided", prompt_lookup=0)
+    prompt = prompt_of(engine, PASSAGES[:2])
+    right = list(engine.generate(prompt, max_new_tokens=32).ids)
+    Drafting.tokens, Drafting.start = right, len(engine.backbone.tokenise_prompt(prompt).ids)
+    made: list[Drafting] = []
+    monkeypatch.setattr(answering, "_Drafts", lambda *_: made.append(Drafting()) or made[-1])
+    cancel = threading.Event()
+    stop = [engine.backbone.tokenizer.decode(right[4:7])] if how == "stop string" else None
+    with engine.stream(prompt, max_new_tokens=32, stop=stop, cancel=cancel) as stream:
+        for _ in stream:
+            if len(stream.ids) >= 6 and how == "cancel":
+                cancel.set()
+            elif len(stream.ids) >= 6 and how == "closed stream":
+                break
+    assert 1 < len(stream.ids) <= 11
+    assert (made[0].drafted, made[0].accepted) == (10, len(stream.ids) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +22,7 @@ from cacheclip_rag.model import layers as layers_module
 from cacheclip_rag.model.backbone import Backbone, CanvasStep
 from cacheclip_rag.prefill.result import Prefill
 from cacheclip_rag.serving.lock import FairLock
-from cacheclip_rag.serving.steps import Steps
+from cacheclip_rag.serving.steps import Steps, Stream
 
 METHODS = ["query_guided", "naive", "full", "epic", "ape", "psr", "auto", "query_guided"]
 
@@ -140,6 +141,60 @@ def test_who_is_interrupted_in_the_middle_of_a_pass_leaves_the_others_theirs() -
         until(lambda: len(steps._waiting) == 4)
     join(*threads)
     assert len(interrupted) == 1 and len(results) == 3 and lock.idle and not steps._waiting
+
+
+def test_who_is_interrupted_while_collecting_the_others_loses_none() -> None:
+    engine, lock = Engine(tiny_backbone(), method="query_guided"), FairLock()
+    steps, run = Steps(lock), Recorded(engine.backbone)
+    prefills, results, interrupted = ready(engine, 4), dict[int, Tensor](), list[int]()
+    once = [KeyboardInterrupt()]
+
+    class Interrupted(dict[Stream, None]):
+        """What waits; once, an interrupt comes just after the second stream was taken out."""
+
+        def pop(self, stream: Stream, *default: Any) -> Any:
+            found = super().pop(stream, *default)
+            if once and len(self) == 2:
+                raise once.pop()
+            return found
+
+    steps._waiting = Interrupted()
+
+    def ask(i: int) -> None:
+        try:
+            results[i] = steps.stream()(step(prefills[i], 65), run)
+        except KeyboardInterrupt:
+            interrupted.append(i)
+
+    with lock:
+        threads = [start(lambda i=i: ask(i)) for i in range(4)]  # type: ignore[misc]
+        until(lambda: len(steps._waiting) == 4)
+    join(*threads)
+    assert len(interrupted) == 1 and len(results) == 3 and lock.idle and not steps._waiting
+
+
+def test_a_second_attempt_has_the_memory_of_the_first() -> None:
+    """What a failed pass had computed is freed before each stream is computed by itself."""
+    engine, lock = Engine(tiny_backbone(), method="query_guided"), FairLock()
+    steps, held, alive = Steps(lock), list[weakref.ref[Tensor]](), list[bool]()
+
+    def run(parts: Sequence[Part]) -> Sequence[Tensor]:
+        alive.extend(one() is not None for one in held)
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        if len(parts) > 1:
+            raise MemoryError
+        return engine.backbone.computer.steps(parts)
+
+    prefills, results = ready(engine, 2), dict[int, Tensor]()
+    with lock:
+        threads = [
+            start(lambda i=i: results.__setitem__(i, steps.stream()(step(prefills[i], 65), run)))  # type: ignore[misc]
+            for i in range(2)
+        ]
+        until(lambda: len(steps._waiting) == 2)
+    join(*threads)
+    assert sorted(results) == [0, 1] and not any(alive)
 
 
 class Steps4:

@@ -93,7 +93,7 @@ class Backbone:
         ``dtype="auto"`` takes bfloat16 if the hardware multiplies it natively, else float32; ``attention="auto"`` takes
         the Triton kernel on a GPU that runs it, else PyTorch's attention. PyTorch's threads are limited to the CPUs
         that this process may use (see `threads`). ``packed``: on a CPU, keep bfloat16 weights in the layout that its
-        kernels read, which doubles the speed of decoding; False leaves them trainable (see `packed`).
+        kernels read, which makes decoding faster (docs/decoding.md); False leaves them trainable (see `packed`).
         ``decode_weights``: "int4" keeps a second copy of them in 4 bits for decoding steps of few rows (see
         `decode_weights`), on a CPU.
 
@@ -273,34 +273,39 @@ class Backbone:
         ) -> Iterator[int]:
             written = np.empty(generation_config.max_length + 1, np.int64)
             written[: len(prompt_ids)] = prompt_ids.cpu().numpy()
-            # The logits [n, V] behind `row` and the next tokens of `draft`, of which `place` have come true.
+            # The logits [n, V] behind `row` and the next tokens of `draft`, of which `place` were accepted.
             rows, row, draft, place = logits, len(prompt_ids), written[:0], 0
-            while True:
-                with inference():
-                    scores = logits_processor(input_ids, rows[place : place + 1])
-                    if generation_config.do_sample:
-                        token = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=random)
-                    else:
-                        token = scores.argmax(dim=-1, keepdim=True)
-                    input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)
-                    done = bool(stopping_criteria(input_ids, None).all())
-                written[row] = int(token)
-                true = place < len(draft) and int(draft[place]) == int(token)
-                place += true
-                if drafts is not None and (done or not true):  # an answer may end inside a draft
+            try:
+                while True:
+                    with inference():
+                        scores = logits_processor(input_ids, rows[place : place + 1])
+                        if generation_config.do_sample:
+                            token = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=random)
+                        else:
+                            token = scores.argmax(dim=-1, keepdim=True)
+                        input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=-1)
+                        done = bool(stopping_criteria(input_ids, None).all())
+                    written[row] = int(token)
+                    accepted = place < len(draft) and int(draft[place]) == int(token)
+                    place += accepted
+                    if drafts is not None and not accepted:
+                        drafts.note(len(draft), place)
+                        draft = draft[:0]
+                    yield int(token)
+                    if done:
+                        return
+                    row += 1
+                    if accepted:
+                        continue
+                    if drafts is not None:
+                        draft = drafts.propose(written[:row], generation_config.max_length - row - 1)
+                    place, start = 0, time.perf_counter()
+                    rows = step(torch.from_numpy(np.append(written[row - 1], draft)), row - 1)
+                    if drafts is not None:
+                        drafts.took(time.perf_counter() - start, len(draft))
+            finally:
+                if drafts is not None and len(draft):  # the answer ended, or was ended, inside a draft
                     drafts.note(len(draft), place)
-                yield int(token)
-                if done:
-                    return
-                row += 1
-                if true:
-                    continue
-                if drafts is not None:
-                    draft = drafts.propose(written[:row], generation_config.max_length - row - 1)
-                place, start = 0, time.perf_counter()
-                rows = step(torch.from_numpy(np.append(written[row - 1], draft)), row - 1)
-                if drafts is not None:
-                    drafts.took(time.perf_counter() - start, len(draft))
 
         gradients = torch.is_grad_enabled()
         try:
@@ -408,7 +413,7 @@ class Drafts(Protocol):
         """A step with so many drafted tokens took so long."""
 
     def note(self, drafted: int, accepted: int) -> None:
-        """Of so many drafted tokens, the first ``accepted`` came true."""
+        """Of so many drafted tokens, the first ``accepted`` were the model's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -416,7 +421,7 @@ class CanvasStep:
     """The decoding step on a canvas: ``step(ids [n], row)`` appends n tokens, the first one at ``row``, and returns
     their logits ``[n, V]`` float32. RoPE positions are the rows plus ``shift``.
 
-    What stands on the canvas from ``row`` on, of a draft that did not come true, is overwritten.
+    What stands on the canvas from ``row`` on, of a draft that was not accepted, is overwritten.
     """
 
     computer: Layers

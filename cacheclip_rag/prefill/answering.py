@@ -92,6 +92,7 @@ class Answering:
         cancel: Cancel | None,
     ) -> Generator[int, None, None]:
         start, stream = time.perf_counter(), self.steps.stream()
+        tokens: Generator[int, None, None] | None = None
         try:
             if not place.take(cancel):
                 return
@@ -126,6 +127,8 @@ class Answering:
             report.finish_reason = "error"
             raise
         finally:
+            if tokens is not None:
+                tokens.close()  # now, so that the report has its last draft
             stream.close()
             place.release()
             report.finish_reason = report.finish_reason or "cancelled"

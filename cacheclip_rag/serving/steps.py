@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -47,7 +48,7 @@ class Stream:
         return ROWS // max(1, self._steps.active) - 1
 
     def deliver(self, result: Tensor | Exception) -> None:
-        self.part, self.delivered = None, time.monotonic()
+        self.delivered = time.monotonic()
         self.result = result
         self.gate.open()
 
@@ -92,6 +93,7 @@ class Steps:
             while not stream.ready:
                 self._take_turn(stream)
         finally:
+            stream.part = None
             self._waiting.pop(stream, None)
         result, stream.result = stream.result, None
         if isinstance(result, Exception):
@@ -126,6 +128,8 @@ class Steps:
     def _take_turn(self, stream: Stream) -> None:
         with self._lock.turn(stream) as mine:
             if mine:
+                if not stream.ready:
+                    self._waiting[stream] = None  # an interrupt may have hit whoever had taken it
                 self._gather()
                 self.run_waiting()
         if not stream.ready:  # somebody computes it at this moment
@@ -148,19 +152,26 @@ class Steps:
         return self._waiting.pop(stream, self) is None and stream.part is not None
 
     def _run(self, streams: Sequence[Stream], run_parts: RunParts) -> None:
-        start = time.monotonic()
+        start, parts = time.monotonic(), [stream.part for stream in streams if stream.part is not None]
         self.passes += 1
-        try:
-            results = run_parts([stream.part for stream in streams if stream.part is not None])
-        except Exception as error:
-            if raised_by_signal(error):
-                raise
-            if len(streams) == 1:
-                streams[0].deliver(error)
-                return
+        results, error = _attempt(run_parts, parts)
+        if error is None:
+            self._seconds = time.monotonic() - start
+            for stream, result in zip(streams, results, strict=True):
+                stream.deliver(result)
+        elif len(streams) == 1:
+            streams[0].deliver(error)
+        else:
             for stream in streams:
                 self._run([stream], run_parts)
-            return
-        self._seconds = time.monotonic() - start
-        for stream, result in zip(streams, results, strict=True):
-            stream.deliver(result)
+
+
+def _attempt(run_parts: RunParts, parts: Sequence[Part]) -> tuple[Sequence[Tensor], Exception | None]:
+    """The logits, or what computing them raised: without its tensors, which a second attempt may need the memory of."""
+    try:
+        return run_parts(parts), None
+    except Exception as error:
+        if raised_by_signal(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return (), error

@@ -107,7 +107,7 @@ class SparseRows:
             seen = visible(self.rows[start:stop] - keys.start, keys.stop - keys.start, window)
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
             bias = bias.repeat(groups, 1)
-            if groups * len(self.rows) * keys.stop > _KEEP:
+            if groups * len(self.rows) * (keys.stop - keys.start) > _KEEP:
                 return bias
             self._biases[name] = bias
         return self._biases[name]
