@@ -11,7 +11,7 @@ from cacheclip_eval.data import Item, Passage, prompt
 from cacheclip_train.rows import rows_of
 from oracles import distance
 from tiny import PASSAGES, tiny_backbone
-from training import ITEM, adapter
+from training import ITEM, SOFT, adapter, soft_tokens
 
 from cacheclip_rag import Backbone, Engine
 from cacheclip_rag.methods import resolve
@@ -49,6 +49,23 @@ def test_training_computes_what_the_cached_path_does(kind, method, tmp_path):
     assert distance(ours, theirs) < 1e-4
     assert distance(full, cached(backbone, tuned(method, tmp_path), ITEM, answer, ratio=1.0)) < 1e-4
     assert distance(full, ours) > 0.05, "or nothing depends on what a chunk sees"
+
+
+@pytest.mark.parametrize("method", ["kvlink", "kvpacket"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "yarn-rope", "qwen2"])
+def test_training_soft_tokens_computes_what_the_cached_path_does(kind, method, tmp_path):
+    backbone = tiny_backbone(kind)
+    trained = soft_tokens(backbone, tmp_path, method)
+    answer = torch.tensor([72, 105, 33, 257])
+    text, passages = prompt(ITEM, backbone), [p.chunk for p in ITEM.passages]
+    rows, without = (
+        rows_of(backbone, resolve(method), text, passages, answer, *soft) for soft in ([SOFT[method].tokens], [])
+    )
+    with torch.no_grad():
+        ours, plain = (trained.lora.logits(one, len(answer) + 1)[:-1] for one in (rows, without))
+    theirs = cached(backbone, tuned(method, tmp_path), ITEM, answer)
+    assert distance(ours, theirs) < 1e-4
+    assert distance(plain, ours) > 0.05, "or soft tokens do nothing"
 
 
 @pytest.mark.parametrize("method", METHODS)
