@@ -80,8 +80,8 @@ class Collections:
         if adapter is None:
             if soft is not None:
                 raise ConfigurationError(
-                    f"this method needs soft tokens that were trained for the model: cacheclip tune {soft} DATA --model "
-                    "NAME --out FOLDER, then adapter=FOLDER"
+                    f"this method needs soft tokens that were trained for the model: cacheclip tune {soft} DATA "
+                    "--model NAME --out FOLDER, then adapter=FOLDER"
                 )
             return self.backbone
         if self.backbone.obstacle is not None:

@@ -43,7 +43,9 @@ def is_adapter(folder: str | Path) -> bool:
 
 def is_trained(folder: str | Path) -> bool:
     """Whether a folder holds what `cacheclip tune` trains of a model, and not a model."""
-    return is_adapter(folder) or ((Path(folder) / CARD).is_file() and not (Path(folder) / "config.json").exists())
+    if is_adapter(folder) or kind_of(folder) is not None:
+        return True
+    return (Path(folder) / CARD).is_file() and not (Path(folder) / "config.json").exists()
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

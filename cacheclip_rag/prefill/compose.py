@@ -146,9 +146,7 @@ class Composer:
         collection.preambles.keep(layout.ids, self._preamble(layout), canvas)
         self._report(report, placed, done)
         shift = int(placed.request.positions.max()) + 1 - len(layout)
-        step = collection.library.backbone.on_canvas(
-            canvas, shift=shift, score_mod=score_mod, soft=report.soft_tokens
-        )
+        step = collection.library.backbone.on_canvas(canvas, shift=shift, score_mod=score_mod, soft=report.soft_tokens)
         return Prefill(layout.text_only(), canvas, done.logits, report, step)
 
     def _in_full(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Prefill:

@@ -10,7 +10,6 @@ from typing import Any
 from cacheclip_rag.model.adapter import CARD
 from cacheclip_rag.store import files
 
-
 _WHAT = {"head": "Head on", "links": "Link tokens of", "packet": "Packet (header and trailer) of"}
 """What a folder holds, by the command that wrote it; otherwise a LoRA adapter."""
 

@@ -67,7 +67,8 @@ class Lora:
         torch.manual_seed(seed)
         self.model: Any = _adapted(own, rank) if rank else own.requires_grad_(False)
         if soft is not None:
-            vectors = torch.randn(soft.before + soft.behind, own.get_input_embeddings().weight.shape[1]) * 0.02
+            width = own.get_input_embeddings().weight.shape[1]
+            vectors = 0.02 * torch.randn(soft.before + soft.behind, width)
             self._vectors = with_vectors(own, vectors.to(backbone.device)).vectors
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -94,9 +95,8 @@ class Lora:
     def looking(self, untuned: bool = False) -> Iterator[None]:
         """Without gradients; ``untuned``: without the adapter, too. Rows decide whether there are soft tokens."""
         self.model.eval()
-        with torch.no_grad():
-            with self.model.disable_adapter() if untuned and self.rank else nullcontext():
-                yield
+        with torch.no_grad(), self.model.disable_adapter() if untuned and self.rank else nullcontext():
+            yield
 
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, and the soft tokens."""
