@@ -116,6 +116,11 @@ def test_an_adapter_is_refused_since_the_weights_are_the_servers() -> None:
     assert "merged into" in str(refused(resolve("blockattention:adapter=folder")))
 
 
+@pytest.mark.parametrize("method", ["kvlink", "kvpacket:adapter=folder"])
+def test_soft_tokens_are_refused(method: str) -> None:
+    assert "soft tokens" in str(refused(resolve(method)))
+
+
 def test_an_auxiliary_model_is_asked_where_there_is_one() -> None:
     assert options({"method": "cacheclip"}, AUTO, auxiliary=True).method.select.needs_auxiliary
     with pytest.raises(ConfigurationError, match="--auxiliary"):
