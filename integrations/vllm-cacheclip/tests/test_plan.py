@@ -25,6 +25,8 @@ REFUSED = {
     "ape": "decoding is vLLM's",
     "sel": "decoding is vLLM's",
     "psr": "decoding is vLLM's",
+    "kvlink": "soft tokens",
+    "kvpacket": "soft tokens",
     "infoflow:reorder=True": "reordering",
 }
 """What the reason says. All other methods of the table can be used."""
@@ -114,11 +116,6 @@ def test_a_method_that_vllm_cannot_run_is_refused_with_the_reason(name: str) -> 
 
 def test_an_adapter_is_refused_since_the_weights_are_the_servers() -> None:
     assert "merged into" in str(refused(resolve("blockattention:adapter=folder")))
-
-
-@pytest.mark.parametrize("method", ["kvlink", "kvpacket:adapter=folder"])
-def test_soft_tokens_are_refused(method: str) -> None:
-    assert "soft tokens" in str(refused(resolve(method)))
 
 
 def test_an_auxiliary_model_is_asked_where_there_is_one() -> None:
