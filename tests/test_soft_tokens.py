@@ -23,7 +23,7 @@ from cacheclip_rag.methods import METHODS, Method, resolve
 from cacheclip_rag.methods.recompute.carry import Carry
 from cacheclip_rag.methods.select.epic import LeadingTokens
 from cacheclip_rag.model.adapter import CARD, library_version
-from cacheclip_rag.prompt import SoftTokens, Tokens
+from cacheclip_rag.prompt import Question, SoftTokens, Span, Tokens, align
 from cacheclip_rag.report import TokenSource
 
 pytest.importorskip("peft")
@@ -255,6 +255,25 @@ def test_where_they_stand():
     assert wrapped.offsets.tolist() == [[0, 0], [0, 0], [0, 2], [2, 3], [3, 6], [6, 6]]
     assert torch.equal(soft.wrapped(wrapped).ids, wrapped.ids), "a chunk has them once"
     assert nothing.wrapped(tokens) is tokens
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_rows_are_made_around_what_is_stored(stored):
+    """A prompt with a chunk of four tokens, of which it cuts the first differently, and with a question around it."""
+    soft, chunk = SoftTokens.of(2, 1, stored), Tokens(torch.arange(4), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 4]]))
+    offsets = torch.tensor([[n, n + 1] for n in range(7)])
+    span, wrapped = Span(2, 6, "key", 0), soft.wrapped(chunk)
+    layout = align("??abcd?", torch.tensor([9, 8, 7, 1, 2, 3, 6]), offsets, [span], [(wrapped.ids, wrapped.offsets)])
+    around = soft.around(layout, [wrapped])
+    assert around.ids.tolist() == [9, 8, 7, -1, -2, 1, 2, 3, -3, 6]
+    assert around.offsets[3].tolist() == around.offsets[4].tolist() == [3, 3] and around.offsets[8].tolist() == [6, 6]
+    assert around.chunk.tolist() == [-1, -1, -1, *[0 if stored else -1] * 2, 0, 0, 0, 0 if stored else -1, -1]
+    assert around.token[around.reusable].tolist() == ([0, 1, 3, 4, 5, 6] if stored else [1, 2, 3])
+    assert around.edge.tolist() == [False, False, True, *[False] * 7]
+    assert Question("??abcd?", 0, 7).rows(around).tolist() == [0, 1, 2, 9], "soft tokens are no part of a question"
+    whole = around.text_only()
+    assert torch.equal(whole.ids, layout.ids) and torch.equal(whole.chunk, layout.chunk)
+    assert soft.around(layout, [None]).ids.tolist() == layout.ids.tolist(), "a chunk without stored KV has none"
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

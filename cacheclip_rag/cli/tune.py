@@ -22,11 +22,6 @@ app = typer.Typer(
     no_args_is_help=True, help="Train what methods of the literature train, or choose a method's setting. Resumable."
 )
 
-Data = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="DATA...", help="\\[name=]FILE.jsonl or a folder with a qa.jsonl, as for eval."),
-]
-
 SMALL, PRIMARY = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
 
 
@@ -34,7 +29,14 @@ SMALL, PRIMARY = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
 class Common:
     """The options of every training besides its own; the plan's settings and limits. ``data``: the data sets."""
 
-    data: Data = None
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DATA...",
+            help="\\[name=]FILE.jsonl or a folder with a qa.jsonl, as for eval; where no answers are needed, "
+            "also a folder of Markdown or reStructuredText, whose headings are the questions.",
+        ),
+    ] = None
     out: Annotated[Path, typer.Option(help="The folder of the result, its card and its checkpoint.")] = Path()
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 8
@@ -69,7 +71,7 @@ Primary = Annotated[str, typer.Option(help="The model that it selects tokens for
 _LIMITS = ("stop_documents", "report_documents", "stop_items", "hours", "checkpointing")
 
 
-def training(
+def trains(
     whole_model: bool = True, **defaults: Any
 ) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., None]]:
     """Make a command of a function that returns its training's own options: the `Common` ones are added to its own,
@@ -111,7 +113,7 @@ def training(
     return command
 
 
-@training()
+@trains()
 def blocks(
     model: Model = SMALL,
     method: Annotated[
@@ -131,7 +133,7 @@ def blocks(
     return {"model": model, "method": method, "joint": joint, "rank": rank}
 
 
-@training()
+@trains()
 def links(
     model: Model = SMALL,
     links: Annotated[int, typer.Option(help="Link tokens behind each chunk, 1 to 5.")] = 5,
@@ -144,7 +146,7 @@ def links(
     return {"model": model, "links": links, "rank": rank}
 
 
-@training(lr=1e-3, epochs=10)
+@trains(lr=1e-3, epochs=10)
 def packet(
     model: Annotated[str, typer.Option(help="The model that it is for, which stays as it is.")] = SMALL,
     header: Annotated[int, typer.Option(min=0, help="Soft tokens before each chunk.")] = 8,
@@ -159,7 +161,7 @@ def packet(
     return {"model": model, "header": header, "trailer": trailer, "answer": answer}
 
 
-@training()
+@trains()
 def auxiliary(
     model: Primary = PRIMARY,
     auxiliary: Annotated[str, typer.Option(help="The auxiliary model that is tuned.")] = SMALL,
@@ -173,7 +175,7 @@ def auxiliary(
     return {"model": model, "auxiliary": auxiliary, "layers": layers, "rank": rank}
 
 
-@training(whole_model=False, lr=3e-3, epochs=20, patience=10)
+@trains(whole_model=False, lr=3e-3, epochs=20, patience=10)
 def head(
     model: Primary = PRIMARY,
     auxiliary: Annotated[str, typer.Option(help="The auxiliary model that it is a head of.")] = SMALL,
@@ -188,7 +190,10 @@ def head(
 
 @app.command()
 def recipe(
-    data: Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA...", help="\\[name=]FILE.jsonl or a folder with a qa.jsonl, as for eval."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder of the recipe and of the rows that it comes from.")] = Path(
         "recipe"
     ),

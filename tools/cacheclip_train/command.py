@@ -18,10 +18,12 @@ from cacheclip_rag.model.adapter import library_version, read_card
 from cacheclip_rag.model.backbone import Backbone, best_dtype
 from cacheclip_rag.weights.pull import resolve as resolve_weights
 
+from . import headings
 from .blocks import Blocks
 from .card import write_card
 from .data import split
 from .head import Head
+from .headings import Headings
 from .loop import Outcome, Settings, Show, Task, train
 from .lora import Lora, Soft
 from .packet import Packet
@@ -66,7 +68,7 @@ class Plan:
 
     kind: str
     uses: str
-    sources: Sequence[Source]
+    sources: Sequence[Source | Headings]
     out: Path
     settings: Settings
     options: Mapping[str, Any]
@@ -185,7 +187,9 @@ def _plan(
 ) -> Plan:
     if not data:
         raise ConfigurationError("give at least one data set, before the options: FILE or FOLDER")
-    found = sources(data)
+    documents = {} if more.get("answers", True) else {spec: headings.source(spec) for spec in data}
+    found: list[Source | Headings] = [one for one in documents.values() if one is not None]
+    found += sources([spec for spec in data if documents.get(spec) is None])
     if generated := [source.name for source in found if source.path is None]:
         raise ConfigurationError(f"{', '.join(generated)}: training takes files and folders of questions")
     if read_card(out).get("finished"):
