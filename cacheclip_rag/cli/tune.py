@@ -71,9 +71,7 @@ Primary = Annotated[str, typer.Option(help="The model that it selects tokens for
 _LIMITS = ("stop_documents", "report_documents", "stop_items", "hours", "checkpointing")
 
 
-def trains(
-    whole_model: bool = True, **defaults: Any
-) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., None]]:
+def trains(whole_model: bool = True, **defaults: Any) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., None]]:
     """Make a command of a function that returns its training's own options: the `Common` ones are added to its own,
     those of `Tuned`, too, for a ``whole_model``, with other ``defaults`` where they are named.
     """
