@@ -12,10 +12,12 @@ OWN_COUNT = {
     "droidspeak": "selects twice, as many each time",
 }
 
-NOT_AT_ALL_TOKENS = COMPUTES_ALL | REPAIRS_NOTHING | OWN_COUNT
+NEEDS_A_FOLDER = dict.fromkeys(["kvlink", "kvpacket"], "refused without what was trained: tests/test_soft_tokens.py")
+
+NOT_AT_ALL_TOKENS = COMPUTES_ALL | REPAIRS_NOTHING | OWN_COUNT | NEEDS_A_FOLDER
 """Methods that do not recompute every placed token where the budget is all of them."""
 
-OTHER_BUDGET = COMPUTES_ALL | REPAIRS_NOTHING | OWN_COUNT
+OTHER_BUDGET = COMPUTES_ALL | REPAIRS_NOTHING | OWN_COUNT | NEEDS_A_FOLDER
 """Methods that do not recompute exactly the share of placed tokens that is asked for."""
 
 

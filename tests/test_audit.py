@@ -202,6 +202,24 @@ def test_requests_go_first_also_in_the_middle_of_an_audit(engine: Engine, monkey
     assert len(pieces) > 5 and engine.stats().audit.compared == 1
 
 
+def test_the_end_of_the_process_waits_for_one_piece_and_not_for_all(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "_PIECE", 32)
+    once, pieces = engine.backbone.forward, []
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "cacheclip-background":
+            pieces.append(None)
+            engine.auditor._background.close()  # as it is done at the interpreter's end
+        return once(*arguments, **options)
+
+    monkeypatch.setattr(engine.backbone, "forward", forward)
+    ask(engine)
+    until(lambda: bool(outcomes(engine)))
+    assert len(pieces) == 1 and outcomes(engine) == {"dropped": 1}
+
+
 def test_what_waits_holds_no_kv_of_the_request(engine: Engine) -> None:
     gc.collect()
     before = sum(type(thing) is Canvas for thing in gc.get_objects())

@@ -271,7 +271,8 @@ def test_long_prompts_are_computed_in_pieces_with_the_same_result(monkeypatch: p
 
 def test_eight_streams_take_few_passes_and_get_the_answers_they_get_alone() -> None:
     engine = Engine(tiny_backbone(), method="query_guided", prompt_lookup=0)
-    engine.ensure(PASSAGES)
+    for method in set(METHODS):  # else they would be encoded at any time between requests
+        engine.ensure(PASSAGES, method=method)
     prompts = [prompt_of(engine, PASSAGES[i % 3 :], f"Question {i}?") for i in range(8)]
     options: list[dict[str, Any]] = [{"method": METHODS[i], "max_new_tokens": 20 + i} for i in range(8)]
     options[3] |= {"temperature": 0.5, "seed": 3}

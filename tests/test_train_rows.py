@@ -11,7 +11,7 @@ from cacheclip_eval.data import Item, Passage, prompt
 from cacheclip_train.rows import rows_of
 from oracles import distance
 from tiny import PASSAGES, tiny_backbone
-from training import ITEM, adapter
+from training import ITEM, SOFT, adapter, soft_tokens
 
 from cacheclip_rag import Backbone, Engine
 from cacheclip_rag.methods import resolve
@@ -49,6 +49,37 @@ def test_training_computes_what_the_cached_path_does(kind, method, tmp_path):
     assert distance(ours, theirs) < 1e-4
     assert distance(full, cached(backbone, tuned(method, tmp_path), ITEM, answer, ratio=1.0)) < 1e-4
     assert distance(full, ours) > 0.05, "or nothing depends on what a chunk sees"
+
+
+SOFT_CASES = [(kind, name) for kind in ("llama", "qwen3", "yarn-rope", "qwen2") for name in SOFT]
+
+
+@pytest.mark.parametrize(("kind", "method"), SOFT_CASES)
+def test_training_soft_tokens_computes_what_the_cached_path_does(kind, method, tmp_path):
+    backbone = tiny_backbone(kind)
+    lora, answer = soft_tokens(backbone, tmp_path, method).lora, torch.tensor([72, 105, 33, 257])
+    asked = resolve(method), prompt(ITEM, backbone), [p.chunk for p in ITEM.passages], answer
+    with torch.no_grad():
+        ours = lora.logits(rows_of(backbone, *asked, SOFT[method].tokens), len(answer) + 1)[:-1]
+        without = lora.logits(rows_of(backbone, *asked), len(answer) + 1)[:-1]
+    assert distance(ours, cached(backbone, tuned(method, tmp_path), ITEM, answer)) < 1e-4
+    assert distance(without, ours) > 0.05, "or soft tokens do nothing"
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_soft_tokens_do_so_around_chunks_whose_edges_a_tokenizer_cuts_differently(smollm2, method, tmp_path):
+    """The second of these passages begins inside a token of the prompt."""
+    passages = [PASSAGES[0], f'"{PASSAGES[1]}"', PASSAGES[3]]
+    text = f"Read.\n{passages[0]}\n\n({passages[1]})\n\n{passages[2]}\n\nWho built it?"
+    lora, answer = soft_tokens(smollm2, tmp_path, method).lora, torch.tensor([260, 2])
+    rows = rows_of(smollm2, resolve(method), text, passages, answer, SOFT[method].tokens)
+    with torch.no_grad():
+        ours = lora.logits(rows, len(answer) + 1)[:-1]
+    engine = Engine(smollm2, method=tuned(method, tmp_path))
+    assert engine.ensure(passages).skipped == []
+    result = engine.prefill(text, recompute_ratio=0.0)
+    assert result.report.fallbacks == [] and result.report.edges and result.report.reused > 100
+    assert distance(ours, result.forced(answer.tolist())) < 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from cacheclip_eval import grid, pilot, runner
+from cacheclip_eval import grid, pilot, recipe, runner
 from cacheclip_eval.choice import Tried, choose
 from cacheclip_eval.sources import sources
 from cacheclip_eval.systems import parse
@@ -113,6 +113,17 @@ def test_nothing_is_reported_on_that_chose_and_the_kl_decides_without_answers(fo
     assert compared[0]["setting"] == record["steps"][-1]["taken"] and compared[-1]["setting"] == "naive"
     assert all(one["score"] is None for one in compared) and "score" not in done.stdout
     assert all("verdict" in one for one in compared[1:])
+
+
+def test_a_choice_that_does_not_hold_on_other_questions_says_so_first(found: tuple[Path, Result]) -> None:
+    record = json.loads((found[0] / "recipe.json").read_text())
+    _, *others = record["report"]["settings"]
+    others[0] |= {"kl": 0.01, "verdict": "worse"}
+    said = recipe.lines(record)
+    before = said[: next(n for n, line in enumerate(said) if line.startswith("## "))]
+    assert any(f"is worse than that of {others[0]['setting']}: 0.010 at" in line for line in before)
+    others[0]["verdict"] = "undecided"
+    assert not any("is worse than that of" in line for line in recipe.lines(record))
 
 
 def test_what_is_written_follows_from_the_rows(found: tuple[Path, Result]) -> None:

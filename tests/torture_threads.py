@@ -9,11 +9,11 @@ import random
 import threading
 from pathlib import Path
 
+from exempt import NEEDS_A_FOLDER, but
 from tiny import PASSAGES, byte_tokenizer, tiny_backbone, tiny_model
 from torture_counts import Counts, passage
 
 from cacheclip_rag import Backbone, Engine
-from cacheclip_rag.methods import METHODS
 
 PATIENCE = 600.0
 """Seconds after which something hangs."""
@@ -26,7 +26,8 @@ def threads(folder: Path, count: int = 64, requests: int = 10, prompts: int = 6,
     other chunks are encoded, announced and forgotten. Float32, greedy.
     """
     counts, rng = Counts(), random.Random(seed)
-    methods = [name for name in METHODS if name != "cachecraft"]  # whose answers depend on the prompts before
+    # The answers of cachecraft depend on the prompts before.
+    methods = [name for name in but(NEEDS_A_FOLDER) if name != "cachecraft"]
     auxiliary = Backbone(tiny_model("llama", seed=1), byte_tokenizer())
     with Engine(
         tiny_backbone(), auxiliary=auxiliary, method="auto", store=folder / "threads", max_requests=8

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from cacheclip_eval.data import Item, Passage
 from cacheclip_train.blocks import Blocks
-from cacheclip_train.lora import Lora
+from cacheclip_train.lora import Lora, Soft
+from cacheclip_train.packet import Packet
 from tiny import PASSAGES, QUESTION
 from torch import Tensor, nn
 
@@ -30,6 +31,21 @@ def adapter(backbone: Backbone, folder: Path, seed: int = 3, method: str = "bloc
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
     adapted.lora.save(folder)
     return adapted
+
+
+SOFT = {"kvlink": Soft("links", 0, 3), "kvpacket": Soft("packet", 4, 2)}
+
+
+def soft_tokens(backbone: Backbone, folder: Path, method: str, rank: int = 4, seed: int = 3) -> Blocks | Packet:
+    """Soft tokens, and weights of ``rank`` with link tokens, of random numbers, saved in ``folder`` without a card."""
+    lora = Lora(backbone, rank if method == "kvlink" else 0, soft=SOFT[method])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lora.trained.items():
+            wide = 0.3 if "vectors" in name else 0.15
+            parameter.copy_(wide * torch.randn(parameter.shape, generator=generator))
+    lora.save(folder)
+    return Blocks(lora, resolve("kvlink"), joint=False) if method == "kvlink" else Packet(lora, resolve("kvpacket"), 8)
 
 
 class Line:

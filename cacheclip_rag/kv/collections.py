@@ -7,9 +7,10 @@ from collections.abc import Collection as Container
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 
-from ..errors import NotComposable, StoreError
+from ..errors import ConfigurationError, NotComposable, StoreError
 from ..model.adapter import with_adapter
 from ..model.backbone import Backbone
+from ..model.soft import Kind
 from ..prompt import ChunkIndex
 from ..store import LoadingCost, MemoryBudget
 from ..store.place import Place
@@ -57,7 +58,7 @@ class Collections:
         self.auxiliary: Library | None = None
         self._encoder, self._place, self._kv_dtype = encoder, place, kv_dtype
         self._opened: dict[Encoder, Collection] = {}
-        self._adapted: dict[str, Backbone] = {}
+        self._adapted: dict[tuple[str, Kind | None], Backbone] = {}
         self._seen: dict[Collection, int] = {}
         self._prefix_caches: dict[PrefixCaching, PrefixCache] = {}
         self._lock, self._loading = threading.Lock(), threading.Lock()
@@ -71,18 +72,24 @@ class Collections:
         """The model that encodes these chunks and answers from them: the engine's own, with the encoder's adapter
         merged if it names one. An adapter is loaded once.
 
-        Raises `ConfigurationError` for a folder that holds no adapter of this model, `NotComposable` for a model that
-        takes none.
+        Raises `ConfigurationError` for a folder that holds no adapter of this model, and for an encoder that cannot do
+        without one; `NotComposable` for a model that takes none.
         """
         adapter: str | None = getattr(encoder, "adapter", None)
+        soft: Kind | None = getattr(encoder, "trained", None)
         if adapter is None:
+            if soft is not None:
+                raise ConfigurationError(
+                    f"this method needs soft tokens that were trained for the model: cacheclip tune {soft} DATA "
+                    "--model NAME --out FOLDER, then adapter=FOLDER"
+                )
             return self.backbone
         if self.backbone.obstacle is not None:
             raise NotComposable(f"an adapter is for composed prompts only, and {self.backbone.obstacle}")
         with self._loading:
-            if adapter not in self._adapted:
-                self._adapted[adapter] = with_adapter(self.backbone, adapter)
-            return self._adapted[adapter]
+            if (adapter, soft) not in self._adapted:
+                self._adapted[adapter, soft] = with_adapter(self.backbone, adapter, soft)
+            return self._adapted[adapter, soft]
 
     @property
     def cost(self) -> LoadingCost:

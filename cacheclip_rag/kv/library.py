@@ -15,7 +15,7 @@ from ..interrupts import raised_by_signal
 from ..model.backbone import Backbone
 from ..store import ChunkStore, Int8Store, MemoryStore, TieredStore
 from ..store.format import FORMAT
-from .encode import Encoder, Text
+from .encode import Encoder, Text, soft_tokens
 
 KVDtype = Literal["auto", "int8"]
 """The dtype chunk KV is stored in: the model's own, or 8 bits (see `store.int8`)."""
@@ -41,6 +41,7 @@ class Library:
         self.backbone, self.encoder = backbone, encoder
         self._state = backbone.state()
         self.prefix_ids: Tensor = encoder.prefix_ids(backbone)
+        self.soft = soft_tokens(encoder, backbone)
         self.namespace = Namespace(
             {
                 "format": FORMAT,
@@ -140,7 +141,7 @@ class Library:
                 f"a chunk of {len(text)} characters is not kept: under {MIN_CHARS}, prefilling is as quick"
             )
         tokens = self.backbone.tokenise(text, plain=True)
-        longest = self.backbone.context_length - len(self.prefix_ids)
+        longest = self.backbone.context_length - len(self.prefix_ids) - len(self.soft)
         if len(tokens) > longest:
             raise PromptError(f"a chunk of {len(tokens)} tokens exceeds the model's limit of {longest}; split it")
         return text, tokens

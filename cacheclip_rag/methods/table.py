@@ -9,7 +9,7 @@ from typing import Any
 from .. import spec
 from ..deprecation import warn, warn_dropped
 from ..errors import ConfigurationError
-from ..kv.encode import Blanks, Harvested, Isolated, WithActivations
+from ..kv.encode import Blanks, Harvested, Isolated, Linked, Packet, WithActivations
 from ..kv.fit import Fit, LongestPath, Nearest, Ordered
 from ..kv.prefix_caching import DocumentTree, PrefixBlocks
 from .attend.scaled import Scaled
@@ -116,6 +116,22 @@ _ROWS = [
         recompute_ratio=0.0,
         about="the same with TurboRAG's weights; positions=shared is its composite scheme, else the reordered one "
         "(TurboRAG, 2410.07590)",
+    ),
+    Method(
+        "kvlink",
+        KeyDeviation(),
+        Linked(),
+        recompute_ratio=0.0,
+        about="plain reuse with trained link tokens behind each chunk, by adapter=FOLDER; at a ratio, cacheblend's "
+        "selection (KVLink, 2502.16002)",
+    ),
+    Method(
+        "kvpacket",
+        KeyDeviation(),
+        Packet(),
+        recompute_ratio=0.0,
+        about="plain reuse between a trained header and trailer, by adapter=FOLDER; at a ratio, cacheblend's selection "
+        "(KV Packet, 2604.13226)",
     ),
     Method(
         "droidspeak",

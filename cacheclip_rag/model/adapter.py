@@ -1,4 +1,4 @@
-"""LoRA adapters: a model with trained weights merged into it, which shares its other weights with the original."""
+"""What was trained of a model: LoRA adapters, merged into a model that shares its other weights, and soft tokens."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 from .backbone import Backbone
 from .decode_weights import FewRowsLinear
 from .packed import PackedLinear, pack
+from .soft import Kind, kind_of, read_vectors, with_vectors
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -42,7 +43,9 @@ def is_adapter(folder: str | Path) -> bool:
 
 def is_trained(folder: str | Path) -> bool:
     """Whether a folder holds what `cacheclip tune` trains of a model, and not a model."""
-    return is_adapter(folder) or ((Path(folder) / CARD).is_file() and not (Path(folder) / "config.json").exists())
+    if is_adapter(folder) or kind_of(folder) is not None:
+        return True
+    return (Path(folder) / CARD).is_file() and not (Path(folder) / "config.json").exists()
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -99,19 +102,39 @@ def twin(model: PreTrainedModel, apart: Container[str] = ()) -> PreTrainedModel:
     return copied
 
 
-def with_adapter(backbone: Backbone, folder: str | Path) -> Backbone:
-    """The model of ``backbone`` with the LoRA adapter in ``folder`` merged into its weights.
+def with_adapter(backbone: Backbone, folder: str | Path, soft: Kind | None = None) -> Backbone:
+    """The model of ``backbone`` with what was trained in ``folder``: a LoRA adapter in peft's format, merged into its
+    weights, and soft tokens, which `Backbone.soft` counts. ``soft``: the kind of soft tokens that must be there.
 
-    ``folder`` is in peft's format. Weights that the adapter does not change are shared with ``backbone``, which stays
-    as it is; the others are a copy. Raises `ConfigurationError` for a folder without an adapter or with one of another
-    model, and without peft.
+    Weights that the adapter does not change are shared with ``backbone``, which stays as it is; the others are a copy.
+    Raises `ConfigurationError` for a folder without an adapter, or with one of another model or kind, and without peft.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder {folder}: an adapter is the folder that cacheclip tune wrote")
-    if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
+    card = read_card(folder)
+    if (kind := kind_of(folder)) != soft:
+        if kind is None:
+            raise ConfigurationError(f"{folder} holds no {soft}.safetensors: cacheclip tune {soft} trains it")
+        uses = str(card.get("uses", "")).replace("FOLDER", str(folder))
+        raise ConfigurationError(
+            f"{folder} was trained by cacheclip tune {kind}, for another method{uses and f': use it as {uses}'}"
+        )
+    missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+    if missing and not (kind and len(missing) == 2):
         raise ConfigurationError(f"{folder} holds no LoRA adapter: it has no {' and no '.join(missing)}")
-    check_card(read_card(folder), backbone, folder)
+    check_card(card, backbone, folder)
+    vectors = read_vectors(folder, backbone.model.get_input_embeddings().weight.shape[1])
+    model = twin(backbone.model) if missing else _merged(backbone, folder)
+    if vectors is not None:
+        with_vectors(model, torch.cat([vectors.before, vectors.behind]).to(backbone.device, backbone.dtype))
+    adapted = Backbone(model.eval(), backbone.tokenizer, attention=backbone.attention)
+    adapted.soft = (0, 0) if vectors is None else (len(vectors.before), len(vectors.behind))
+    return adapted
+
+
+def _merged(backbone: Backbone, folder: Path) -> PreTrainedModel:
+    """The model with the LoRA adapter in ``folder`` merged. Raises `ConfigurationError`."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
@@ -125,7 +148,7 @@ def with_adapter(backbone: Backbone, folder: str | Path) -> Backbone:
         adapted = PeftModel.from_pretrained(twin(backbone.model, changed), str(folder))
         if names != set(get_peft_model_state_dict(adapted, save_embedding_layers=False)):
             raise ConfigurationError("its weights are for other layers than this model has")
-        merged = adapted.merge_and_unload()
+        merged: PreTrainedModel = adapted.merge_and_unload()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ConfigurationError(f"{folder} holds no adapter that fits this model: {error}") from error
     except ConfigurationError as error:
@@ -135,4 +158,4 @@ def with_adapter(backbone: Backbone, folder: str | Path) -> Backbone:
             tensor.requires_grad_(grad)
     if any(isinstance(module, PackedLinear) for module in backbone.model.modules()):
         pack(merged)
-    return Backbone(merged.eval(), backbone.tokenizer, attention=backbone.attention)
+    return merged

@@ -61,6 +61,8 @@ class Backbone:
         self.texts = PromptTokenizer(tokenizer)
         self.trained: Path | None = None
         """The folder of `cacheclip tune` that it was opened from, or None."""
+        self.soft = (0, 0)
+        """How many soft tokens it was trained with before and behind each chunk (see `soft`)."""
         self.computer = Layers(model, attention=attention)
         self.model, self.tokenizer, self.config = self.computer.model, tokenizer, self.computer.config
         self.device, self.dtype, self.attention = self.computer.device, self.computer.dtype, self.computer.attention
@@ -341,9 +343,11 @@ class Backbone:
         ids = self.model.generation_config.eos_token_id if given is None else given
         return frozenset() if ids is None else frozenset(torch.as_tensor(ids).flatten().tolist())
 
-    def on_canvas(self, canvas: Canvas, *, shift: int = 0, score_mod: ScoreMod | None = None) -> CanvasStep:
-        """The decoding step for `generate` on a canvas. RoPE positions are the rows plus ``shift``."""
-        return CanvasStep(self.computer, canvas, shift, score_mod)
+    def on_canvas(
+        self, canvas: Canvas, *, shift: int = 0, score_mod: ScoreMod | None = None, soft: int = 0
+    ) -> CanvasStep:
+        """The decoding step for `generate` on a canvas: see `CanvasStep`."""
+        return CanvasStep(self.computer, canvas, shift, score_mod, soft)
 
     @inferring
     def native_prefill(self, ids: Tensor) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
@@ -419,20 +423,23 @@ class Drafts(Protocol):
 @dataclass(frozen=True, eq=False)
 class CanvasStep:
     """The decoding step on a canvas: ``step(ids [n], row)`` appends n tokens, the first one at ``row``, and returns
-    their logits ``[n, V]`` float32. RoPE positions are the rows plus ``shift``.
+    their logits ``[n, V]`` float32.
 
-    What stands on the canvas from ``row`` on, of a draft that was not accepted, is overwritten.
+    ``row`` counts the tokens of prompt and answer. A canvas with ``soft`` soft tokens has so many slots more; RoPE
+    positions are the slots plus ``shift``. What stands on the canvas from there on, of a draft that was not accepted, is
+    overwritten.
     """
 
     computer: Layers
     canvas: Canvas
     shift: int = 0
     score_mod: ScoreMod | None = None
+    soft: int = 0
 
     def part(self, tokens: Tensor, row: int) -> Part:
         """The rows of this step, for a forward with those of other requests (see `Layers.steps`)."""
-        rows = torch.arange(row, row + len(tokens))
-        self.canvas.length = row
+        rows = torch.arange(row, row + len(tokens)) + self.soft
+        self.canvas.length = row + self.soft
         return Part(self.canvas, tokens, rows, rows + self.shift if self.shift else None, score_mod=self.score_mod)
 
     def __call__(self, tokens: Tensor, row: int) -> Tensor:

@@ -97,7 +97,8 @@ class Answering:
             if not place.take(cancel):
                 return
             ready = self.prefill(request, report, cancel)
-            length = min(request.room, self._backbone.context_length - len(ready.layout))
+            taken = len(ready.layout) + report.soft_tokens
+            length = min(request.room, self._backbone.context_length - taken)
             drafts = _Drafts(self._prompt_lookup, stream, report) if ready.canvas is not None else None
             tokens = self._backbone.generate(
                 ready.layout.ids,

@@ -180,8 +180,7 @@ class Auditor:
         backbone, ids = self._collections.backbone_of(task.encode), task.ids.long()
         canvas: Canvas | None = None  # its memory is taken when there is idle time
         for start in range(0, len(ids), _PIECE):
-            rests = self._limit.wait_for_rest(_WAIT, lambda: not self._background.wanted())
-            if not rests or not self._background.wanted():
+            if not self._limit.wait_for_rest(_WAIT, self._stopped) or self._stopped():
                 return None
             rows = torch.arange(start, min(start + _PIECE, len(ids)))
             canvas = canvas or backbone.canvas(len(ids))
@@ -189,6 +188,10 @@ class Auditor:
                 logits = backbone.forward(ids[rows], rows, canvas)
         assert logits is not None
         return logits[-1].float().log_softmax(dim=-1).cpu()
+
+    def _stopped(self) -> bool:
+        """Whether the audit at hand was dropped, or somebody waits for it to end: the end of the process, too."""
+        return not self._background.wanted() or self._background.ending()
 
     def _over(self, task: _Waiting, outcome: str, kl: float | None = None) -> None:
         """The audit at hand is over, unless somebody has dropped it: then that is what came of it."""

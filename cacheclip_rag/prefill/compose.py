@@ -119,7 +119,7 @@ class Composer:
             if not self._escaped:  # an application that does so does it in every prompt
                 log.warning(reason)
             self._escaped = True
-        aligned = self._align(asked, reading, load, report)
+        aligned = self._align(asked, reading, collection, load, report)
         if reason := _outright(asked, aligned.layout, collection):
             report.fallbacks.append(reason)
             return self._in_full(asked, aligned, collection, report)
@@ -129,7 +129,8 @@ class Composer:
                 prompt = _reordered(placed, reading.text)
             asked = dataclasses.replace(asked, prompt=prompt, question=reading.question.text)
             reading = read(self._backbone, self._index, asked, report)
-            placed = self._place(asked, self._align(asked, reading, load, report), collection, report)
+            aligned = self._align(asked, reading, collection, load, report)
+            placed = self._place(asked, aligned, collection, report)
         ratio = self._ratio(asked, placed, report)
         chosen = placed.request.rows[:0]
         if budget := int(ratio * len(placed.request.rows) + 1e-9):
@@ -145,8 +146,8 @@ class Composer:
         collection.preambles.keep(layout.ids, self._preamble(layout), canvas)
         self._report(report, placed, done)
         shift = int(placed.request.positions.max()) + 1 - len(layout)
-        step = collection.library.backbone.on_canvas(canvas, shift=shift, score_mod=score_mod)
-        return Prefill(layout, canvas, done.logits, report, step)
+        step = collection.library.backbone.on_canvas(canvas, shift=shift, score_mod=score_mod, soft=report.soft_tokens)
+        return Prefill(layout.text_only(), canvas, done.logits, report, step)
 
     def _in_full(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Prefill:
         """Full prefill, except for a preamble that an earlier prompt had."""
@@ -176,15 +177,21 @@ class Composer:
     # ---- place ----------------------------------------------------------------------------------------------------
 
     def _align(
-        self, asked: PrefillRequest, reading: Reading, load: Callable[[Reading], Loaded], report: Report
+        self,
+        asked: PrefillRequest,
+        reading: Reading,
+        collection: Collection,
+        load: Callable[[Reading], Loaded],
+        report: Report,
     ) -> Aligned:
-        """Load the chunks, and align the prompt's tokens with theirs."""
+        """Load the chunks, align the prompt's tokens with theirs, and make room for soft tokens."""
         scores = self._auxiliary_scores(asked, reading)
         with report.timed("load"):
             loaded = load(reading)
         with report.timed("tokenise"):
             tokens = [None if chunk is None else Tokens(chunk.ids, chunk.offsets) for chunk in loaded.chunks]
             layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
+            layout = collection.library.soft.around(layout, tokens)
         return Aligned(reading, loaded, layout, scores)
 
     def _place(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Placed:
@@ -207,7 +214,7 @@ class Composer:
             in_place = _in_place(layout, loaded, collection)
         held = layout.reusable.clone()
         held[count - 1] = False  # the last token is always computed, because its logits are needed
-        rows, fresh = (held & ~in_place).nonzero()[:, 0], (~held).nonzero()[:, 0]
+        rows, fresh = (held & ~in_place & ~layout.soft).nonzero()[:, 0], (~held).nonzero()[:, 0]
         request = Request(
             layout=layout,
             positions=positions,
@@ -256,9 +263,10 @@ class Composer:
         return report.requested_ratio
 
     def _report(self, report: Report, placed: Placed, done: Recomputed) -> None:
-        layout, fresh = placed.request.layout, placed.request.fresh
-        report.prefix, report.recomputed, report.fresh = placed.prefix, len(done.rows), len(fresh)
-        report.reused = len(layout) - placed.prefix - len(done.rows) - len(fresh)
+        layout, soft = placed.request.layout, placed.request.layout.soft
+        fresh, report.soft_tokens = int((~soft[placed.request.fresh]).sum()), int(soft.sum())
+        report.prefix, report.recomputed, report.fresh = placed.prefix, len(done.rows), fresh
+        report.reused = len(layout) - report.soft_tokens - placed.prefix - len(done.rows) - fresh
         report.adjusted, report.edges = len(done.adjusted), int(layout.edge.sum())
         report.canvas_bytes = placed.canvas.nbytes
         report.token_sources = sources_of(layout, placed.prefix, done.rows, placed.in_place, done.adjusted)
@@ -269,7 +277,8 @@ class Composer:
         layout = placed.request.layout
         mine, (starts, ends) = layout.chunk == number, layout.offsets.T
         inside = (starts >= span.start) & (starts < span.end) & (ends > starts)
-        recomputed, held = int(mine[recomputed_rows].sum()), int((placed.held & mine).sum())
+        held = int((placed.held & mine & ~layout.soft).sum())
+        recomputed = int(mine[recomputed_rows].sum())
         return ChunkUse(
             key=span.key,
             start=span.start,
@@ -285,6 +294,9 @@ class Composer:
 
 def _outright(asked: PrefillRequest, layout: Layout, collection: Collection) -> str | None:
     """Why the whole prompt had better be prefilled, or None (see `prompt.outright`)."""
+    length = collection.library.backbone.context_length
+    if len(layout) >= length and bool(layout.soft.any()):
+        return f"full prefill: with soft tokens the prompt has {len(layout):,}, the context length is {length:,}"
     if asked.ratio >= 1.0:  # somebody wants every row recomputed
         return None
     kept = collection.preambles.longest(layout.ids)

@@ -109,7 +109,7 @@ class Prefiller:
         except Exception as error:  # a failure in reuse costs time, never the answer
             _fall_back(report, error)
             report.fit, report.requested_ratio = None, request.ratio
-            report.prefix = report.reused = report.adjusted = report.recomputed = report.edges = 0
+            report.prefix = report.reused = report.adjusted = report.recomputed = report.edges = report.soft_tokens = 0
             traceback.clear_frames(error.__traceback__)  # frees the canvas: the error may be a lack of memory
             return full(request, reading, report)
 

@@ -37,7 +37,8 @@ class PrefillRequest:
 class Prefill:
     """A prefilled prompt: its KV on ``canvas``, and the ``logits [1, V]`` of its last token.
 
-    ``canvas`` is None for a model served by plain prefill. ``step`` is the decoding step for `Backbone.generate`.
+    ``layout`` is of the prompt's text; soft tokens (`Report.soft_tokens`) have slots of the canvas besides. ``canvas``
+    is None for a model served by plain prefill. ``step`` is the decoding step for `Backbone.generate`.
     """
 
     layout: Layout

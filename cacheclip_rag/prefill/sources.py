@@ -20,7 +20,7 @@ def sources_of(
 
     The first ``prefix`` tokens came from an earlier request. If chunks were reused: the rows ``recomputed [k]`` were
     recomputed, those marked in ``in_place [T]`` (bool) needed no repair, and the rows ``adjusted [m]`` were changed
-    without recomputing them.
+    without recomputing them. Soft tokens are left out.
     """
     kinds = torch.where(layout.edge, int(TokenSource.EDGE), int(TokenSource.FRESH))
     if recomputed is not None and in_place is not None:
@@ -32,5 +32,6 @@ def sources_of(
         if layout.reusable[-1]:
             kinds[-1] = int(TokenSource.FRESH)  # the last token is always computed
     kinds[:prefix] = int(TokenSource.PREFIX)
+    text = ~layout.soft  # soft tokens have no characters to be shown
     borders = [border for span in layout.spans for border in (span.start, span.end)]
-    return TokenSources.of(layout.prompt, layout.offsets[:, 0].numpy(), kinds.numpy(), borders)
+    return TokenSources.of(layout.prompt, layout.offsets[text, 0].numpy(), kinds[text].numpy(), borders)

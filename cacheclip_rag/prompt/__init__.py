@@ -8,6 +8,7 @@ from .layout import Layout, align, outright
 from .question import Question, find_question
 from .recognise import Recognised, recognise
 from .rendered import RenderedPrompt, Stretch, rearranged
+from .soft import NO_SOFT_TOKENS, SoftTokens
 from .tokens import Tokens
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "MAX_CANDIDATES",
     "MAX_COMPARED",
     "MAX_TRIES",
+    "NO_SOFT_TOKENS",
     "ChunkIndex",
     "Layout",
     "Question",
     "Recognised",
     "RenderedPrompt",
+    "SoftTokens",
     "Span",
     "Stretch",
     "Tokens",

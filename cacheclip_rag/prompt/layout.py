@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ class Layout:
 
     ``ids [T]`` int64, ``offsets [T, 2]`` int64 (characters of ``prompt``); ``chunk [T]`` int64: index into ``spans`` of
     the chunk span whose stored KV fits the token, or -1; ``token [T]`` int64: the token's index in that chunk, or -1;
-    ``edge [T]`` bool: inside a span, but tokenised differently than in the chunk, so computed afresh.
+    ``edge [T]`` bool: inside a span, but tokenised differently than in the chunk, so computed afresh. Negative ids are
+    `soft` tokens, which have no characters.
     """
 
     prompt: str
@@ -46,6 +48,18 @@ class Layout:
     def reusable(self) -> Tensor:
         """``[T]`` bool: tokens with stored KV."""
         return self.chunk >= 0
+
+    @property
+    def soft(self) -> Tensor:
+        """``[T]`` bool: tokens that are no part of the prompt's text (see `soft.SoftTokens`)."""
+        return self.ids < 0
+
+    def text_only(self) -> Layout:
+        """The layout of the prompt's text, without soft tokens."""
+        if not bool((soft := self.soft).any()):
+            return self
+        parts = {name: getattr(self, name)[~soft] for name in ("ids", "offsets", "chunk", "token", "edge")}
+        return dataclasses.replace(self, **parts)
 
     def tokens_each(self, rows: Tensor) -> Tensor:
         """How many of ``rows [n]`` hold a token of each span's chunk, ``[spans]`` int64."""

@@ -28,7 +28,7 @@ class Question:
     def rows(self, layout: Layout) -> Tensor:
         """``[q]`` int64: the tokens without stored KV that it consists of."""
         inside = (layout.offsets[:, 0] < self.end) & (layout.offsets[:, 1] > self.start)
-        return (inside & ~layout.reusable).nonzero()[:, 0]
+        return (inside & ~layout.reusable & ~layout.soft).nonzero()[:, 0]
 
 
 def find_question(

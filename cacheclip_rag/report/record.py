@@ -50,6 +50,9 @@ class Record:
     """Reused tokens whose KV was adjusted by the change of recomputed tokens of their chunk (`recompute.carry`)."""
     edges: int = 0
     """Fresh tokens inside known chunks."""
+    soft_tokens: int = 0
+    """Trained vectors on the canvas beside the prompt's tokens (`prompt.SoftTokens`): they have no text, and are in no
+    other count."""
     completion_tokens: int = 0
     drafted: int = 0
     """Tokens that prompt lookup proposed for the answer (`serving.lookup`)."""
@@ -151,6 +154,8 @@ class Record:
             text += f"; first token after {self.ttft:.2f} s"
         if self.seconds:
             text += " (" + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items() if v >= 0.005) + ")"
+        if self.soft_tokens:
+            text += f"; {self.soft_tokens:,} soft tokens beside the text"
         if self.looked_up:
             text += f"; {self.looked_up:,} of {self.completion_tokens:,} tokens by prompt lookup"
         for reason in self.fallbacks:

@@ -10,6 +10,7 @@ from ..errors import ConfigurationError
 from ..model.adapter import check_card, is_adapter, is_trained, read_card, with_adapter
 from ..model.backbone import Backbone
 from ..model.decode_weights import Format
+from ..model.soft import kind_of
 from .pull import resolve
 
 
@@ -30,6 +31,9 @@ def open_backbone(
     base = primary.get("name") if isinstance(primary, dict) else None
     if not isinstance(base, str) or is_trained(base):
         raise ConfigurationError(f"{name} has no card that names its model: give the model, and adapter={name}")
+    if kind_of(name) is not None:
+        uses = str(read_card(name).get("uses", "")).replace("FOLDER", str(name))
+        raise ConfigurationError(f'{name} holds soft tokens, and no model: open {base}, with method="{uses}"')
     backbone = Backbone.load(resolve(base), dtype=dtype, device=device, decode_weights=decode_weights)
     if is_adapter(name):
         backbone = with_adapter(backbone, name)

@@ -47,6 +47,7 @@ def _chosen(record: Record) -> list[str]:
     ]
     if undecided := [one["setting"] for one in last["settings"] if one["verdict"] == "undecided"]:
         said.append(f"Undecided: {len(undecided)} of {len(last['settings'])} settings cannot be told from the lowest.")
+    said += [_better(one, record["report"]) for one in record["report"]["settings"] if one.get("verdict") == "worse"]
     if count < FEW:
         said.append(
             f"{count} questions are few: twice as many (--questions {2 * count}) decide more, and rows are kept."
@@ -54,6 +55,14 @@ def _chosen(record: Record) -> list[str]:
     said += [f"Not tried: {context}: {reason}" for context, reason in record["skipped"].items()]
     said += [f"Left out because it failed: {what}: {reason}" for what, reason in record["left_out"].items()]
     return said
+
+
+def _better(other: Record, report: Record) -> str:
+    taken = report["settings"][0]
+    return (
+        f"On the other questions its KL, {taken['kl']:.3f} at a ratio of {taken['ratio']:.3f}, is worse than that of "
+        f"{other['setting']}: {other['kl']:.3f} at {other['ratio']:.3f}."
+    )
 
 
 def _chunks(record: Record) -> str:

@@ -79,8 +79,8 @@ VARIANTS = (
 
 ALL = "all"
 
-TRAINED = ("blockattention", "turborag")
-"""Methods that are plain reuse without trained weights."""
+TRAINED = ("blockattention", "turborag", "kvlink", "kvpacket")
+"""Methods that are plain reuse without trained weights, or nothing."""
 
 
 def everything() -> list[str]:

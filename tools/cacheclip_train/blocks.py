@@ -1,4 +1,4 @@
-"""Block-Attention's and TurboRAG's training: LoRA under the attention mask that reuse of stored KV amounts to."""
+"""Block-Attention's, TurboRAG's and KVLink's training: LoRA under the attention mask that reuse of stored KV is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cacheclip_rag.errors import PromptError
 from cacheclip_rag.methods import Method
+from cacheclip_rag.prompt import NO_SOFT_TOKENS
 
 from .lora import Lora
 from .rows import Rows, full_rows, rows_of
@@ -20,11 +21,12 @@ _NAMES = (("encoded apart", True), ("full attention", False))
 
 
 class Blocks:
-    """The `command.Trainee` of ``cacheclip tune blocks``: answers to questions about passages.
+    """The `command.Trainee` of ``cacheclip tune blocks`` and ``tune links``: answers to questions about passages.
 
     ``method`` says how passages are encoded and placed. Every item is an example with its passages encoded apart; with
     ``joint`` it is another one in full attention, as in Block-Attention (arXiv 2409.15355), so that one model does
-    both. The loss is the mean negative log-likelihood of the answer's tokens.
+    both. The loss is the mean negative log-likelihood of the answer's tokens. Soft tokens of ``lora`` are around the
+    passages that are encoded apart, and what it is compared with untuned has none.
     """
 
     unit = "negative log-likelihood of the right answer per token, mean over questions"
@@ -32,15 +34,18 @@ class Blocks:
     def __init__(self, lora: Lora, method: Method, joint: bool) -> None:
         self.lora, self._method, self._joint = lora, method, joint
 
-    def rows(self, item: Item, apart: bool) -> Rows:
+    def rows(self, item: Item, apart: bool, untuned: bool = False) -> Rows:
         """The rows of an item's prompt and answer: with passages encoded ``apart``, or of a full prefill."""
         backbone = self.lora.backbone
         text, end = prompt(item, backbone), backbone.tokenizer.eos_token_id
         ends = torch.tensor([] if end is None else [end], dtype=torch.long)
         given = next(answer.strip() for answer in item.answers if answer.strip())
         answer = torch.cat([backbone.tokenise(given, plain=True).ids, ends])
+        if not apart:
+            return full_rows(backbone, text, answer)
         passages = [passage.chunk for passage in item.passages]
-        return rows_of(backbone, self._method, text, passages, answer) if apart else full_rows(backbone, text, answer)
+        soft = NO_SOFT_TOKENS if untuned or self.lora.soft is None else self.lora.soft.tokens
+        return rows_of(backbone, self._method, text, passages, answer, soft)
 
     def logits(self, rows: Rows) -> Tensor:
         """The logits ``[A, V]`` float32 that predict the answer's tokens."""
@@ -48,7 +53,7 @@ class Blocks:
 
     def fits(self, item: Item) -> bool:
         try:
-            return len(self.rows(item, apart=False)) > 0
+            return len(self.rows(item, apart=True)) > 0
         except PromptError:
             return False
 
@@ -59,8 +64,8 @@ class Blocks:
         """The mean loss, tuned and untuned, encoded apart and in full attention."""
         found = {}
         for name, apart in _NAMES:
-            rows = [self.rows(item, apart) for item in items]
             for untuned in (True, False):
+                rows = [self.rows(item, apart, untuned) for item in items]
                 found[f"{'untuned' if untuned else 'tuned'}, {name}"] = self.mean_loss(rows, untuned)
         return found
 

@@ -10,6 +10,9 @@ from typing import Any
 from cacheclip_rag.model.adapter import CARD
 from cacheclip_rag.store import files
 
+_WHAT = {"head": "Head on", "links": "Link tokens of", "packet": "Packet (header and trailer) of"}
+"""What a folder holds, by the command that wrote it; otherwise a LoRA adapter."""
+
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write ``card.json``, which the library checks, and ``README.md``, the same for readers."""
@@ -23,7 +26,7 @@ def readme(card: Mapping[str, Any]) -> str:
     fitted = f", fitted to `{card['fitted_to']['name']}`" if "fitted_to" in card else ""
     names = list(training["history"][0]["held_out"])
     lines = [
-        f"# {'Head on' if card['kind'] == 'head' else 'LoRA adapter of'} `{model}`{fitted}",
+        f"# {_WHAT.get(card['kind'], 'LoRA adapter of')} `{model}`{fitted}",
         "",
         f"Use it as `{card['uses']}`. Written by cacheclip-rag {card['library']}, `cacheclip tune {card['kind']}`.",
         "",

@@ -18,12 +18,15 @@ from cacheclip_rag.model.adapter import library_version, read_card
 from cacheclip_rag.model.backbone import Backbone, best_dtype
 from cacheclip_rag.weights.pull import resolve as resolve_weights
 
+from . import headings
 from .blocks import Blocks
 from .card import write_card
 from .data import split
 from .head import Head
+from .headings import Headings
 from .loop import Outcome, Settings, Show, Task, train
-from .lora import Lora
+from .lora import Lora, Soft
+from .packet import Packet
 from .selection import KEEPING, Selection
 from .teacher import Teacher
 
@@ -65,7 +68,7 @@ class Plan:
 
     kind: str
     uses: str
-    sources: Sequence[Source]
+    sources: Sequence[Source | Headings]
     out: Path
     settings: Settings
     options: Mapping[str, Any]
@@ -93,10 +96,38 @@ def blocks(data: Sequence[str], out: Path, settings: Settings, options: Mapping[
 
     def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
         lora = _lora(options["model"], plan)
-        card = {"primary": {"name": options["model"], **lora.backbone.origin()}}
-        return Blocks(lora, recipe, options["joint"]), card
+        return Blocks(lora, recipe, options["joint"]), _primary(plan, lora)
 
     return _plan("blocks", uses, data, out, settings, options, opened, **more)
+
+
+def links(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of ``tune links``. ``options``: model, links (how many behind each chunk), rank (of LoRA, 0 for none),
+    mixed. Raises `ConfigurationError`.
+    """
+    if not 1 <= options["links"] <= 5:
+        raise ConfigurationError(f"--links is from 1 to 5, not {options['links']}")
+
+    def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
+        lora = _lora(options["model"], plan, soft=Soft("links", 0, options["links"]))
+        return Blocks(lora, resolve("kvlink"), joint=False), _primary(plan, lora)
+
+    return _plan("links", "kvlink:adapter=FOLDER", data, out, settings, options, opened, **more)
+
+
+def packet(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of ``tune packet``. ``options``: model, header and trailer (soft tokens of each), answer (tokens of the
+    model's own that are distilled, at most), mixed. Raises `ConfigurationError`.
+    """
+    if min(options["header"], options["trailer"]) < 0 or not options["header"] + options["trailer"]:
+        raise ConfigurationError("--header and --trailer are numbers of soft tokens, at least 1 together")
+
+    def opened(plan: Plan) -> tuple[Trainee, Mapping[str, Any]]:
+        lora = _lora(options["model"], plan, soft=Soft("packet", options["header"], options["trailer"]))
+        return Packet(lora, resolve("kvpacket"), options["answer"]), _primary(plan, lora)
+
+    uses = "kvpacket:adapter=FOLDER"
+    return _plan("packet", uses, data, out, settings, options, opened, answers=False, **more)
 
 
 def auxiliary(data: Sequence[str], out: Path, settings: Settings, options: Mapping[str, Any], **more: Any) -> Plan:
@@ -133,6 +164,10 @@ def _teacher(plan: Plan) -> Teacher:
     return Teacher(primary)
 
 
+def _primary(plan: Plan, lora: Lora) -> dict[str, Any]:
+    return {"primary": {"name": plan.options["model"], **lora.backbone.origin()}}
+
+
 def _fitted(plan: Plan, teacher: Teacher, auxiliary: Backbone) -> dict[str, Any]:
     return {
         "primary": {"name": plan.options["auxiliary"], **auxiliary.origin()},
@@ -152,7 +187,9 @@ def _plan(
 ) -> Plan:
     if not data:
         raise ConfigurationError("give at least one data set, before the options: FILE or FOLDER")
-    found = sources(data)
+    documents = {} if more.get("answers", True) else {spec: headings.source(spec) for spec in data}
+    found: list[Source | Headings] = [one for one in documents.values() if one is not None]
+    found += sources([spec for spec in data if documents.get(spec) is None])
     if generated := [source.name for source in found if source.path is None]:
         raise ConfigurationError(f"{', '.join(generated)}: training takes files and folders of questions")
     if read_card(out).get("finished"):
@@ -160,10 +197,11 @@ def _plan(
     return Plan(kind, uses, found, out, settings, options, opened, **more)
 
 
-def _lora(name: str, plan: Plan, attention: str = "sdpa") -> Lora:
+def _lora(name: str, plan: Plan, attention: str = "sdpa", soft: Soft | None = None) -> Lora:
     backbone, mixed = Backbone.load(resolve_weights(name), dtype="float32"), plan.options["mixed"]
     mixed = best_dtype(backbone.device) == torch.bfloat16 if mixed is None else mixed
-    return Lora(backbone, plan.options["rank"], plan.settings.seed, mixed, attention, plan.checkpointing)
+    rank = plan.options.get("rank", 0)
+    return Lora(backbone, rank, plan.settings.seed, mixed, attention, plan.checkpointing, soft)
 
 
 def execute(plan: Plan, show: Show) -> Outcome:

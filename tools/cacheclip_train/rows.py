@@ -15,14 +15,15 @@ from cacheclip_rag.model.backbone import Backbone
 from cacheclip_rag.prefill.compose import shared_positions
 from cacheclip_rag.prefill.reading import read
 from cacheclip_rag.prefill.result import PrefillRequest
-from cacheclip_rag.prompt import ChunkIndex
+from cacheclip_rag.prompt import NO_SOFT_TOKENS, ChunkIndex, SoftTokens
 from cacheclip_rag.report import Report
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The rows of one forward: ``ids [R]`` int64, RoPE ``positions [R]`` int64, and ``mask [R, R]`` bool, true where a
-    row may attend; None for the causal mask. The last ``answer`` rows are the answer's tokens.
+    row may attend; None for the causal mask. The last ``answer`` rows are the answer's tokens. Negative ids are soft
+    tokens.
     """
 
     ids: Tensor
@@ -41,8 +42,16 @@ def full_rows(backbone: Backbone, prompt: str, answer: Tensor) -> Rows:
     return Rows(ids, torch.arange(len(ids)), None, len(answer))
 
 
-def rows_of(backbone: Backbone, method: Method, prompt: str, passages: Sequence[str], answer: Tensor) -> Rows:
-    """The rows of ``method`` at ratio 0, with ``passages`` encoded ahead as chunks; ``answer [A]`` int64.
+def rows_of(
+    backbone: Backbone,
+    method: Method,
+    prompt: str,
+    passages: Sequence[str],
+    answer: Tensor,
+    soft: SoftTokens = NO_SOFT_TOKENS,
+) -> Rows:
+    """The rows of ``method`` at ratio 0, with ``passages`` encoded ahead as chunks, and ``soft`` tokens around them;
+    ``answer [A]`` int64.
 
     A chunk is there as a whole, behind a copy of the encode prefix, at the positions it is placed at, and sees no
     more than that. RoPE is relative, so its KV is what it would be anywhere else, moved. All other tokens of the prompt
@@ -55,8 +64,8 @@ def rows_of(backbone: Backbone, method: Method, prompt: str, passages: Sequence[
         if len(canonical(text)) >= MIN_CHARS:
             index.add(canonical(text), canonical(text))
     reading = read(backbone, index, PrefillRequest(prompt, method, 0.0), Report(method.name, 0.0))
-    tokens = [backbone.tokenise(span.key, plain=True) for span in reading.spans]
-    layout = reading.layout(list(zip(reading.spans, tokens, strict=True)))
+    tokens = [soft.wrapped(backbone.tokenise(span.key, plain=True)) for span in reading.spans]
+    layout = soft.around(reading.layout(list(zip(reading.spans, tokens, strict=True))), tokens)
     count = len(layout)
     _check(backbone, count + len(answer))
     places = shared_positions(layout) if method.positions == "shared" else torch.arange(count)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...chunks import ChunkKV
-from ...prompt import Tokens
+from ...prompt import NO_SOFT_TOKENS, SoftTokens, Tokens
 
 if TYPE_CHECKING:
     from ...model.backbone import Backbone
@@ -30,6 +30,12 @@ class Encoder(Protocol):
 
     def encode(self, backbone: Backbone, texts: Sequence[Text], fronts: Sequence[Front]) -> list[ChunkKV]:
         """The KV of each text behind its own front. The texts do not attend to each other."""
+
+
+def soft_tokens(encoder: Encoder, backbone: Backbone) -> SoftTokens:
+    """The soft tokens around an encoder's chunks: most encoders have none, and need not say so."""
+    of = getattr(encoder, "soft_tokens", None)
+    return NO_SOFT_TOKENS if of is None else of(backbone)
 
 
 def encode_behind(

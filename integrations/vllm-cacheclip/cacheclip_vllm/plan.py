@@ -76,6 +76,8 @@ def options(given: Any, default: Method, auxiliary: bool = False) -> Options:
 
 def refused(method: Method, auxiliary: bool = False) -> str | None:
     """Why a method cannot be used inside vLLM, or None. ``auxiliary``: whether workers have an auxiliary model."""
+    if getattr(method.encode, "trained", None) is not None:
+        return "its soft tokens have rows beside the prompt's tokens, and vLLM's rows are the prompt's tokens"
     if getattr(method.encode, "adapter", None) is not None:
         return "the weights are the server's: start it with a model that the adapter is merged into"
     if method.strategy == "prefix":

@@ -25,6 +25,8 @@ REFUSED = {
     "ape": "decoding is vLLM's",
     "sel": "decoding is vLLM's",
     "psr": "decoding is vLLM's",
+    "kvlink": "soft tokens",
+    "kvpacket": "soft tokens",
     "infoflow:reorder=True": "reordering",
 }
 """What the reason says. All other methods of the table can be used."""
