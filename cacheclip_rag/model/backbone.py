@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -253,7 +253,7 @@ class Backbone:
         seed: int | None = None,
         drafts: Drafts | None = None,
         **options: Any,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Decode after a prefill: yields token ids until transformers' stopping criteria end the answer.
 
         ``prompt_ids [T]``; ``logits [1, V]`` of the prompt's last token; ``step(ids [n], row)`` computes the logits
@@ -426,8 +426,8 @@ class CanvasStep:
     their logits ``[n, V]`` float32.
 
     ``row`` counts the tokens of prompt and answer. A canvas with ``soft`` soft tokens has so many slots more; RoPE
-    positions are the slots plus ``shift``. What stands on the canvas from there on, of a draft that was not accepted, is
-    overwritten.
+    positions are the slots plus ``shift``. What stands on the canvas from there on, of a draft that was not accepted,
+    is overwritten.
     """
 
     computer: Layers
