@@ -190,6 +190,8 @@ def _plan(
     documents = {} if more.get("answers", True) else {spec: headings.source(spec) for spec in data}
     found: list[Source | Headings] = [one for one in documents.values() if one is not None]
     found += sources([spec for spec in data if documents.get(spec) is None])
+    if len({source.name for source in found}) < len(found):
+        raise ConfigurationError("two data sets have one name: write name=FILE, or rename the folder")
     if generated := [source.name for source in found if source.path is None]:
         raise ConfigurationError(f"{', '.join(generated)}: training takes files and folders of questions")
     if read_card(out).get("finished"):
