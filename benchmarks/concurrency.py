@@ -3,8 +3,9 @@
     python benchmarks/concurrency.py --model smollm2-135m-instruct --users 1 4 16
 
 Every user is a thread that asks one question after another about four stored chunks of the shipped PEPs, and reads a
-short streamed answer. The questions are the same for any number of users. Also measured: the cost of recognising ten
-chunks in a prompt among 10,000 known ones.
+short streamed answer. The questions are the same for any number of users. Also measured: tokens a second of streams
+that decode together, all behind their first token, with and without drafts; and the cost of recognising ten chunks in a
+prompt among 10,000 known ones.
 """
 
 from __future__ import annotations
@@ -77,6 +78,44 @@ def users_table(engine: Engine, users: list[int], requests: int, tokens: int) ->
         )
 
 
+def decoding_rate(engine: Engine, prompts: list[str], tokens: int) -> float:
+    """Tokens a second of all streams together, from when each has its first token."""
+    begun = threading.Barrier(len(prompts) + 1)
+
+    def read(prompt: str) -> None:
+        stream = engine.stream(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
+        next(stream)
+        begun.wait()
+        for _ in stream:
+            pass
+
+    threads = [threading.Thread(target=read, args=(prompt,), daemon=True) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return len(prompts) * (tokens - 1) / (time.perf_counter() - start)
+
+
+def streams_table(engine: Engine, streams: list[int], tokens: int, context: int, rounds: int = 3) -> None:
+    generator = random.Random(1)
+    chunks = chunks_of(engine, context, generator)
+    engine.ensure(chunks)
+    prompts = [
+        prompt_of(engine, generator.sample(chunks, len(chunks)), f"Question {number}: what is proposed, and why?")
+        for number in range(max(streams))
+    ]
+    plain = Engine(engine.backbone, method="query_guided", prompt_lookup=0)
+    plain.ensure(chunks)
+    print(f"\n| streams, {context:,} tokens of context | tokens a second together | without drafts |\n|---|---|---|")
+    for number in streams:
+        rates = [[decoding_rate(one, prompts[:number], tokens) for one in (engine, plain)] for _ in range(rounds)]
+        drafted, alone = (median(each) for each in zip(*rates, strict=True))
+        print(f"| {number} | {drafted:.1f} | {alone:.1f} |", flush=True)
+
+
 def recognition(count: int = 10_000, size: int = 1600, trials: int = 20) -> None:
     """CPU time to find ten chunks, or none, in a prompt of 17,000 characters, with ``count`` known chunks."""
     generator = random.Random(0)
@@ -114,11 +153,17 @@ def main() -> None:
     parser.add_argument("--users", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--streams", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--answer", type=int, default=64, help="tokens of an answer, for --streams")
+    parser.add_argument("--context", type=int, default=2000, help="tokens of context, for --streams")
     args = parser.parse_args()
     machine = platform.processor() or platform.machine()
     print(f"{args.model} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     with Engine(args.model, method="query_guided") as engine:
-        users_table(engine, args.users, args.requests, args.tokens)
+        if args.users:
+            users_table(engine, args.users, args.requests, args.tokens)
+        if args.streams:
+            streams_table(engine, args.streams, args.answer, args.context)
     recognition()
 
 

@@ -22,7 +22,7 @@ from cacheclip_rag.model import layers as layers_module
 from cacheclip_rag.model.backbone import Backbone, CanvasStep
 from cacheclip_rag.prefill.result import Prefill
 from cacheclip_rag.serving.lock import FairLock
-from cacheclip_rag.serving.steps import Steps, Stream
+from cacheclip_rag.serving.steps import ROWS, Steps, Stream
 
 METHODS = ["query_guided", "naive", "full", "epic", "ape", "psr", "auto", "query_guided"]
 
@@ -195,6 +195,18 @@ def test_a_second_attempt_has_the_memory_of_the_first() -> None:
         until(lambda: len(steps._waiting) == 2)
     join(*threads)
     assert sorted(results) == [0, 1] and not any(alive)
+
+
+def test_drafts_are_as_long_as_the_rows_that_other_streams_leave() -> None:
+    steps = Steps(FairLock())
+    streams = [steps.stream() for _ in range(8)]
+    assert streams[0].most == ROWS - 1, "nobody has had a token yet"
+    for number, stream in enumerate(streams, 1):
+        stream.deliver(torch.zeros(1))
+        assert streams[0].most == ROWS // number - 1
+    for stream in streams[1:]:
+        stream.close()
+    assert streams[0].most == ROWS - 1
 
 
 class Steps4:
