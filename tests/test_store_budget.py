@@ -57,7 +57,7 @@ def test_what_is_put_into_spare_room_evicts_nothing_and_goes_first(tmp_path: Pat
     for text in ("text 1", "text 2"):
         assert store.put(MODEL.key(text), make(text))
     before = store.spare_bytes()
-    put = [n for n in range(9) if store.put(MODEL.key(f"spare {n}"), make(f"spare {n}"), spare=True)]
+    put = [n for n in range(9) if store.put_spare(MODEL.key(f"spare {n}"), make(f"spare {n}"))]
     assert put == ([0] if kind == "int8" else [0, 1]) and 0 <= store.spare_bytes() < before
     assert there() == {"text 1", "text 2", *(f"spare {n}" for n in put)} and store.stats().evicted == 0
     assert store.put(MODEL.key("text 3"), make("text 3"))
@@ -70,7 +70,7 @@ def test_what_was_put_into_spare_room_and_is_read_is_one_like_the_others(tmp_pat
     store = small(kind, tmp_path)
     store.put(MODEL.key("text 1"), make("text 1"))
     for n in range(2):
-        assert store.put(MODEL.key(f"spare {n}"), make(f"spare {n}"), spare=True)
+        assert store.put_spare(MODEL.key(f"spare {n}"), make(f"spare {n}"))
     assert store.get(MODEL.key("spare 0")) is not None
     for number in (2, 3):
         store.put(MODEL.key(f"text {number}"), make(f"text {number}"))
@@ -89,15 +89,15 @@ def test_of_several_caches_what_is_in_spare_room_goes_first() -> None:
 def test_what_a_full_disk_has_no_spare_room_for_is_not_in_memory_either(tmp_path: Path) -> None:
     store = TieredStore(MemoryStore(HUGE), open_disk(tmp_path, cap=SIZE + 400))
     assert store.put(MODEL.key("text 1"), make("text 1"))
-    assert not store.put(MODEL.key("spare 1"), make("spare 1"), spare=True)
+    assert not store.put_spare(MODEL.key("spare 1"), make("spare 1"))
     assert MODEL.key("spare 1") not in store and MODEL.key("text 1") in store
 
 
 def test_another_process_evicts_first_what_was_put_into_spare_room(tmp_path: Path) -> None:
     first, second = (open_disk(tmp_path, cap=4 * SIZE + 400) for _ in range(2))
     first.put(MODEL.key("text 1"), make("text 1"))
-    first.put(MODEL.key("spare 1"), make("spare 1"), spare=True)
-    first.put(MODEL.key("spare 2"), make("spare 2"), spare=True)
+    first.put_spare(MODEL.key("spare 1"), make("spare 1"))
+    first.put_spare(MODEL.key("spare 2"), make("spare 2"))
     for number in (2, 3):
         assert second.put(MODEL.key(f"text {number}"), make(f"text {number}"))
     assert {entry.text for entry in second.entries()} == {f"text {number}" for number in (1, 2, 3)}
@@ -106,9 +106,7 @@ def test_another_process_evicts_first_what_was_put_into_spare_room(tmp_path: Pat
 def test_what_is_put_into_spare_room_is_not_uploaded(tmp_path: Path) -> None:
     remote = RemoteStore(Remote(f"file://{tmp_path / 'remote'}"), MODEL)
     store = TieredStore(MemoryStore(HUGE), remote=remote)
-    assert store.put(MODEL.key("spare 1"), make("spare 1"), spare=True) and store.put(
-        MODEL.key("text 1"), make("text 1")
-    )
+    assert store.put_spare(MODEL.key("spare 1"), make("spare 1")) and store.put(MODEL.key("text 1"), make("text 1"))
     remote.flush()
     assert [path.name[:64] for path in (tmp_path / "remote").rglob("*.safetensors")] == [MODEL.key("text 1")]
 

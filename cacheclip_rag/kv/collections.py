@@ -10,8 +10,8 @@ from functools import cached_property, partial
 from ..errors import ConfigurationError, NotComposable, StoreError
 from ..model.adapter import with_adapter
 from ..model.backbone import Backbone
-from ..model.soft import Kind
 from ..prompt import ChunkIndex
+from ..prompt.soft import SoftKind
 from ..store import LoadingCost, MemoryBudget
 from ..store.place import Place
 from .encode import Encoder, Harvested, HarvestedVariants
@@ -58,7 +58,7 @@ class Collections:
         self.auxiliary: Library | None = None
         self._encoder, self._place, self._kv_dtype = encoder, place, kv_dtype
         self._opened: dict[Encoder, Collection] = {}
-        self._adapted: dict[tuple[str, Kind | None], Backbone] = {}
+        self._adapted: dict[tuple[str, SoftKind | None], Backbone] = {}
         self._seen: dict[Collection, int] = {}
         self._prefix_caches: dict[PrefixCaching, PrefixCache] = {}
         self._lock, self._loading = threading.Lock(), threading.Lock()
@@ -76,7 +76,7 @@ class Collections:
         without one; `NotComposable` for a model that takes none.
         """
         adapter: str | None = getattr(encoder, "adapter", None)
-        soft: Kind | None = getattr(encoder, "trained", None)
+        soft: SoftKind | None = getattr(encoder, "trained", None)
         if adapter is None:
             if soft is not None:
                 raise ConfigurationError(

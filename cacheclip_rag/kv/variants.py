@@ -211,7 +211,8 @@ class FusedVariants:
             for chunk in made:
                 key = library.key(chunk.text, chunk.context, in_sequence)
                 mine = self._all().setdefault(chunk.text, {})
-                if not library.store.put(key, chunk, spare) and spare:
+                put = library.store.put_spare if spare else library.store.put
+                if not put(key, chunk) and spare:
                     continue
                 replaced = mine.pop(chunk.context, key)
                 old += [replaced] if replaced != key else []  # the same key: it was evicted and is stored again

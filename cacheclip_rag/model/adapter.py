@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
+from ..prompt.soft import SoftKind
 from .backbone import Backbone
 from .decode_weights import FewRowsLinear
 from .packed import PackedLinear, pack
-from .soft import Kind, kind_of, read_vectors, with_vectors
+from .soft import kind_of, read_vectors, with_vectors
 
 log = logging.getLogger("cacheclip_rag")
 
@@ -102,7 +103,7 @@ def twin(model: PreTrainedModel, apart: Container[str] = ()) -> PreTrainedModel:
     return copied
 
 
-def with_adapter(backbone: Backbone, folder: str | Path, soft: Kind | None = None) -> Backbone:
+def with_adapter(backbone: Backbone, folder: str | Path, soft: SoftKind | None = None) -> Backbone:
     """The model of ``backbone`` with what was trained in ``folder``: a LoRA adapter in peft's format, merged into its
     weights, and soft tokens, which `Backbone.soft` counts. ``soft``: the kind of soft tokens that must be there.
 

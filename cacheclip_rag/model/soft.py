@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -13,18 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
-
-Kind = Literal["links", "packet"]
-"""What `cacheclip tune` trains soft tokens for; also the stem of their file's name."""
-
-KINDS: tuple[Kind, ...] = ("links", "packet")
+from ..prompt.soft import KINDS, SoftKind
 
 
 @dataclass(frozen=True, eq=False)
 class SoftVectors:
     """Trained vectors ``before [h, d]`` and ``behind [t, d]`` each chunk, float32, of this ``kind``."""
 
-    kind: Kind
+    kind: SoftKind
     before: Tensor
     behind: Tensor
 
@@ -59,7 +54,7 @@ def with_vectors(model: PreTrainedModel, vectors: Tensor) -> SoftEmbedding:
     return embedding
 
 
-def kind_of(folder: str | Path) -> Kind | None:
+def kind_of(folder: str | Path) -> SoftKind | None:
     """What kind of soft tokens a folder holds, or None."""
     return next((kind for kind in KINDS if _file(Path(folder), kind).is_file()), None)
 
@@ -85,5 +80,5 @@ def read_vectors(folder: Path, width: int) -> SoftVectors | None:
     return SoftVectors(kind, before, behind)
 
 
-def _file(folder: Path, kind: Kind) -> Path:
+def _file(folder: Path, kind: SoftKind) -> Path:
     return folder / f"{kind}.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor
 
 from .layout import Layout
 from .tokens import Tokens
+
+SoftKind = Literal["links", "packet"]
+"""What `cacheclip tune` trains soft tokens for; also the stem of their file's name."""
+
+KINDS: tuple[SoftKind, ...] = ("links", "packet")
 
 
 @dataclass(frozen=True, eq=False)

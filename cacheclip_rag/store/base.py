@@ -60,11 +60,11 @@ class ChunkStore(Protocol):
     def get(self, key: str) -> ChunkKV | None:
         """The chunk, verified, or None: absent, damaged and foreign entries are all misses."""
 
-    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
-        """Keep the chunk; False when it could not be kept. A second put of a key changes nothing.
+    def put(self, key: str, chunk: ChunkKV) -> bool:
+        """Keep the chunk; False when it could not be kept. A second put of a key changes nothing."""
 
-        ``spare``: only where nothing has to be evicted for it; and until it is read it is the first to be evicted.
-        """
+    def put_spare(self, key: str, chunk: ChunkKV) -> bool:
+        """As `put`, but only where nothing has to be evicted for it; until it is read it is the first to be evicted."""
 
     def spare_bytes(self) -> int:
         """How many bytes can be put with nothing evicted."""

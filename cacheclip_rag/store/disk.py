@@ -193,7 +193,13 @@ class DiskStore:
         """Whether the file is there now, whatever was noted."""
         return _is_key(key) and _exists(self._file(key))
 
-    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
+    def put(self, key: str, chunk: ChunkKV) -> bool:
+        return self._pack_and_put(key, chunk, spare=False)
+
+    def put_spare(self, key: str, chunk: ChunkKV) -> bool:
+        return self._pack_and_put(key, chunk, spare=True)
+
+    def _pack_and_put(self, key: str, chunk: ChunkKV, *, spare: bool) -> bool:
         if not _is_key(key):
             return self._not_kept("its key is no sha256")
         try:

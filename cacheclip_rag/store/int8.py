@@ -37,9 +37,15 @@ class Int8Store:
         chunk = self.inner.get(key)
         return None if chunk is None or not chunk.packing else unpack(chunk)
 
-    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
+    def put(self, key: str, chunk: ChunkKV) -> bool:
         try:
-            return self.inner.put(key, pack(chunk), spare)
+            return self.inner.put(key, pack(chunk))
+        except ValueError:
+            return False
+
+    def put_spare(self, key: str, chunk: ChunkKV) -> bool:
+        try:
+            return self.inner.put_spare(key, pack(chunk))
         except ValueError:
             return False
 

@@ -232,7 +232,13 @@ class MemoryStore:
             self._stats.misses += chunk is None
             return chunk
 
-    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
+    def put(self, key: str, chunk: ChunkKV) -> bool:
+        return self._put(key, chunk, spare=False)
+
+    def put_spare(self, key: str, chunk: ChunkKV) -> bool:
+        return self._put(key, chunk, spare=True)
+
+    def _put(self, key: str, chunk: ChunkKV, *, spare: bool) -> bool:
         with self._memory.lock:
             if key in self._chunks:
                 return True

@@ -305,9 +305,12 @@ class RemoteStore:
     def spare_bytes(self) -> int:
         return 0
 
-    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
-        """Upload later, unless it is for ``spare`` room. True when it is known to be there already."""
-        if spare or not _is_key(key):
+    def put_spare(self, key: str, chunk: ChunkKV) -> bool:
+        return False
+
+    def put(self, key: str, chunk: ChunkKV) -> bool:
+        """Upload later. True when it is known to be there already."""
+        if not _is_key(key):
             return False
         with self._lock:
             self._unwanted.discard(key)

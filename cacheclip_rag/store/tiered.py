@@ -134,11 +134,16 @@ class TieredStore:
             if isinstance(farther, DiskStore):
                 farther.touch(key)
 
-    def put(self, key: str, chunk: ChunkKV, spare: bool = False) -> bool:
-        if spare and not self.tiers[-1].put(key, chunk, spare):  # in memory alone it would be gone with the process
-            return False
-        kept = [tier.put(key, chunk, spare) for tier in self._all]
+    def put(self, key: str, chunk: ChunkKV) -> bool:
+        kept = [tier.put(key, chunk) for tier in self._all]
         return any(kept)
+
+    def put_spare(self, key: str, chunk: ChunkKV) -> bool:
+        if not self.tiers[-1].put_spare(key, chunk):  # in memory alone it would be gone with the process
+            return False
+        for nearer in self.tiers[:-1]:
+            nearer.put_spare(key, chunk)
+        return True
 
     def spare_bytes(self) -> int:
         return self.tiers[-1].spare_bytes()

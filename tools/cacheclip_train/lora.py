@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from cacheclip_rag.errors import ConfigurationError, NotComposable
 from cacheclip_rag.model.adapter import twin
 from cacheclip_rag.model.backbone import Backbone
-from cacheclip_rag.model.soft import Kind, SoftVectors, read_vectors, with_vectors
+from cacheclip_rag.model.soft import SoftVectors, read_vectors, with_vectors
 from cacheclip_rag.prompt import SoftTokens
+from cacheclip_rag.prompt.soft import SoftKind
 
 from .rows import Rows
 
@@ -25,7 +26,7 @@ from .rows import Rows
 class Soft:
     """Soft tokens to be trained: so many ``before`` and ``behind`` each chunk, of this ``kind``."""
 
-    kind: Kind
+    kind: SoftKind
     before: int
     behind: int
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...model.soft import Kind
 from ...prompt import SoftTokens
+from ...prompt.soft import SoftKind
 from .isolated import Isolated
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Linked(Isolated):
 
     prefix: str | None = ""
 
-    trained: ClassVar[Kind] = "links"
+    trained: ClassVar[SoftKind] = "links"
 
     def soft_tokens(self, backbone: Backbone) -> SoftTokens:
         return SoftTokens.of(*backbone.soft, stored=False)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...chunks import ChunkKV
-from ...model.soft import Kind
 from ...prompt import SoftTokens
+from ...prompt.soft import SoftKind
 from .base import Front, Text, encode_behind
 from .isolated import Isolated
 
@@ -28,7 +28,7 @@ class Packet(Isolated):
 
     prefix: str | None = ""
 
-    trained: ClassVar[Kind] = "packet"
+    trained: ClassVar[SoftKind] = "packet"
 
     def soft_tokens(self, backbone: Backbone) -> SoftTokens:
         return SoftTokens.of(*backbone.soft, stored=True)
