@@ -248,6 +248,35 @@ def test_forgetting_a_chunk_drops_what_waits_with_it(engine: Engine) -> None:
     assert engine.stats().audit.compared == 1 and engine.stats().audit.forgotten == 2
 
 
+@pytest.mark.parametrize("method", ["prefix-cache", "ragcache", "auto", "query_guided"])
+def test_nothing_of_a_forgotten_chunk_waits_whatever_the_method(engine: Engine, method: str) -> None:
+    ask(engine, A, B, method=method)  # some methods reuse what an earlier prompt had
+    engine.flush()
+    before = engine.stats().audit.forgotten
+    with Busy(engine):
+        ask(engine, A, B, method=method)
+        ask(engine, A, B, C, method=method)
+        engine.forget([A])
+        until(lambda: waiting() == [])
+    engine.flush()
+    assert engine.stats().audit.forgotten > before
+
+
+def test_an_observer_may_use_the_engine(engine: Engine) -> None:
+    seen: list[Audited] = []
+
+    def use(audited: Audited) -> None:
+        engine.ensure(PASSAGES[3:])
+        seen.append(audited)
+
+    engine.auditor.observers.append(use)
+    with Busy(engine):
+        ask(engine, A, B)
+        engine.forget([A])
+    engine.flush()
+    assert [one.outcome for one in seen] == ["forgotten"]
+
+
 def test_a_chunk_that_another_process_forgot_drops_it(backbone: Backbone, tmp_path: Path) -> None:
     engine, other = (opened(backbone, store=tmp_path) for _ in range(2))
     with engine, other, Busy(engine):
@@ -383,6 +412,7 @@ def test_prometheus_and_opentelemetry_show_audits(engine: Engine) -> None:
     with Busy(engine):
         ask(engine, A)
         engine.forget([A])
+    engine.flush()
     stats = engine.stats().audit
     assert [one.outcome for one in seen].count("forgotten") == 1 and len(seen) == 4
     assert sum(one.kl or 0.0 for one in seen) == pytest.approx(stats.kl) and stats.kl > 0

@@ -237,14 +237,27 @@ def test_no_room_for_them_is_a_full_prefill_that_says_so(tmp_path):
     backbone = tiny_backbone()
     engine = Engine(backbone, method=method_of("kvpacket", folder_of("kvpacket", tmp_path)))
     engine.ensure(PASSAGES)
-    engine.library.backbone.context_length = backbone.context_length = len(backbone.tokenise(TEXT)) + 20
+    backbone.context_length = len(backbone.tokenise(TEXT)) + 20
     result = engine.prefill(TEXT)
     assert ["soft tokens" in reason for reason in result.report.fallbacks] == [True]
     assert distance(result.logits, engine.prefill(TEXT, method="full").logits) < 1e-4
     backbone.context_length += 8
-    engine.library.backbone.context_length = backbone.context_length
     answer = engine.generate(TEXT, max_new_tokens=100)
     assert answer.report.fallbacks == [] and len(answer.ids) == 4, "28 tokens of room, of which soft tokens take 24"
+
+
+def test_another_split_of_the_same_vectors_is_another_packet(tmp_path):
+    folders = [folder_of("kvpacket", tmp_path / name) for name in ("a", "b")]
+    file = next(folders[1].glob("*.safetensors"))
+    vectors = torch.cat([load_file(file)[part] for part in ("before", "behind")])
+    count = len(load_file(file)["before"]) - 1
+    save_file({"before": vectors[:count].clone(), "behind": vectors[count:].clone()}, file)
+    with Engine(tiny_backbone(), store=tmp_path / "store") as engine:
+        for folder in folders:
+            method = method_of("kvpacket", folder)
+            assert engine.ensure(PASSAGES, method=method).encoded == len(PASSAGES)
+            result = engine.prefill(TEXT, method=method)
+            assert distance(result.logits, by_mask("kvpacket", folder, PIECES)) < 1e-4
 
 
 def test_where_they_stand():

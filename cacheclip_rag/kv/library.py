@@ -48,6 +48,7 @@ class Library:
                 **backbone.fingerprint(),
                 "prefix": self.prefix_ids.tolist(),
                 "encoder": repr(encoder),
+                **({"soft": [len(self.soft.before), len(self.soft.behind)]} if len(self.soft) else {}),
                 "tenant": tenant,
                 **({} if kv_dtype == "auto" else {"kv_dtype": kv_dtype}),
             },

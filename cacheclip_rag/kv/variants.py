@@ -141,6 +141,8 @@ class FusedVariants:
                 if spare and library.store.spare_bytes() < chunk.nbytes:
                     return
                 [known] = self._make([(chunk, seen)], keep, in_sequence=True, spare=spare)
+                if spare and not library.keeps(key):
+                    return
                 new = True
             elif known is None:
                 known = chunk

@@ -70,6 +70,13 @@ class _Waiting:
     encode: Encoder
 
 
+@dataclass(frozen=True, eq=False)
+class _Ended:
+    """An audit that is over, for observers to be told of."""
+
+    done: Audited
+
+
 class Auditor:
     """Chooses prompts, prefills them again in full while no request is served, and counts what it finds. Thread-safe.
 
@@ -89,7 +96,7 @@ class Auditor:
         self.chance = chance or random.Random().random  # the application's own random numbers are not disturbed
         self.observers: list[Callable[[Audited], None]] = []
         self._collections, self._lock, self._limit = collections, lock, limit
-        self._background = Background(self._run)
+        self._background: Background[_Waiting | _Ended] = Background(self._run)
         self._changing = threading.Lock()
         self._stats = AuditStats()
         self._window: list[Audited] = []
@@ -99,7 +106,7 @@ class Auditor:
         report, method = result.report, request.method
         if not report.cached_tokens or self.chance() >= self.audit.share:
             return
-        names = frozenset(use.key for use in report.chunks)
+        names = frozenset(span.key for span in reading.spans)
         logprobs = result.logits[-1].float().log_softmax(dim=-1).cpu()
         task = _Waiting(reading.tokens.ids.to(torch.int32), logprobs, names, method.name, method.encode)
         with self._changing:  # `forget` comes after the index has lost the chunk
@@ -111,8 +118,13 @@ class Auditor:
             self._end(task, "dropped" if known else "forgotten")
 
     def forget(self, names: Collection[str]) -> None:
-        """Drop the audits of prompts with these chunks, by the names that the index had for them."""
-        self._drop(lambda task: not task.names.isdisjoint(names), "forgotten")
+        """Drop the audits of prompts with these chunks, by the names that the index had for them.
+
+        The caller may have the engine's lock, so that observers are told by the background thread.
+        """
+        ended = [_Ended(done) for done in self._drop(lambda task: not task.names.isdisjoint(names), "forgotten")]
+        if self.observers:
+            self._background.add(ended)
 
     def stats(self) -> AuditStats:
         with self._changing:
@@ -129,7 +141,8 @@ class Auditor:
 
     def close(self) -> None:
         """Drop what waits. What is noted later is audited again."""
-        self._drop(lambda task: True, "dropped")
+        for done in self._drop(lambda task: True, "dropped"):
+            self._tell(done)
         self._background.close()
 
     def after_fork(self) -> None:
@@ -139,22 +152,24 @@ class Auditor:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _drop(self, unwanted: Callable[[_Waiting], bool], outcome: str) -> None:
+    def _drop(self, unwanted: Callable[[_Waiting], bool], outcome: str) -> list[Audited]:
         gone: list[_Waiting] = []
 
-        def drop(task: _Waiting) -> bool:
-            if not unwanted(task):
+        def drop(task: _Waiting | _Ended) -> bool:
+            if isinstance(task, _Ended) or not unwanted(task):
                 return False
             gone.append(task)
             return True
 
         with self._changing:
             self._background.drop(drop)
-        for task in gone:
-            self._end(task, outcome)
+        return [self._count(task, outcome) for task in gone]
 
     @on_cpu
-    def _run(self, task: _Waiting) -> None:
+    def _run(self, task: _Waiting | _Ended) -> None:
+        if isinstance(task, _Ended):
+            self._tell(task.done)
+            return
         try:
             logprobs = self._full(task)
         except Exception as error:
@@ -202,6 +217,9 @@ class Auditor:
             self._end(task, outcome, kl)
 
     def _end(self, task: _Waiting, outcome: str, kl: float | None = None) -> None:
+        self._tell(self._count(task, outcome, kl))
+
+    def _count(self, task: _Waiting, outcome: str, kl: float | None = None) -> Audited:
         done, window = Audited(task.method, outcome, kl), list[Audited]()
         with self._changing:
             self._stats = self._stats.with_one(done)
@@ -217,6 +235,9 @@ class Auditor:
                 self.audit.limit,
                 sum(one.outcome == "changed" for one in window),
             )
+        return done
+
+    def _tell(self, done: Audited) -> None:
         for observer in self.observers:
             try:
                 observer(done)

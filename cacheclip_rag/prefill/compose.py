@@ -120,7 +120,7 @@ class Composer:
                 log.warning(reason)
             self._escaped = True
         aligned = self._align(asked, reading, collection, load, report)
-        if reason := _outright(asked, aligned.layout, collection):
+        if reason := _outright(asked, aligned.layout, collection, self._context_length(collection)):
             report.fallbacks.append(reason)
             return self._in_full(asked, aligned, collection, report)
         placed = self._place(asked, aligned, collection, report)
@@ -148,6 +148,10 @@ class Composer:
         shift = int(placed.request.positions.max()) + 1 - len(layout)
         step = collection.library.backbone.on_canvas(canvas, shift=shift, score_mod=score_mod, soft=report.soft_tokens)
         return Prefill(layout.text_only(), canvas, done.logits, report, step)
+
+    def _context_length(self, collection: Collection) -> int:
+        """Tokens, with soft ones: those of the engine's model, or of the collection's if that has less."""
+        return min(self._backbone.context_length, collection.library.backbone.context_length)
 
     def _in_full(self, asked: PrefillRequest, aligned: Aligned, collection: Collection, report: Report) -> Prefill:
         """Full prefill, except for a preamble that an earlier prompt had."""
@@ -292,9 +296,8 @@ class Composer:
         )
 
 
-def _outright(asked: PrefillRequest, layout: Layout, collection: Collection) -> str | None:
-    """Why the whole prompt had better be prefilled, or None (see `prompt.outright`)."""
-    length = collection.library.backbone.context_length
+def _outright(asked: PrefillRequest, layout: Layout, collection: Collection, length: int) -> str | None:
+    """Why the whole prompt had better be prefilled, or None (see `prompt.outright`). ``length``: of the context."""
     if len(layout) >= length and bool(layout.soft.any()):
         return f"full prefill: with soft tokens the prompt has {len(layout):,}, the context length is {length:,}"
     if asked.ratio >= 1.0:  # somebody wants every row recomputed

@@ -151,9 +151,12 @@ class SharedCap:
         return gone if fits else None
 
     def spare_bytes(self) -> int:
-        """The bytes that can come with nothing removed, by the note; 0 where it says nothing."""
+        """The bytes that can come with nothing removed, now or by the next file, which makes more room than it needs.
+
+        By the note; 0 where it says nothing.
+        """
         total = self._noted()
-        return 0 if total is None else max(0, self.cap - total)
+        return 0 if total is None else max(0, int(self.cap * LOW_WATER) - total)
 
     def free(self, size: int, last_used: LastUsed) -> list[Found]:
         """Remove the least recently used files until ``size`` bytes are freed, whatever the cap says.

@@ -217,7 +217,8 @@ class DiskStore:
     def _put(self, key: str, data: bytes, spare: bool) -> bool:
         path = self._file(key)
         if _exists(path) and self._adopt(key):
-            self._hold([key])
+            if not spare:
+                self._hold([key])
             return True
         if len(data) > self.cap:
             return self._not_kept(f"larger than the store's cap of {self.cap:,} bytes")
@@ -230,8 +231,8 @@ class DiskStore:
                         held = self._held.active
                         return self._not_kept(FULL if held else "no room could be made")
                     kept = self._adopt(key)
-                    self._hold([key])
                     if not spare:
+                        self._hold([key])
                         self.touch(key)
                     return kept
                 except FileNotFoundError:  # the folder: another process cleared the store
@@ -251,6 +252,8 @@ class DiskStore:
     def _publish(self, path: Path, data: bytes, spare: bool) -> bool:
         """Write the file within the cap of all processes; False when there is no room. Raises OSError."""
         with self._shared.alone():
+            if spare and len(data) > self._shared.spare_bytes():
+                return False
             gone = self._shared.make_room(len(data), (lambda file: None) if spare else self._last_used)
             self._note_evicted(gone or ())
             if gone is None:

@@ -132,7 +132,7 @@ class LRUCache(Generic[K, V]):
             if spare:
                 self._items.move_to_end(key, last=False)
             self.nbytes += nbytes
-            if self._held is not None:
+            if self._held is not None and not spare:
                 self._held.add(key)
                 self.held_bytes += nbytes
             self._memory.shrink()
