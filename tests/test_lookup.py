@@ -228,13 +228,19 @@ def test_what_a_wrong_draft_left_behind_is_not_seen(monkeypatch: pytest.MonkeyPa
     assert prefill.canvas is not None and prefill.canvas.length == row + 1
 
 
-def test_an_answer_that_ends_inside_a_draft_counts_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(tiny_backbone(), method="query_guided", prompt_lookup=0)
-    prompt = prompt_of(engine, PASSAGES[:2])
+def with_right_drafts(monkeypatch: pytest.MonkeyPatch, engine: Engine, prompt: str) -> tuple[list[int], list[Drafting]]:
+    """The answer's 32 tokens, which are drafted from now on, and the drafts of each request to come."""
     right = list(engine.generate(prompt, max_new_tokens=32).ids)
     Drafting.tokens, Drafting.start = right, len(engine.backbone.tokenise_prompt(prompt).ids)
     made: list[Drafting] = []
     monkeypatch.setattr(answering, "_Drafts", lambda *_: made.append(Drafting()) or made[-1])
+    return right, made
+
+
+def test_an_answer_that_ends_inside_a_draft_counts_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_backbone(), method="query_guided", prompt_lookup=0)
+    prompt = prompt_of(engine, PASSAGES[:2])
+    right, made = with_right_drafts(monkeypatch, engine, prompt)
     end = next(at for at in range(4, 9) if right[at] not in right[:at])
     answer = engine.generate(prompt, max_new_tokens=32, eos_token_id=right[end])
     assert len(answer.ids) == end + 1 and (made[0].drafted, made[0].accepted) == (10, end)
@@ -246,10 +252,7 @@ def test_an_answer_that_is_ended_inside_a_draft_counts_what_came_of_it(
 ) -> None:
     engine = Engine(tiny_backbone(), method="query_guided", prompt_lookup=0)
     prompt = prompt_of(engine, PASSAGES[:2])
-    right = list(engine.generate(prompt, max_new_tokens=32).ids)
-    Drafting.tokens, Drafting.start = right, len(engine.backbone.tokenise_prompt(prompt).ids)
-    made: list[Drafting] = []
-    monkeypatch.setattr(answering, "_Drafts", lambda *_: made.append(Drafting()) or made[-1])
+    right, made = with_right_drafts(monkeypatch, engine, prompt)
     cancel = threading.Event()
     stop = [engine.backbone.tokenizer.decode(right[4:7])] if how == "stop string" else None
     with engine.stream(prompt, max_new_tokens=32, stop=stop, cancel=cancel) as stream:

@@ -122,13 +122,9 @@ def test_a_step_that_fails_fails_alone() -> None:
     assert errors == {2: "none left"} and sorted(results) == [0, 1, 3] and lock.idle
 
 
-def test_who_is_interrupted_in_the_middle_of_a_pass_leaves_the_others_theirs() -> None:
-    engine, lock = Engine(tiny_backbone(), method="query_guided"), FairLock()
-    run = Recorded(engine.backbone)
-    steps = Steps(lock)
-    prefills, results, interrupted = ready(engine, 4), dict[int, Tensor](), list[int]()
-    once = [KeyboardInterrupt()]
-    run.fails = lambda parts: once.pop() if once else None
+def one_of_four_is_interrupted(engine: Engine, steps: Steps, run: Recorded) -> None:
+    """Four streams ask at once; one of them is interrupted, the others get their results."""
+    lock, prefills, results, interrupted = steps._lock, ready(engine, 4), dict[int, Tensor](), list[int]()
 
     def ask(i: int) -> None:
         try:
@@ -143,10 +139,19 @@ def test_who_is_interrupted_in_the_middle_of_a_pass_leaves_the_others_theirs() -
     assert len(interrupted) == 1 and len(results) == 3 and lock.idle and not steps._waiting
 
 
+def test_who_is_interrupted_in_the_middle_of_a_pass_leaves_the_others_theirs() -> None:
+    engine = Engine(tiny_backbone(), method="query_guided")
+    run = Recorded(engine.backbone)
+    steps = Steps(FairLock())
+    once = [KeyboardInterrupt()]
+    run.fails = lambda parts: once.pop() if once else None
+
+    one_of_four_is_interrupted(engine, steps, run)
+
+
 def test_who_is_interrupted_while_collecting_the_others_loses_none() -> None:
-    engine, lock = Engine(tiny_backbone(), method="query_guided"), FairLock()
-    steps, run = Steps(lock), Recorded(engine.backbone)
-    prefills, results, interrupted = ready(engine, 4), dict[int, Tensor](), list[int]()
+    engine = Engine(tiny_backbone(), method="query_guided")
+    steps, run = Steps(FairLock()), Recorded(engine.backbone)
     once = [KeyboardInterrupt()]
 
     class Interrupted(dict[Stream, None]):
@@ -160,17 +165,7 @@ def test_who_is_interrupted_while_collecting_the_others_loses_none() -> None:
 
     steps._waiting = Interrupted()
 
-    def ask(i: int) -> None:
-        try:
-            results[i] = steps.stream()(step(prefills[i], 65), run)
-        except KeyboardInterrupt:
-            interrupted.append(i)
-
-    with lock:
-        threads = [start(lambda i=i: ask(i)) for i in range(4)]  # type: ignore[misc]
-        until(lambda: len(steps._waiting) == 4)
-    join(*threads)
-    assert len(interrupted) == 1 and len(results) == 3 and lock.idle and not steps._waiting
+    one_of_four_is_interrupted(engine, steps, run)
 
 
 def test_a_second_attempt_has_the_memory_of_the_first() -> None:
