@@ -15,6 +15,7 @@ from cacheclip_rag import Engine
 from cacheclip_rag.corpus import corpus as corpus_module
 from cacheclip_rag.corpus import fusing
 from cacheclip_rag.kv import variants as fusion_variants
+from cacheclip_rag.store import MemoryStore
 
 
 def ask(ready: Engine, *texts: str, **options: Any) -> Any:
@@ -248,3 +249,11 @@ def test_another_process_finds_what_was_computed(tmp_path: Path) -> None:
         ask(ready, A, B)
         ready.flush()
         assert distance(ask(other, A, B).logits, ask(ready, A, B, method="full").logits) < 1e-4
+
+
+def test_a_store_that_refuses_ends_it(computed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryStore, "put_spare", lambda store, key, chunk: False)
+    with idle(A, B, C, D) as ready:
+        ask(ready, A, B, C, D)
+        ready.flush()
+    assert len(computed) == 1, "what stands behind a chunk that cannot be kept is not computed"

@@ -92,7 +92,6 @@ class Answering:
         cancel: Cancel | None,
     ) -> Generator[int, None, None]:
         start, stream = time.perf_counter(), self.steps.stream()
-        decoding: Generator[int, None, None] | None = None
         try:
             if not place.take(cancel):
                 return
@@ -100,7 +99,7 @@ class Answering:
             taken = len(ready.layout) + report.soft_tokens
             length = min(request.room, self._backbone.context_length - taken)
             drafts = _Drafts(self._prompt_lookup, stream, report) if ready.canvas is not None else None
-            decoding = tokens = self._backbone.generate(
+            tokens = self._backbone.generate(
                 ready.layout.ids,
                 ready.logits,
                 self._step(ready.step, stream),
@@ -128,8 +127,6 @@ class Answering:
             report.finish_reason = "error"
             raise
         finally:
-            if decoding is not None:
-                decoding.close()  # now, so that the report has its last draft
             stream.close()
             place.release()
             report.finish_reason = report.finish_reason or "cancelled"
