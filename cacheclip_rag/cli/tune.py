@@ -41,6 +41,9 @@ class Common:
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 8
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, at most.")] = 3
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps, at most; the rate decays over them.", show_default="no limit")
+    ] = None
     every: Annotated[int, typer.Option(min=1, help="Steps between two looks at held-out questions.")] = 20
     patience: Annotated[int, typer.Option(min=1, help="Looks without a gain that end it.")] = 4
     seed: Annotated[int, typer.Option(help="Of the split, the order and the first weights.")] = 0

@@ -32,8 +32,9 @@ class TrainingError(CacheClipError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. ``batch``: examples of an optimizer step; ``every``: steps between two looks at the held-out
-    questions; ``patience``: how many looks in a row without a lower loss end the training.
+    """How to train. ``batch``: examples of an optimizer step; ``steps``: how many at most, None for all of ``epochs``;
+    ``every``: steps between two looks at the held-out questions; ``patience``: how many looks in a row without a lower
+    loss end the training.
     """
 
     epochs: int = 3
@@ -43,10 +44,11 @@ class Settings:
     every: int = 20
     patience: int = 4
     seed: int = 0
+    steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "every", "patience"):
-            if getattr(self, name) < 1:
+        for name in ("epochs", "batch", "every", "patience", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.lr > 0.0:
             raise ConfigurationError(f"lr must be more than 0, not {self.lr}")
@@ -120,7 +122,8 @@ class _Loop:
         self.task, self.settings, self.kept, self.show = task, settings, kept, show
         self.names = list(task.trained)
         self.optimizer = torch.optim.AdamW([task.trained[n] for n in self.names], settings.lr, weight_decay=0.0)
-        self.total = settings.epochs * math.ceil(task.examples / settings.batch)
+        total = settings.epochs * math.ceil(task.examples / settings.batch)
+        self.total = total if settings.steps is None else min(total, settings.steps)
         self.step = self.tokens = self.waited = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
