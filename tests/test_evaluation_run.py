@@ -12,6 +12,7 @@ import pytest
 import torch
 from cacheclip_eval import Item, Passage, System, access, answers, references, rows, run
 from cacheclip_eval.data import prompt
+from cacheclip_eval.tables import summarise
 from tiny import PASSAGES, tiny_backbone, tiny_model
 
 from cacheclip_rag import Backbone, ConfigurationError, Engine
@@ -368,6 +369,26 @@ def test_a_reference_is_the_greedy_answer_and_its_logits(engine: Counting, tmp_p
     canvas = engine.backbone.canvas(len(ids))
     logits = engine.backbone.forward(ids, torch.arange(len(ids)), canvas, logits=count)
     assert kl(logits, made.logits) < 1e-3 and list(logits.argmax(-1)) == answer[:count]
+
+
+def test_rows_have_the_right_answer_s_likelihood(engine: Counting, tmp_path: Path) -> None:
+    go(engine, tmp_path / "rows.jsonl", [NAIVE, System("exact", "naive", 1.0)], ITEMS[:1])
+    found = {row["system"]: row["nll"] for row in lines(tmp_path / "rows.jsonl")}
+    backbone, answer = engine.backbone, ITEMS[0].answers[0]
+    right = [*backbone.tokenise(answer, plain=True).ids.tolist(), backbone.tokenizer.eos_token_id]
+    ids = torch.tensor([*backbone.tokenise_prompt(prompt(ITEMS[0], backbone)).ids.tolist(), *right])
+    with torch.inference_mode():
+        logits = backbone.model(ids[None]).logits[0, -len(right) - 1 : -1].float()
+    expected = float(torch.nn.functional.cross_entropy(logits, ids[-len(right) :]))
+    assert found["full"] == pytest.approx(expected, rel=1e-3)
+    assert found["naive"] != pytest.approx(expected, rel=1e-3)
+
+
+def test_an_item_without_answers_has_no_likelihood(engine: Counting, tmp_path: Path) -> None:
+    asked = dataclasses.replace(ITEMS[0], answers=())
+    go(engine, tmp_path / "rows.jsonl", [NAIVE], [asked])
+    assert [row["nll"] for row in lines(tmp_path / "rows.jsonl")] == [None, None]
+    assert "NLL" not in summarise(tmp_path / "rows.jsonl")
 
 
 def test_references_of_another_model_prompt_or_length_are_not_used(engine: Counting, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def test_it_trains(tmp_path):
     assert (outcome.ended, outcome.steps, task.seen, outcome.tokens) == ("done", 16, 40, 280)
     assert outcome.gained and outcome.best["loss"] < outcome.first["loss"] == pytest.approx(0.09)
     assert task.saved and task.saved[-1][-1]["held_out"] == outcome.best
+
+
+def test_steps_end_it_and_the_rate_decays_over_them(tmp_path):
+    short, whole = Line(), Line()
+    settings = Settings(epochs=4, batch=10, lr=1e-3, every=1, patience=50)
+    assert run(short, tmp_path / "short", dataclasses.replace(settings, steps=2)).steps == 2
+    assert run(whole, tmp_path / "whole", settings).steps == 4
+    # AdamW with one gradient again and again moves by the rate: (1 + 1) lr where 2 steps were asked for, else more.
+    assert float(short.weight[0].detach()) == pytest.approx(2e-3, rel=0.01)
+    assert float(whole.weight[0].detach()) == pytest.approx(3e-3, rel=0.01)
 
 
 @pytest.mark.parametrize("stop", [2, 7, 20, 31])

@@ -16,8 +16,8 @@ from cacheclip_rag.prefill.result import Prefill
 from cacheclip_rag.verification import kl
 
 from . import access, metrics, rows
-from .data import Item
-from .references import Reference, References, measured
+from .data import Item, right_answer
+from .references import Reference, References, likelihood, measured
 from .rows import Row
 from .systems import System
 
@@ -44,7 +44,7 @@ def answers(
         with suppress(Exception):
             engine.ensure([passage.chunk for passage in item.passages], method=first.recipe)
     try:
-        reference = references.of(engine, text)
+        reference = references.of(engine, text, right_answer(item, engine.backbone))
     except Exception as error:
         for row in wanted:
             yield _failed(row, error, "full prefill: ")
@@ -79,7 +79,10 @@ def measure(
     access.ensure(engine, item, method)
     if system.plan is not None:
         method = access.fuse(engine, method, system.plan(item))
-    prefill = engine.prefill(text, question=item.question, method=method, recompute_ratio=system.ratio, room=length + 1)
+    right = right_answer(item, engine.backbone)
+    room = max(length, len(right)) + 1
+    prefill = engine.prefill(text, question=item.question, method=method, recompute_ratio=system.ratio, room=room)
+    nll = likelihood(prefill, right)
     logits = prefill.forced(reference.answer)
     known.append(decode(engine, prefill, [reference.answer, *known], logits, length))
     answer = _text(engine, known[-1])
@@ -93,6 +96,7 @@ def measure(
     return {
         **scores(item, answer, _text(engine, reference.answer), kl(reference.logits, compared)),
         **measured(prefill.report),
+        "nll": nll,
         "stored_bytes": size and size[0],
         "stored_tokens": size and size[1],
         "auxiliary_bytes": aside and aside[0],

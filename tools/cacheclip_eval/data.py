@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cacheclip_rag.model.backbone import Backbone
 
 log = logging.getLogger("cacheclip_rag")
@@ -159,3 +162,13 @@ def prompt(item: Item, backbone: Backbone) -> str:
         f"{INSTRUCTION}\n\nQuestion: {item.question}\nAnswer:"
     )
     return backbone.chat([{"role": "user", "content": content}])
+
+
+def right_answer(item: Item, backbone: Backbone) -> Tensor:
+    """The tokens ``[A]`` int64 of the item's first answer and of the model's end of text; of none, ``[0]``."""
+    given = next((answer.strip() for answer in item.answers if answer.strip()), None)
+    if given is None:
+        return torch.tensor([], dtype=torch.long)
+    end = backbone.tokenizer.eos_token_id
+    ends = torch.tensor([] if end is None else [end], dtype=torch.long)
+    return torch.cat([backbone.tokenise(given, plain=True).ids, ends])

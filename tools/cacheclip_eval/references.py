@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 
 from cacheclip_rag.engine import Engine
+from cacheclip_rag.prefill.result import Prefill
 from cacheclip_rag.report import Report
 from cacheclip_rag.store import files
 
@@ -30,7 +31,8 @@ FORMAT = "cacheclip-rag reference/1"
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Full prefill of one prompt: its greedy ``answer``, the bfloat16 ``logits [n, V]`` of the answer's first n tokens
-    (at most `ANSWER_TOKENS`), and the numbers of its report (`measured`).
+    (at most `ANSWER_TOKENS`), and the numbers of its report (`measured`), with the right answer's
+    likelihood.
     """
 
     answer: tuple[int, ...]
@@ -47,11 +49,13 @@ class References:
     def __init__(self, folder: str | Path, model: str, max_new_tokens: int) -> None:
         self._folder, self._model, self._length = Path(folder), model, max_new_tokens
 
-    def of(self, engine: Engine, prompt: str) -> Reference:
-        """The cached reference, or a new one. Raises what `Engine.prefill` raises."""
+    def of(self, engine: Engine, prompt: str, right: Tensor | None = None) -> Reference:
+        """The cached reference, or a new one, with the likelihood of the ``right`` answer ``[A]`` if there is one.
+        Raises what `Engine.prefill` raises.
+        """
         kept = self.get(prompt)
         if kept is None:
-            kept = compute(engine, prompt, self._length)
+            kept = compute(engine, prompt, self._length, right)
             self.put(prompt, kept)
         return kept
 
@@ -103,9 +107,11 @@ def digest(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def compute(engine: Engine, prompt: str, max_new_tokens: int) -> Reference:
+def compute(engine: Engine, prompt: str, max_new_tokens: int, right: Tensor | None = None) -> Reference:
     """Full prefill and greedy decoding, with the logits of the answer's first tokens."""
-    full = engine.prefill(prompt, method="full", room=max_new_tokens + 1)
+    room = max(max_new_tokens, 0 if right is None else len(right)) + 1
+    full = engine.prefill(prompt, method="full", room=room)
+    nll = None if right is None else likelihood(full, right)
     seen = [full.logits]
 
     def step(token: Tensor, row: int) -> Tensor:
@@ -117,7 +123,14 @@ def compute(engine: Engine, prompt: str, max_new_tokens: int) -> Reference:
     answer = tuple(
         engine.backbone.generate(full.layout.ids, full.logits, step, max_new_tokens=max_new_tokens, do_sample=False)
     )
-    return Reference(answer, torch.cat(seen)[: len(answer)].bfloat16().cpu(), measured(full.report))
+    return Reference(answer, torch.cat(seen)[: len(answer)].bfloat16().cpu(), {**measured(full.report), "nll": nll})
+
+
+def likelihood(prefill: Prefill, right: Tensor) -> float | None:
+    """The mean negative log-likelihood in nats per token of the ``right`` answer ``[A]``; None of an empty one."""
+    if not len(right):
+        return None
+    return float(torch.nn.functional.cross_entropy(prefill.forced(right.tolist()).float().cpu(), right))
 
 
 def measured(report: Report) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _COLUMNS: dict[str, Callable[[Record], str]] = {
     "ratio": lambda r: _number(r["ratio"]),
     "TTFT": lambda r: _number(r["ttft"], ".2f"),
     "bytes/token": lambda r: _number(r["bytes_per_token"], ",.0f"),
+    "NLL": lambda r: _number(r["nll"]),
 }
 
 _DIFFERENCES: dict[str, Callable[[Record], str]] = {
@@ -38,12 +39,14 @@ def summarise(path: str | Path) -> str:
     """One Markdown table per data set of `figures.summary`: mean [95 % bootstrap interval]; – for a missing number.
 
     *adjusted* has its number of items in brackets, *normalised* is 0 for plain reuse and 100 for full prefill, *ratio*
-    is as realised, *median* is the KL's, *TTFT* is relative to full prefill. Systems that fell back are listed below.
-    The same rows give the same text.
+    is as realised, *median* is the KL's, *TTFT* is relative to full prefill, *NLL* (where rows have it) is the right
+    answer's. Systems that fell back are listed below. The same rows give the same text.
     """
     parts = []
     for dataset, records in _grouped(summary(path)).items():
-        parts.append(f"### {dataset}\n\n{_table(_COLUMNS, records)}")
+        known = any(record["nll"] is not None for record in records)
+        columns = {name: cell for name, cell in _COLUMNS.items() if known or name != "NLL"}
+        parts.append(f"### {dataset}\n\n{_table(columns, records)}")
         if fell := [f"{r['system']} on {r['fell_back']}" for r in records if r["fell_back"]]:
             parts.append(f"Items on which reuse was given up, wholly or for a chunk: {', '.join(fell)}.")
     return "\n\n".join(parts) + "\n"

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from cacheclip_eval.data import Item, prompt
+from cacheclip_eval.data import Item, prompt, right_answer
 from torch import Tensor, nn
 
 from cacheclip_rag.errors import PromptError
@@ -37,10 +36,7 @@ class Blocks:
     def rows(self, item: Item, apart: bool, untuned: bool = False) -> Rows:
         """The rows of an item's prompt and answer: with passages encoded ``apart``, or of a full prefill."""
         backbone = self.lora.backbone
-        text, end = prompt(item, backbone), backbone.tokenizer.eos_token_id
-        ends = torch.tensor([] if end is None else [end], dtype=torch.long)
-        given = next(answer.strip() for answer in item.answers if answer.strip())
-        answer = torch.cat([backbone.tokenise(given, plain=True).ids, ends])
+        text, answer = prompt(item, backbone), right_answer(item, backbone)
         if not apart:
             return full_rows(backbone, text, answer)
         passages = [passage.chunk for passage in item.passages]
