@@ -135,6 +135,32 @@ ladder: setup  ## DATA=folder: ideas on the questions for choosing, with the sma
 	@$(RUN)/python benchmarks/report.py $(DATA) --half choosing --model qwen2.5-coder-0.5b-instruct --items 16 \
 		--sets hotpotqa_distractor nq_multidoc 2wikimultihopqa --methods $(LADDER) --out $(RESULTS)/ladder-0.5b.jsonl
 
+TUNE = $(RUN)/cacheclip tune
+ASKED = "$(DATA)/xquad_fusion?passages=4" "$(DATA)/peps_demo?passages=4" --stop-items 12
+SMALL = --model smollm2-135m-instruct --batch 4 --every 25
+FITTED = --model qwen2.5-coder-0.5b-instruct --auxiliary smollm2-135m-instruct
+train: setup  ## DATA=folder: the trainings of benchmarks/results/trained.md, into adapters/ (four core-hours; resumable)
+	@$(TUNE) blocks $(ASKED) $(SMALL) --method turborag --steps 125 --out adapters/turborag
+	@$(TUNE) blocks $(ASKED) $(SMALL) --method turborag --steps 25 --out adapters/few
+	@$(TUNE) blocks $(ASKED) $(SMALL) --method blockattention --steps 100 --out adapters/blockattention
+	@$(TUNE) links $(ASKED) $(SMALL) --steps 125 --out adapters/links
+	@$(TUNE) packet $(ASKED) $(SMALL) --every 10 --lr 3e-3 --answer 24 --steps 50 --out adapters/packet
+	@$(TUNE) auxiliary $(ASKED) $(FITTED) --batch 4 --every 10 --steps 50 --out adapters/auxiliary
+	@$(TUNE) head $(ASKED) $(FITTED) --epochs 8 --out adapters/head
+
+trained: setup  ## DATA=folder: what they bring, beside untrained weights (two core-hours; resumable)
+	@$(RUN)/python benchmarks/trained.py $(DATA) --out $(RESULTS)/trained-135m.jsonl
+	@$(RUN)/python benchmarks/trained.py $(DATA) --out $(RESULTS)/trained-0.5b.jsonl --items 12 \
+		--model qwen2.5-coder-0.5b-instruct
+	@$(RUN)/python benchmarks/oracle.py "xquad_held_out=adapters/head/held-out.jsonl" \
+		"$(DATA)/hotpotqa_distractor?passages=4" --stride 8 --out $(RESULTS)/oracle-0.5b.jsonl --systems \
+		random@0.15 cacheblend@0.15 infoflow@0.15 query_guided@0.15 "auto@0.15:fused=False" \
+		$(foreach n,row chunk,$(foreach b,(0.0$(COMMA)0.35) (0.35$(COMMA)0.69) (0.69$(COMMA)0.83) (0.83$(COMMA)1.0),\
+		"query_guided@0.15:group_size=1$(COMMA)layers=$(b)$(COMMA)normalise=$(n)")) \
+		cacheclip@0.15 cacheclip@0.15:layers=upper \
+		$(foreach n,auxiliary head,cacheclip@0.15:auxiliary=adapters/$(n))
+	@$(RUN)/python benchmarks/trained.py --cards adapters > $(RESULTS)/trained-cards.json
+
 analyses: setup  ## DATA=folder: what the papers leave open, measured and drawn (some twenty minutes)
 	@$(RUN)/cacheclip analyse agreement $(DATA)/hotpotqa_distractor --items 8 --out docs/figures/agreement.svg \
 		--auxiliary smollm2-135m-instruct --auxiliary qwen2.5-coder-0.5b-instruct

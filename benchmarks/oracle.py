@@ -89,6 +89,7 @@ def chosen(engine: Engine, item: Item, system: System) -> set[int]:
     """The rows that a system recomputes."""
     engine.auxiliary = system.auxiliary or engine.auxiliary
     text = prompt(item, engine.backbone)
+    engine.ensure([passage.chunk for passage in item.passages], method=system.recipe)
     report = engine.prefill(
         text, question=item.question, method=system.recipe, recompute_ratio=system.ratio, room=1
     ).report

@@ -2,12 +2,11 @@
 
     python benchmarks/trained.py DATA --adapters adapters --out ROWS [--model NAME] [--sets ...] [--items 20]
     python benchmarks/trained.py --cards adapters > benchmarks/results/trained-cards.json
-    python benchmarks/trained.py --table ROWS... --cards-file benchmarks/results/trained-cards.json
 
 ``--adapters``: a folder of folders that ``cacheclip tune`` wrote, relative to where the command runs, since labels of
 rows have the path. Those are run whose answers ``--model`` gives. Nothing was trained on the documents of the questions
 asked; XQuAD's are those that the trainings kept apart. Questions of the reporting half are not asked (`halves`).
-Resumable, as `report`.
+Resumable, as `report`. `results.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from analyses import table
 from cacheclip_eval import command, paired, rows
 from cacheclip_eval.sources import Source, sources
 from cacheclip_eval.systems import parse
-from claims import Scores, by_system
+from claims import Scores
 from halves import REPORTING
 
 from cacheclip_rag.errors import ConfigurationError
@@ -228,16 +227,9 @@ def main() -> None:
     parser.add_argument("--references", type=Path)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--cards", type=Path, help="print the cards of a folder of adapters, and run nothing")
-    parser.add_argument("--table", type=Path, nargs="+", help="print the tables of these rows, and run nothing")
-    parser.add_argument("--cards-file", type=Path, help="the cards for --table")
     args = parser.parse_args()
     if args.cards:
         print(json.dumps(cards(args.cards), indent=1))
-        return
-    if args.table:
-        known = json.loads(args.cards_file.read_text(encoding="utf-8"))
-        models = [by_system(path) for path in args.table]
-        print(*map(overview, models), claims(models, known), curves(known), sep="\n\n")
         return
     if not args.data or not args.out or args.adapters.is_absolute():
         parser.error("give the folder of the data sets, --out FILE, and a relative --adapters")

@@ -47,9 +47,10 @@ def test_steps_end_it_and_the_rate_decays_over_them(tmp_path):
 def test_interrupted_anywhere_it_ends_where_it_would_have(tmp_path, stop):
     whole, broken, again = Line(), Line(stop=stop), Line()
     expected = run(whole, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps its last error, with all its frames
         run(broken, tmp_path / "broken")
     outcome = run(again, tmp_path / "broken")
+    assert kept.tb is not None
     assert torch.equal(again.weight, whole.weight) and again.seen < whole.seen + 10
     assert (outcome.steps, outcome.tokens, outcome.best) == (expected.steps, expected.tokens, expected.best)
 

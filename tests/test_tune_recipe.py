@@ -13,6 +13,7 @@ from cacheclip_eval import grid, pilot, recipe, runner
 from cacheclip_eval.choice import Tried, choose
 from cacheclip_eval.sources import sources
 from cacheclip_eval.systems import parse
+from filelock import FileLock
 from tiny import PASSAGES, SHAPE, byte_tokenizer, prompt_of, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
@@ -329,3 +330,12 @@ def test_a_model_that_cannot_be_composed_is_refused(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
     done = tune(write(tmp_path / "log.jsonl", 12), "--model", folder, "--out", tmp_path / "out")
     assert done.exit_code == 2 and "dynamic" in done.stderr and not (tmp_path / "out" / "recipe.json").exists()
+
+
+def test_two_pilots_do_not_ask_into_one_folder(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(pilot, "Engine", None)
+    with FileLock(out / "lock"):
+        done = tune(write(tmp_path / "log.jsonl", 12), "--model", model, "--out", out, *FAST)
+    assert done.exit_code == 2 and "another process runs a pilot in" in done.stderr and "--out" in done.stderr

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cacheclip_rag.engine import Engine
 from cacheclip_rag.errors import ConfigurationError
 
@@ -74,10 +76,19 @@ def execute(plan: Plan, choosing: Half, reporting: Half, say: Say) -> tuple[dict
     """Run what is missing, decide, and write ``recipe.json`` and ``README.md``. Returns the record, as `recipe.lines`
     takes it, and the number of answers that failed in this run. The halves are those of `split`.
 
-    Raises `ConfigurationError` for rows of another model or version, and where too little was answered; what `Engine`
-    raises.
+    Raises `ConfigurationError` for rows of another model or version, while another process asks into this folder, and
+    where too little was answered; what `Engine` raises.
     """
     rows.prepare(plan.out / ROWS)
+    try:
+        held = FileLock(plan.out / "lock").acquire(timeout=0)
+    except Timeout:
+        raise ConfigurationError(f"another process runs a pilot in {plan.out}: give another --out") from None
+    with held:
+        return _execute(plan, choosing, reporting, say)
+
+
+def _execute(plan: Plan, choosing: Half, reporting: Half, say: Say) -> tuple[dict[str, Any], int]:
     say("opening the model")
     helper = plan.auxiliary if plan.method.select.needs_auxiliary else None
     with Engine(plan.model, auxiliary=helper, store=plan.store) as engine:

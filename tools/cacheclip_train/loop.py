@@ -107,12 +107,11 @@ def train(
     """
     kept = folder / CHECKPOINT
     kept.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(kept / "lock")
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(kept / "lock").acquire(timeout=0)
     except Timeout:
         raise ConfigurationError(f"another process trains in {folder}") from None
-    with lock:
+    with held:
         _same_training(kept / _SETTINGS, {**identity, **dataclasses.asdict(settings)}, folder)
         return _Loop(task, settings, kept, show).run(hours)
 
