@@ -126,7 +126,7 @@ neighbours: setup  ## DATA=folder: chunks by themselves, and fused with 2 to 15 
 		$(foreach n,5 10,auto@$(r):context=use$(COMMA)neighbours=$(n)))
 
 # The half of the questions that nothing was chosen on, and the other half, for ideas (benchmarks/halves.py).
-report: setup  ## DATA=folder: six systems on the questions kept for reporting (nine core-hours; resumable)
+report: setup  ## DATA=folder: seven systems on the questions kept for reporting (ten core-hours; resumable)
 	@$(RUN)/python benchmarks/report.py $(DATA) --out $(RESULTS)/report-1.5b.jsonl
 
 LADDER = auto@0.15:fused=False $(foreach q,last both,auto@0.15:fused=False$(COMMA)queries=$(q)) naive \

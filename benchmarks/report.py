@@ -1,4 +1,4 @@
-"""The report: six systems on the reporting half of five sets, against full prefill.
+"""The report: seven systems on the reporting half of five sets, against full prefill.
 
     python benchmarks/report.py DATA --out benchmarks/results/report-1.5b.jsonl
     python benchmarks/report.py --table benchmarks/results/report-1.5b.jsonl
@@ -29,7 +29,17 @@ from halves import SETS, half
 from cacheclip_rag.errors import ConfigurationError
 
 COLD = "auto@0.15:fused=False"
-SYSTEMS = ("naive", "cacheclip@0.15", "infoflow@0.15", COLD, "auto:context=similar", "auto:context=use")
+SYSTEMS = (
+    "naive",
+    "cacheclip@0.15",
+    "infoflow@0.15",
+    COLD,
+    "auto@0.3:fused=False",
+    "auto:context=similar",
+    "auto:context=use",
+)
+IN_ORDERS = ("infoflow@0.15", COLD, "auto:context=use")
+"""The systems of ``--orders``."""
 ORDERS = (1, 2, 3)
 """Seeds of the orders that ``--orders`` asks in."""
 ORDERED = ("hotpotqa_distractor", "nq_multidoc")
@@ -66,7 +76,7 @@ def main() -> None:
             asked = [in_order(source, seed) for seed in ORDERS for source in asked]
         plan = command.Plan(
             asked,
-            parse(args.methods or (SYSTEMS[2::2] if args.orders else SYSTEMS)),
+            parse(args.methods or (IN_ORDERS if args.orders else SYSTEMS)),
             args.model,
             args.auxiliary,
             args.out,
