@@ -66,7 +66,7 @@ def systems(folder: Path, model: str) -> list[str]:
     for name, card in mine.items():
         uses = card["uses"].replace("FOLDER", str(folder / name))
         found.append(uses.replace("cacheclip:", f"{SELECTED}:") if name in selecting else uses)
-        if card["kind"] in ("blocks", "links"):
+        if card["kind"] == "blocks":
             found.append(f"full:adapter={folder / name}")
     return found
 
