@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-vllm behaviours torture check docs wheels bench bench-answer bench-gpu bench-store quality results unseen recipe \
-	neighbours report ladder analyses sensitivity clean
+	neighbours report ladder train trained analyses sensitivity clean
 
 setup: $(VENV)/.ready
 
@@ -137,16 +137,20 @@ ladder: setup  ## DATA=folder: ideas on the questions for choosing, with the sma
 
 TUNE = $(RUN)/cacheclip tune
 ASKED = "$(DATA)/xquad_fusion?passages=4" "$(DATA)/peps_demo?passages=4" --stop-items 12
-SMALL = --model smollm2-135m-instruct --batch 4 --every 25
+SMALL = --model smollm2-135m-instruct --batch 4
 FITTED = --model qwen2.5-coder-0.5b-instruct --auxiliary smollm2-135m-instruct
-train: setup  ## DATA=folder: the trainings of benchmarks/results/trained.md, into adapters/ (four core-hours; resumable)
-	@$(TUNE) blocks $(ASKED) $(SMALL) --method turborag --steps 125 --out adapters/turborag
-	@$(TUNE) blocks $(ASKED) $(SMALL) --method turborag --steps 25 --out adapters/few
-	@$(TUNE) blocks $(ASKED) $(SMALL) --method blockattention --steps 100 --out adapters/blockattention
-	@$(TUNE) links $(ASKED) $(SMALL) --steps 125 --out adapters/links
-	@$(TUNE) packet $(ASKED) $(SMALL) --every 10 --lr 3e-3 --answer 24 --steps 50 --out adapters/packet
-	@$(TUNE) auxiliary $(ASKED) $(FITTED) --batch 4 --every 10 --steps 50 --out adapters/auxiliary
-	@$(TUNE) head $(ASKED) $(FITTED) --epochs 8 --out adapters/head
+HOW_turborag = blocks $(ASKED) $(SMALL) --every 25 --method turborag --steps 125
+HOW_few = blocks $(ASKED) $(SMALL) --every 25 --method turborag --steps 25
+HOW_blockattention = blocks $(ASKED) $(SMALL) --every 25 --method blockattention --steps 100
+HOW_links = links $(ASKED) $(SMALL) --every 25 --links 5 --steps 125
+HOW_packet = packet $(ASKED) $(SMALL) --every 10 --lr 3e-3 --answer 24 --steps 30
+HOW_auxiliary = auxiliary $(ASKED) $(FITTED) --batch 4 --every 10 --steps 40
+HOW_head = head $(ASKED) $(FITTED) --batch 8 --epochs 8
+ADAPTERS = turborag few blockattention links packet auxiliary head
+train: $(ADAPTERS:%=adapters/%/.finished)  ## DATA=folder: the trainings of benchmarks/results/trained.md, into adapters/ (four core-hours; resumable)
+adapters/%/.finished: | setup
+	@$(TUNE) $(HOW_$*) --out adapters/$*
+	@touch $@
 
 trained: setup  ## DATA=folder: what they bring, beside untrained weights (two core-hours; resumable)
 	@$(RUN)/python benchmarks/trained.py $(DATA) --out $(RESULTS)/trained-135m.jsonl

@@ -3,9 +3,9 @@
     python benchmarks/oracle.py DATA... --out ROWS --systems cacheclip@0.15 "cacheclip@0.15:auxiliary=FOLDER"
     python benchmarks/oracle.py --table ROWS...
 
-The oracle takes a prompt of chunks that were encoded alone, recomputes one row of them, and all rows behind the chunks,
-and sees by how much that lowers the KL divergence of the answer's tokens from full prefill's (teacher-forced, float32).
-It does so for every fourth row (``--stride``). A system is judged by the share of the oracle's best rows it
+The oracle takes a prompt of chunks that were encoded alone, recomputes one of their rows, as the rows outside of chunks
+are, and sees by how much that lowers the KL divergence of the answer's tokens from full prefill's (teacher-forced,
+float32). It does so for every fourth row (``--stride``). A system is judged by the share of the oracle's best rows it
 recomputes, of as many as its ratio is of them: by chance that share is the ratio. Questions of the reporting half are
 not asked (`halves`). Rows of both kinds are appended item by item, and the same command goes on where it stopped.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,8 +66,7 @@ def gains(engine: Engine, item: Item, stride: int) -> dict[str, Any]:
     candidates = request.rows[::stride]
 
     def distance(row: Tensor) -> float:
-        behind = request.fresh[request.fresh > int(row[0])] if len(row) else request.fresh
-        rows = merge_rows(row, behind)
+        rows = merge_rows(row, request.fresh)
         asked = torch.arange(len(request.layout), len(request.layout) + len(answer) - 1)
         ids = torch.cat([request.layout.ids[rows], answer[:-1]])
         places = torch.cat([request.positions[rows], request.positions[-1] + 1 + torch.arange(len(asked))])
@@ -82,7 +82,7 @@ def gains(engine: Engine, item: Item, stride: int) -> dict[str, Any]:
         lowered.append(base - distance(row))
         for layer, (keys, values) in enumerate(kept):
             request.workspace.write_layer(layer, row, keys, values)
-    return {"kl": base, "rows": candidates.tolist(), "gains": lowered, "context": len(request.rows)}
+    return {"stride": stride, "kl": base, "rows": candidates.tolist(), "gains": lowered, "context": len(request.rows)}
 
 
 def chosen(engine: Engine, item: Item, system: System) -> set[int]:
@@ -105,7 +105,7 @@ def measure(
     engine.ensure([passage.chunk for passage in item.passages])
     own = engine.auxiliary
     if "oracle" not in done:
-        yield {"system": "oracle", "stride": stride, **gains(engine, item, stride)}
+        yield {"system": "oracle", **gains(engine, item, stride)}
     for system in systems:
         if system.label not in done:
             engine.auxiliary = own
@@ -113,16 +113,20 @@ def measure(
     engine.auxiliary = own
 
 
-def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; of none, none. What a kill left of a last line is cut off the file."""
+    whole = path.read_bytes() if path.is_file() else b""
+    if (end := whole.rfind(b"\n") + 1) < len(whole):
+        os.truncate(path, end)
+    return [json.loads(line) for line in whole[:end].splitlines()]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """*found*: the share of the oracle's best rows that the system recomputes; *gain*: the sum of the gains of the
-    candidates it recomputes, as a share of the sum over as many of the best ones. Means over items, [95 %].
+    """*found*: the share of the oracle's best rows that the system recomputes, mean over items [95 %]; *gain*: the sum
+    of the gains of the candidates it recomputes, as a share of the sum over as many of the best ones, over all items.
     """
     oracle = {(row["dataset"], row["id"]): row for row in rows if row["system"] == "oracle"}
-    scored: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    scored: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in rows:
         best = oracle.get((row["dataset"], row["id"]))
         if row["system"] != "oracle" and best is not None:
@@ -131,21 +135,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [["system", *(f"{name}: {what}" for name in sets for what in ("found", "gain")), "items"]]
     lines.append(["---"] * len(lines[0]))
     for system, found in scored.items():
-        cells = [f"`{system}`"]
-        for name in sets:
-            for part in zip(*found.get(name, []), strict=True) if found.get(name) else ([], []):
-                low, high = bootstrap(list(part))
-                cells.append(f"{mean(part):.2f} [{low:.2f}, {high:.2f}]" if part else "–")
-        lines.append([*cells, str(sum(map(len, found.values())))])
+        cells = [cell for name in sets for cell in _cells(found.get(name, []))]
+        lines.append([f"`{system}`", *cells, str(sum(map(len, found.values())))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _judged(best: dict[str, Any], taken: Sequence[int]) -> tuple[float, float]:
+def _cells(judged: Sequence[tuple[float, float, float]]) -> tuple[str, str]:
+    if not judged:
+        return "–", "–"
+    shares = [share for share, _, _ in judged]
+    low, high = bootstrap(shares)
+    mine, best = (sum(one[column] for one in judged) for column in (1, 2))
+    return f"{mean(shares):.2f} [{low:.2f}, {high:.2f}]", f"{mine / best:.2f}"
+
+
+def _judged(best: dict[str, Any], taken: Sequence[int]) -> tuple[float, float, float]:
+    """The share of the best rows taken, the gains of those taken, and those of as many of the best."""
     mine = set(taken)
     order = sorted(zip(best["gains"], best["rows"], strict=True), reverse=True)
     count = max(1, round(len(order) * len(mine) / best["context"]))
-    top, has = order[:count], [gain for gain, row in order if row in mine]
-    return mean(row in mine for _, row in top), sum(has) / sum(gain for gain, _ in top)
+    has = [gain for gain, row in order if row in mine]
+    return mean(row in mine for _, row in order[:count]), sum(has), sum(gain for gain, _ in order[: len(has)])
 
 
 def main() -> None:
@@ -160,7 +170,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=4)
     args = parser.parse_args()
     if args.table:
-        print(table(read(args.table)))
+        print(table([row for path in args.table for row in read(path)]))
         return
     if not args.data or not args.out:
         parser.error("give data sets, and --out FILE")
@@ -172,18 +182,20 @@ def main() -> None:
         helpers = {name: engine.open_auxiliary(name) for name in {one.helper for one in systems} if name}
         systems = [dataclasses.replace(one, auxiliary=helpers.get(one.helper)) for one in systems]
         known: dict[tuple[str, str], set[str]] = {}
-        for row in read([args.out]):
+        for row in read(args.out):
+            if (row["model"], row.get("stride", args.stride)) != (args.model, args.stride):
+                sys.exit(f"{args.out} has rows of another model or stride: give another --out")
             known.setdefault((row["dataset"], row["id"]), set()).add(row["system"])
         with args.out.open("a", encoding="utf-8") as out:
             for source in asked:
                 ids = {item.id for item in source.all()} - {id for ids in REPORTING.values() for id in ids}
                 source = dataclasses.replace(source, ids=ids)
                 for item in source.items(args.items, engine.backbone):
-                    key = {"dataset": source.name, "id": item.id}
+                    key = {"model": args.model, "dataset": source.name, "id": item.id}
                     for row in measure(engine, item, systems, args.stride, known.get((source.name, item.id), set())):
                         out.write(json.dumps({**key, **row}) + "\n")
                         out.flush()
-    print(table(read([args.out])))
+    print(table(read(args.out)))
 
 
 if __name__ == "__main__":

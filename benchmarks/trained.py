@@ -4,8 +4,8 @@
     python benchmarks/trained.py --cards adapters > benchmarks/results/trained-cards.json
 
 ``--adapters``: a folder of folders that ``cacheclip tune`` wrote, relative to where the command runs, since labels of
-rows have the path. Those are run whose answers ``--model`` gives. Nothing was trained on the documents of the questions
-asked; XQuAD's are those that the trainings kept apart. Questions of the reporting half are not asked (`halves`).
+rows have the path. Those are run whose answers ``--model`` gives. No training had a question about the documents that
+these are about; XQuAD's are those that it kept apart. Questions of the reporting half are not asked (`halves`).
 Resumable, as `report`. `results.py` makes the tables.
 """
 
@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -25,6 +25,7 @@ from analyses import table
 from cacheclip_eval import command, paired, rows
 from cacheclip_eval.sources import Source, sources
 from cacheclip_eval.systems import parse
+from cacheclip_train.loop import CHECKPOINT
 from claims import Scores
 from halves import REPORTING
 
@@ -52,13 +53,17 @@ def cards(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob("*/card.json")):
         card = json.loads(path.read_text(encoding="utf-8"))
         card["data"].pop("documents")
+        log = path.parent / CHECKPOINT / "log.jsonl"
+        if log.is_file():  # the card's own history ends at the best look
+            card["training"]["history"] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         found[path.parent.name] = card
     return found
 
 
 def systems(folder: Path, model: str) -> list[str]:
-    """What to compare for the adapters of ``folder`` whose answers ``model`` gives."""
-    mine = {n: c for n, c in cards(folder).items() if c.get("fitted_to", c["primary"])["name"] == model}
+    """What to compare for the finished trainings of ``folder`` that ``model`` answers with."""
+    finished = {name: card for name, card in cards(folder).items() if card["finished"]}
+    mine = {name: card for name, card in finished.items() if card.get("fitted_to", card["primary"])["name"] == model}
     selecting = [name for name, card in mine.items() if "fitted_to" in card]
     found = ["naive", COLD]
     if selecting:
@@ -93,12 +98,12 @@ class Claim:
     """``mine`` minus ``theirs`` in a ``measure`` is below 0 on the ``sets`` (all, the trained domain, the others).
 
     Both are systems; of a pair ``(system, reference)`` it is the difference between its two, item by item. ``trained``:
-    the adapter that the claim is about. ``null``: the claim is that there is no difference, or one above 0.
+    the trainings that the claim is about. ``null``: the claim is that there is no difference, or one above 0.
     """
 
     source: str
     words: str
-    trained: str
+    trained: tuple[str, ...]
     mine: str | tuple[str, str]
     theirs: str | tuple[str, str]
     measure: str = "nll"
@@ -125,20 +130,19 @@ def _published(names: dict[str, str]) -> list[Claim]:
     for name, what in (("auxiliary", "a tuned auxiliary model"), ("head", "a tuned head (ours)")):
         for sets, where in (("own", "in the trained domain"), ("other", "in other domains")):
             words = f"{what} selects better, {where}"
-            found.append(Claim(auxiliary, words, name, names.get(name, ""), SELECTED, "kl", sets))
+            found.append(Claim(auxiliary, words, (name,), names.get(name, ""), SELECTED, "kl", sets))
     found += [
-        Claim(block, "recovers what plain reuse loses", "blockattention", loses("blockattention"), PLAIN),
-        Claim(turbo, "recovers what plain reuse loses", "turborag", loses("turborag"), PLAIN),
+        Claim(block, "recovers what plain reuse loses", ("blockattention",), loses("blockattention"), PLAIN),
+        Claim(turbo, "recovers what plain reuse loses", ("turborag",), loses("turborag"), PLAIN),
     ]
     for other in ("blockattention", "turborag"):
         words = f"better than {'Block-Attention' if other == 'blockattention' else 'TurboRAG'}"
         theirs = names.get(other, "")
-        found.append(Claim("KVLink, arXiv 2502.16002", words, "links", names.get("links", ""), theirs))
-    found.append(
-        Claim("KV Packet, arXiv 2604.13226", "nearer to full prefill", "packet", names.get("packet", ""), "naive", "kl")
-    )
+        found.append(Claim("KVLink, arXiv 2502.16002", words, ("links", other), names.get("links", ""), theirs))
+    mine = names.get("packet", "")
+    found.append(Claim("KV Packet, arXiv 2604.13226", "nearer to full prefill", ("packet",), mine, "naive", "kl"))
     words = "an adapter trained on few samples loses as much as plain reuse"
-    return [*found, Claim(study, words, "few", loses("few"), PLAIN, null=True)]
+    return [*found, Claim(study, words, ("few",), loses("few"), PLAIN, null=True)]
 
 
 def claims(models: Sequence[Scores], known: dict[str, dict[str, Any]]) -> str:
@@ -153,14 +157,11 @@ def claims(models: Sequence[Scores], known: dict[str, dict[str, Any]]) -> str:
     for claim, scores in ((claim, scores) for claim in _published(names) for scores in models):
         mine, theirs = (_values(scores, side, claim) for side in (claim.mine, claim.theirs))
         both = [key for key in mine if key in theirs]
-        if len(both) < 2 or claim.trained not in known:
+        if not both or any(name not in known for name in claim.trained):
             continue
         gap = paired([mine[key] for key in both], [theirs[key] for key in both])
-        tokens = f"{known[claim.trained]['training']['tokens']:,} tokens"
-        if claim.null:
-            so = "contradicted" if gap.high < 0 else "shown" if gap.low > 0 else "not shown"
-        else:
-            so = "shown" if gap.high < 0 else "contradicted" if gap.low > 0 else "not shown"
+        tokens = " and ".join(f"{known[name]['training']['tokens']:,}" for name in claim.trained)
+        so = "not shown" if not gap.found else "shown" if (gap.low > 0) == claim.null else "**contradicted**"
         numbers = f"{mean(mine[k] for k in both):.3f} for {mean(theirs[k] for k in both):.3f}"
         what = {"nll": "NLL", "kl": "KL"}[claim.measure] + (" lost" if isinstance(claim.mine, tuple) else "")
         lines.append(
@@ -170,7 +171,7 @@ def claims(models: Sequence[Scores], known: dict[str, dict[str, Any]]) -> str:
                 f"{what} {numbers}",
                 f"{gap.difference:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]",
                 str(len(both)),
-                f"{'**' if so == 'contradicted' else ''}{so}{'**' if so == 'contradicted' else ''} at {tokens}",
+                f"{so} at {tokens} tokens",
             ]
         )
     return table(["source", "says", "here", "difference", "items", "so"], lines)
@@ -181,7 +182,8 @@ def _values(scores: Scores, side: str | tuple[str, str], claim: Claim) -> dict[t
         mine, theirs = (_values(scores, one, claim) for one in side)
         return {key: mine[key] - theirs[key] for key in mine if key in theirs}
     wanted = {"all": lambda name: True, "own": OWN.__eq__, "other": OWN.__ne__}[claim.sets]
-    return {key: row[claim.measure] for key, row in scores.get(side, {}).items() if wanted(key[0])}
+    asked = scores.get(side, {}).items()
+    return {key: row[claim.measure] for key, row in asked if wanted(key[0]) and row.get(claim.measure) is not None}
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -199,9 +201,14 @@ def overview(scores: Scores) -> str:
         cells = [f"`{system}`"]
         for name in sets:
             part = [row for key, row in mine.items() if key in common and key[0] == name]
-            cells.append(" / ".join(f"{mean(row[what] for row in part):.3f}" for what in ("score", "nll", "kl")))
+            cells.append(" / ".join(_mean(row.get(what) for row in part) for what in ("score", "nll", "kl")))
         lines.append(cells)
     return table(head, lines)
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{mean(known):.3f}" if known else "–"
 
 
 def curves(known: dict[str, dict[str, Any]]) -> str:

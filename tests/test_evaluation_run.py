@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cacheclip_eval import Item, Passage, System, access, answers, references, rows, run
-from cacheclip_eval.data import prompt
+from cacheclip_eval.data import prompt, right_answer
 from cacheclip_eval.tables import summarise
 from tiny import PASSAGES, tiny_backbone, tiny_model
 
@@ -384,11 +384,23 @@ def test_rows_have_the_right_answer_s_likelihood(engine: Counting, tmp_path: Pat
     assert found["naive"] != pytest.approx(expected, rel=1e-3)
 
 
-def test_an_item_without_answers_has_no_likelihood(engine: Counting, tmp_path: Path) -> None:
-    asked = dataclasses.replace(ITEMS[0], answers=())
-    go(engine, tmp_path / "rows.jsonl", [NAIVE], [asked])
+@pytest.mark.parametrize("changes", [{"answers": ()}, {"answers": ("one", "two"), "all_answers": True}])
+def test_without_one_right_answer_there_is_no_likelihood(
+    engine: Counting, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    go(engine, tmp_path / "rows.jsonl", [NAIVE], [dataclasses.replace(ITEMS[0], **changes)])
     assert [row["nll"] for row in lines(tmp_path / "rows.jsonl")] == [None, None]
     assert "NLL" not in summarise(tmp_path / "rows.jsonl")
+
+
+def test_a_reference_without_a_likelihood_is_computed_again_where_one_is_asked(
+    engine: Counting, tmp_path: Path
+) -> None:
+    text = prompt(ITEMS[0], engine.backbone)
+    kept, right = references.References(tmp_path, "m", LENGTH), right_answer(ITEMS[0], engine.backbone)
+    assert "nll" in kept.of(engine, text, right[:0]).numbers and kept.of(engine, text).numbers["nll"] is None
+    made = kept.of(engine, text, right)
+    assert made.numbers["nll"] > 0 and kept.get(text).numbers == made.numbers
 
 
 def test_references_of_another_model_prompt_or_length_are_not_used(engine: Counting, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from oracle import ANSWER, gains, table
 from trained import OWN, claims
 
-ITEM = Item("1", "Who drove the last train?", ("Marguerite Okafor",), tuple(Passage("", p) for p in PASSAGES[:2]))
+ITEM = Item("1", "Who drove the last train?", ("Marguerite Okafor",), tuple(Passage("", p) for p in PASSAGES[:3]))
 
 
 class Only:
@@ -39,7 +39,7 @@ class Only:
 def test_a_row_s_gain_is_what_the_engine_gains_by_recomputing_it() -> None:
     with Engine(tiny_backbone(), method="naive") as engine:
         engine.ensure([passage.chunk for passage in ITEM.passages])
-        found = gains(engine, ITEM, stride=9)
+        found = gains(engine, ITEM, stride=13)
         text = prompt(ITEM, engine.backbone)
         answer = list(engine.generate(text, method="full", max_new_tokens=ANSWER).ids)
         expected = engine.prefill(text, method="full", room=ANSWER + 1).forced(answer)

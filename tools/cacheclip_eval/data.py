@@ -165,9 +165,11 @@ def prompt(item: Item, backbone: Backbone) -> str:
 
 
 def right_answer(item: Item, backbone: Backbone) -> Tensor:
-    """The tokens ``[A]`` int64 of the item's first answer and of the model's end of text; of none, ``[0]``."""
+    """The tokens ``[A]`` int64 of the item's first answer and of the model's end of text. ``[0]`` for an item without
+    one, and for one that wants several, in whatever order and form.
+    """
     given = next((answer.strip() for answer in item.answers if answer.strip()), None)
-    if given is None:
+    if given is None or (item.all_answers and len(item.answers) > 1):
         return torch.tensor([], dtype=torch.long)
     end = backbone.tokenizer.eos_token_id
     ends = torch.tensor([] if end is None else [end], dtype=torch.long)

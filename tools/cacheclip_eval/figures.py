@@ -25,12 +25,12 @@ def summary(path: str | Path) -> list[dict[str, Any]]:
     ``score``, ``agree``, ``kl``, ``em``: means over the items that full prefill answered as well, with ``..._interval``
     ``[low, high]`` (bootstrap, 95 %) beside the first three. ``kl_median``: of the same items, because a few items on
     which full prefill itself is uncertain dominate the mean. ``nll``: the mean negative log-likelihood of the right
-    answer in nats per token, over the items whose row has it. ``adjusted``: the score over the ``solved`` items, which
-    full prefill scores above 0 on (arXiv 2603.20218). ``normalised``: see `metrics.normalised_f1`, over the items that
-    plain reuse answered as well. ``ratio``: as realised, over items with placed KV. ``ttft``: the median over items of
-    time to first token / full prefill's, which was measured when its reference was computed. ``bytes_per_token``:
-    stored KV per context token, including the auxiliary model's. ``items``: those counted; ``failed``: those that
-    raised; ``fell_back``: those on which reuse was given up, for the request or for a chunk.
+    answer in nats per token; None where a row lacks it, as older ones do. ``adjusted``: the score over the ``solved``
+    items, which full prefill scores above 0 on (arXiv 2603.20218). ``normalised``: see `metrics.normalised_f1`, over
+    the items that plain reuse answered as well. ``ratio``: as realised, over items with placed KV. ``ttft``: the median
+    over items of time to first token / full prefill's, which was measured when its reference was computed.
+    ``bytes_per_token``: stored KV per context token, including the auxiliary model's. ``items``: those counted;
+    ``failed``: those that raised; ``fell_back``: those on which reuse was given up, for the request or for a chunk.
     """
     records = []
     for dataset, systems in _by_dataset(path).items():
@@ -45,7 +45,8 @@ def summary(path: str | Path) -> list[dict[str, Any]]:
             record["kl_median"] = median(row["kl"] for row in good.values()) if good else None
             solved = [row["score"] for id, row in good.items() if full[id]["score"] > 0]
             record |= {"adjusted": _mean(solved), "adjusted_interval": interval(solved), "solved": len(solved)}
-            record["nll"] = _mean(_present(good.values(), "nll"))
+            known = _present(good.values(), "nll")
+            record["nll"] = _mean(known) if len(known) == len(good) else None
             record["em"] = _mean(row["em"] for row in good.values() if "em" in row)
             record["normalised"] = _normalised(good, naive, full)
             record["ratio"] = None if system == "full" else _mean(_present(good.values(), "ratio"))

@@ -54,7 +54,8 @@ class References:
         Raises what `Engine.prefill` raises.
         """
         kept = self.get(prompt)
-        if kept is None:
+        lacking = right is not None and len(right) > 0 and kept is not None and kept.numbers.get("nll") is None
+        if kept is None or lacking:
             kept = compute(engine, prompt, self._length, right)
             self.put(prompt, kept)
         return kept
