@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from analyses import table
@@ -191,18 +191,19 @@ def _values(scores: Scores, side: str | tuple[str, str], claim: Claim) -> dict[t
 
 def overview(scores: Scores) -> str:
     """A Markdown table: score, the right answer's NLL and KL of each system, set by set, over the items that all have
-    answered.
+    answered; and the median of its time to first token as a share of full prefill's.
     """
     sets = list(dict.fromkeys(data for mine in scores.values() for data, _ in mine))
     common = set.intersection(*(set(mine) for mine in scores.values()))
-    head = ["system", *(f"{name} ({sum(data == name for data, _ in common)})" for name in sets)]
+    head = ["system", *(f"{name} ({sum(data == name for data, _ in common)})" for name in sets), "TTFT"]
     lines = []
     for system, mine in scores.items():
         cells = [f"`{system}`"]
         for name in sets:
             part = [row for key, row in mine.items() if key in common and key[0] == name]
             cells.append(" / ".join(_mean(row.get(what) for row in part) for what in ("score", "nll", "kl")))
-        lines.append(cells)
+        time = median(mine[key]["ttft"] / scores["full"][key]["ttft"] for key in common)
+        lines.append([*cells, f"{time:.2f}"])
     return table(head, lines)
 
 
