@@ -6,14 +6,18 @@ from collections.abc import Sequence
 
 import pytest
 from prompts import CHATML, check, index_of, words
+from tiny import PASSAGES, tiny_backbone
 
+from cacheclip_rag import Engine
 from cacheclip_rag.prompt import (
     Question,
     RenderedPrompt,
     Span,
     documents,
     find_question,
+    unquoted,
 )
+from cacheclip_rag.report.token_sources import TokenSource
 
 
 def test_documents_are_what_is_no_part_of_the_templates_text() -> None:
@@ -57,6 +61,32 @@ def test_a_question_that_a_chunk_repeats_is_taken_from_outside(before: bool) -> 
     prompt = f"{ask}\n\n{chunk}" if before else f"{chunk}\n\n{ask}"
     question = asked(prompt, [chunk], ask)
     assert (question.start, question.end) == ((0, len(ask)) if before else (len(prompt) - len(ask), len(prompt)))
+
+
+def test_a_question_that_quotes_a_chunk_is_computed_as_a_whole() -> None:
+    chunks = [words(1), words(2)]
+    index, quote = index_of(chunks), words(2)[40:140]
+    question = f'What does "{quote}" mean?'
+    prompt = f"{quote} and more.\n\n{words(1)}\n\n{words(2)[:-30]}\n\nQuestion: {question}\nAnswer:"
+    spans = index.find(prompt)
+    kept = unquoted(prompt, spans, f" {question} ", index.whole)
+    assert len(spans) == 4 and kept == spans[:3], "parts of chunks elsewhere stay: an application may have cut them"
+    for other in (None, "", " ", "Something else?", prompt):  # of the last, which holds a whole chunk, nothing is taken
+        assert unquoted(prompt, spans, other, index.whole) == spans
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_what_a_question_quotes_is_not_reused(announced: bool) -> None:
+    question = f'What does "{PASSAGES[1][20:120]}" mean?'
+    prompt = f"Read this.\n\n{PASSAGES[0]}\n\n{PASSAGES[1]}\n\n{question}\n"
+    with Engine(tiny_backbone(), method="naive") as engine:
+        engine.ensure(PASSAGES[:2])
+        if announced:
+            engine.hint(PASSAGES[:2], question)
+        report = engine.prefill(prompt, question=None if announced else question).report
+    assert len(report.chunks) == 2 and report.reused > 0 and report.token_sources is not None
+    asking = [run for run in report.token_sources.runs() if run.end > prompt.rfind(question)]
+    assert {run.source for run in asking} == {TokenSource.FRESH}
 
 
 def test_of_several_places_the_last_one_outside_the_chunks_is_meant() -> None:

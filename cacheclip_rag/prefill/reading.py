@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 
 from ..errors import PromptError
 from ..model.backbone import Backbone
-from ..prompt import ChunkIndex, Layout, Question, Span, Stretch, Tokens, align, recognise
+from ..prompt import ChunkIndex, Layout, Question, Span, Stretch, Tokens, align, recognise, unquoted
 from ..report import Report
 from .loading import Loads
 from .result import PrefillRequest
@@ -64,14 +65,26 @@ def read(
     check_fits(raw, backbone.context_length + _SLACK)  # before any work on a prompt that is far too long
     with report.timed("recognise"):
         found = recognise(prompt, index, backbone, () if hints is None else hints.keys(caller))
+        known = request.question or _announced(prompt, found.spans, index, request)
+        found = dataclasses.replace(found, spans=unquoted(prompt, found.spans, known, index.whole))
         loads = load(found.spans, raw)
-        announced = None if hints is None else hints.question(prompt, found.spans, caller)
-        question = found.question(request.question or announced)
+        question = found.question(known)
     with report.timed("tokenise"):
         tokens = backbone.tokenise_prompt(prompt, found.text, raw)
     check_fits(tokens, backbone.context_length)
     report.prompt_tokens = len(tokens)
     return Reading(prompt, tuple(found.spans), question, tokens, tuple(found.text), loads)
+
+
+def _announced(prompt: str, spans: Sequence[Span], index: ChunkIndex, request: PrefillRequest) -> str | None:
+    """The question announced with the prompt's chunks; also where it quotes one of them, which a part of a chunk in it
+    tells.
+    """
+    hints, caller = request.hints, request.caller
+    if hints is None:
+        return None
+    whole = [span for span in spans if index.whole(span)]
+    return hints.question(prompt, spans, caller) or hints.question(prompt, whole, caller)
 
 
 def borders_of(tokens: Tokens, spans: Sequence[Span]) -> list[int]:

@@ -5,7 +5,7 @@ from .documents import any_of, documents
 from .escaped import escaped
 from .index import ANCHOR_LENGTH, COMPARED_EACH, MAX_CANDIDATES, MAX_COMPARED, MAX_TRIES, ChunkIndex, Span
 from .layout import Layout, align, outright
-from .question import Question, find_question
+from .question import Question, find_question, unquoted
 from .recognise import Recognised, recognise
 from .rendered import RenderedPrompt, Stretch, rearranged
 from .soft import NO_SOFT_TOKENS, SoftTokens
@@ -35,6 +35,7 @@ __all__ = [
     "outright",
     "rearranged",
     "recognise",
+    "unquoted",
 ]
 
 __getattr__ = renamed_names(__name__, {"WINDOW": (f"{__name__}.index", "ANCHOR_LENGTH")})

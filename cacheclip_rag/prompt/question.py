@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,6 +59,19 @@ def find_question(
         if _says(text):
             return Question(text, start, end)
     return _last_words(prompt)
+
+
+def unquoted(prompt: str, spans: Sequence[Span], known: str | None, whole: Callable[[Span], bool]) -> list[Span]:
+    """``spans`` without the parts of chunks that the ``known`` question quotes, so that all of it is computed.
+
+    A question that holds a ``whole`` chunk is a prompt rather than a question, and keeps what it holds.
+    """
+    known = (known or "").strip()
+    stop = next(ends_of(known, prompt, 0, len(prompt)), None) if known else None
+    if stop is None:
+        return list(spans)
+    quoted = [span for span in spans if stop - len(known) <= span.start and span.end <= stop]
+    return list(spans) if any(map(whole, quoted)) else [span for span in spans if span not in quoted]
 
 
 def ends_of(part: str, text: str, start: int, end: int) -> Iterator[int]:

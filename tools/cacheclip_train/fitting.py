@@ -11,6 +11,8 @@ import numpy as np
 from cacheclip_eval.data import Item
 from torch import Tensor, nn
 
+from cacheclip_rag.errors import PromptError
+
 from .teacher import Teacher, kl
 
 UNIT = "KL from the primary's attention over tokens (nats), and the share of its top fifth that is missed"
@@ -37,6 +39,13 @@ class Targets:
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher, self._known = teacher, dict[str, dict[str, np.ndarray]]()
+
+    def has(self, item: Item) -> bool:
+        """Whether there is a target for an item."""
+        try:
+            return self._teacher.sees(item)
+        except PromptError:
+            return False
 
     def of(self, item: Item) -> dict[str, np.ndarray]:
         if item.id not in self._known:

@@ -76,7 +76,7 @@ class Head:
             - len(self.library.prefix_ids)
             - len(self.auxiliary.asked(item.question))
         )
-        return bool(texts) and sum(tokens) <= room
+        return bool(texts) and sum(tokens) <= room and self.targets.has(item)
 
     def task(self, train: Sequence[Item], stop: Sequence[Item], save: Callable[[Any], None]) -> Fitting:
         return Fitting(self, train, stop, save)

@@ -100,7 +100,7 @@ class Selection:
     def fits(self, item: Item) -> bool:
         texts = chunks_of(item)
         try:
-            return bool(texts) and len(self.rows(texts, item.question)[0]) > 0
+            return bool(texts) and len(self.rows(texts, item.question)[0]) > 0 and self.targets.has(item)
         except PromptError:
             return False
 

@@ -11,7 +11,7 @@ from cacheclip_rag.chunks import MIN_CHARS, canonical
 from cacheclip_rag.methods import resolve
 from cacheclip_rag.methods.scores import AttentionScores
 from cacheclip_rag.model.backbone import Backbone
-from cacheclip_rag.prefill.reading import read
+from cacheclip_rag.prefill.reading import Reading, read
 from cacheclip_rag.prefill.result import PrefillRequest
 from cacheclip_rag.prompt import ChunkIndex
 from cacheclip_rag.report import Report
@@ -33,25 +33,37 @@ class Teacher:
         full = [layer for layer in backbone.full_layers if low <= layer < max(high, low + 1)]
         self.layers = full or backbone.full_layers[-1:]
 
-    def masses(self, item: Item) -> dict[str, np.ndarray]:
-        """For each passage that is a chunk: its text, and the attention ``[characters]`` float32 to each character.
-
-        A token's attention is spread evenly over its characters. Raises `PromptError` beyond the context length.
+    def sees(self, item: Item) -> bool:
+        """Whether the item's prompt has a question and passages that are chunks. Raises `PromptError` beyond the
+        context length.
         """
-        backbone, text = self.backbone, prompt(item, self.backbone)
-        index = ChunkIndex(backbone.quotes)
+        _, asked, inside = self._read(item)
+        return bool(len(asked)) and any(map(len, inside))
+
+    def _read(self, item: Item) -> tuple[Reading, Tensor, list[Tensor]]:
+        """An item's prompt, the rows of its question, and those of each chunk."""
+        index = ChunkIndex(self.backbone.quotes)
         for chunk in chunks_of(item):
             index.add(chunk, chunk)
-        request = PrefillRequest(text, resolve("full"), 1.0, question=item.question)
-        reading = read(backbone, index, request, Report("full", 1.0))
+        request = PrefillRequest(prompt(item, self.backbone), resolve("full"), 1.0, question=item.question)
+        reading = read(self.backbone, index, request, Report("full", 1.0))
         starts, ends = reading.tokens.offsets.T
         asked = ((starts < reading.question.end) & (ends > reading.question.start)).nonzero()[:, 0]
         inside = [
             ((starts >= span.start) & (ends <= span.end) & (ends > starts)).nonzero()[:, 0] for span in reading.spans
         ]
+        return reading, asked, inside
+
+    def masses(self, item: Item) -> dict[str, np.ndarray]:
+        """For each passage that is a chunk: its text, and the attention ``[characters]`` float32 to each character.
+
+        A token's attention is spread evenly over its characters. For an item that the teacher `sees`. Raises
+        `PromptError` beyond the context length.
+        """
+        backbone = self.backbone
+        reading, asked, inside = self._read(item)
         found = {span.key: np.zeros(len(span.key), dtype=np.float32) for span in reading.spans}
-        if not len(asked) or not any(map(len, inside)):
-            return {}
+        starts, ends = reading.tokens.offsets.T
         columns = torch.cat(inside)
         hook = AttentionScores(
             asked.to(backbone.device), columns.to(backbone.device), self.layers, windows=backbone.computer.windows
