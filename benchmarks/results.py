@@ -19,7 +19,9 @@ from pathlib import Path
 from statistics import mean
 
 import claims
+import oracle
 import paths
+import trained
 from analyses import table
 from cacheclip_eval import plots
 from cacheclip_eval.figures import summary
@@ -243,6 +245,19 @@ def speed() -> dict[str, str]:
     }
 
 
+def tuned() -> dict[str, str]:
+    """Tables of the rows of `benchmarks/trained.py` and `benchmarks/oracle.py`."""
+    cards = json.loads((RESULTS / "trained-cards.json").read_text(encoding="utf-8"))
+    answering, selecting = (claims.by_system(RESULTS / f"trained-{model}.jsonl") for model in ("135m", "0.5b"))
+    return {
+        "trained": trained.overview(answering),
+        "trained-selection": trained.overview(selecting),
+        "trained-claims": trained.claims([answering, selecting], cards),
+        "trained-curves": trained.curves(cards),
+        "oracle": oracle.table(oracle.read(RESULTS / "oracle-0.5b.jsonl")),
+    }
+
+
 def tables(rows: dict[str, Path], folder: Path) -> dict[str, str]:
     methods, others = finished(rows["methods-1.5b"], folder)
     scores = claims.by_system(methods)
@@ -268,6 +283,7 @@ def tables(rows: dict[str, Path], folder: Path) -> dict[str, str]:
         "fusion": summarise(common(rows["fusion-1.5b"], folder)),
         "paths": paths.table(),
         "ladder": ladder(rows["ladder-0.5b"]),
+        **tuned(),
         **speed(),
     }
     for name in ("exact", "unseen", "fresh", "scales", "tuned", "recipe", "neighbours"):

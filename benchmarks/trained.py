@@ -42,6 +42,8 @@ SETS = {
     "ruler_niah": "?approx_tokens=2000",
 }
 COLD = "auto@0.15:fused=False"
+BARE = "promptcache"
+"""Plain reuse of chunks without the shared prefix that `naive` has, as in the papers that train."""
 SELECTED = "cacheclip@0.15"
 TOKENS = 32
 """Of an answer, at most."""
@@ -65,7 +67,7 @@ def systems(folder: Path, model: str) -> list[str]:
     finished = {name: card for name, card in cards(folder).items() if card["finished"]}
     mine = {name: card for name, card in finished.items() if card.get("fitted_to", card["primary"])["name"] == model}
     selecting = [name for name, card in mine.items() if "fitted_to" in card]
-    found = ["naive", COLD]
+    found = ["naive", COLD, *([] if selecting else [BARE])]
     if selecting:
         found += [SELECTED, "infoflow@0.15", "query_guided@0.15", "random@0.15"]
     for name, card in mine.items():
@@ -111,7 +113,7 @@ class Claim:
     null: bool = False
 
 
-PLAIN = ("naive", "full")
+PLAIN = (BARE, "full")
 
 
 def _published(names: dict[str, str]) -> list[Claim]:
@@ -140,7 +142,7 @@ def _published(names: dict[str, str]) -> list[Claim]:
         theirs = names.get(other, "")
         found.append(Claim("KVLink, arXiv 2502.16002", words, ("links", other), names.get("links", ""), theirs))
     mine = names.get("packet", "")
-    found.append(Claim("KV Packet, arXiv 2604.13226", "nearer to full prefill", ("packet",), mine, "naive", "kl"))
+    found.append(Claim("KV Packet, arXiv 2604.13226", "nearer to full prefill", ("packet",), mine, BARE, "kl"))
     words = "an adapter trained on few samples loses as much as plain reuse"
     return [*found, Claim(study, words, ("few",), loses("few"), PLAIN, null=True)]
 

@@ -74,7 +74,7 @@ def scores(tuned: float, spread: float = 0.01) -> dict[str, Any]:
 
     return {
         "full": rows(2.0),
-        "naive": rows(2.5),
+        "promptcache": rows(2.5),
         "full:adapter=adapters/blockattention": rows(1.0),
         "blockattention:adapter=adapters/blockattention": {
             key: {**row, "nll": row["nll"] + (0.02 if int(key[1]) % 2 else -0.02)}
