@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import claims
 import oracle
@@ -199,8 +200,11 @@ def pareto(rows: Path) -> None:
 
 def ladder(file: Path) -> str:
     """What the ladder's systems keep of full prefill, its sets with equal weights."""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return kept(retained(map(json.loads, lines), COLD), "today's")
+    return kept(retained(rows_of(file), COLD), "today's")
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def speed() -> dict[str, str]:
@@ -283,6 +287,7 @@ def tables(rows: dict[str, Path], folder: Path) -> dict[str, str]:
         "fusion": summarise(common(rows["fusion-1.5b"], folder)),
         "paths": paths.table(),
         "ladder": ladder(rows["ladder-0.5b"]),
+        "reported": kept(retained(rows_of(RESULTS / "report-1.5b.jsonl"), COLD), "cold's"),
         **tuned(),
         **speed(),
     }
