@@ -156,7 +156,8 @@ trained: setup  ## DATA=folder: what they bring, beside untrained weights (two c
 	@$(RUN)/python benchmarks/trained.py $(DATA) --out $(RESULTS)/trained-135m.jsonl --items 15
 	@$(RUN)/python benchmarks/trained.py $(DATA) --out $(RESULTS)/trained-0.5b.jsonl --items 20 \
 		--model qwen2.5-coder-0.5b-instruct --sets xquad_held_out hotpotqa_distractor 2wikimultihopqa nq_multidoc
-	@$(RUN)/python benchmarks/oracle.py "xquad_held_out=adapters/head/held-out.jsonl?passages=4" --items 5 --stride 8 --out $(RESULTS)/oracle-0.5b.jsonl --systems \
+	@$(RUN)/python benchmarks/oracle.py "held_out=adapters/head/held-out.jsonl?passages=4" --stride 8 \
+		--out $(RESULTS)/oracle-0.5b.jsonl --systems \
 		random@0.15 cacheblend@0.15 infoflow@0.15 query_guided@0.15 "auto@0.15:fused=False" \
 		$(foreach n,row chunk,$(foreach b,(0.0$(COMMA)0.35) (0.35$(COMMA)0.69) (0.69$(COMMA)0.83) (0.83$(COMMA)1.0),\
 		"query_guided@0.15:group_size=1$(COMMA)layers=$(b)$(COMMA)normalise=$(n)")) \

@@ -113,6 +113,13 @@ REPORTING = {name: frozenset(ids.split()) for name, ids in _IDS.items()}
 """The ids of the reporting half, by data set."""
 
 
+def choosing(source: Source) -> Source:
+    """The source without questions of the reporting half, whichever set they are of."""
+    reporting = frozenset().union(*REPORTING.values())
+    known = {item.id for item in source.all()} if source.ids is None else source.ids
+    return dataclasses.replace(source, ids=frozenset(known) - reporting)
+
+
 def half(data: Path, which: Half, names: Sequence[str] = tuple(SETS)) -> list[Source]:
     """The sources in the folder ``data``, restricted to one half of their questions.
 

@@ -23,11 +23,12 @@ from statistics import mean
 from typing import Any, ClassVar
 
 import torch
+from analyses import table as markdown
 from cacheclip_eval.data import Item, prompt
 from cacheclip_eval.metrics import bootstrap
 from cacheclip_eval.sources import sources
 from cacheclip_eval.systems import System, parse
-from halves import REPORTING
+from halves import choosing
 from torch import Tensor
 
 from cacheclip_rag import Engine
@@ -87,7 +88,6 @@ def gains(engine: Engine, item: Item, stride: int) -> dict[str, Any]:
 
 def chosen(engine: Engine, item: Item, system: System) -> set[int]:
     """The rows that a system recomputes."""
-    engine.auxiliary = system.auxiliary or engine.auxiliary
     text = prompt(item, engine.backbone)
     engine.ensure([passage.chunk for passage in item.passages], method=system.recipe)
     report = engine.prefill(
@@ -108,7 +108,7 @@ def measure(
         yield {"system": "oracle", **gains(engine, item, stride)}
     for system in systems:
         if system.label not in done:
-            engine.auxiliary = own
+            engine.auxiliary = system.auxiliary or own
             yield {"system": system.label, "ratio": system.ratio, "chosen": sorted(chosen(engine, item, system))}
     engine.auxiliary = own
 
@@ -132,12 +132,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["system"] != "oracle" and best is not None:
             scored.setdefault(row["system"], {}).setdefault(row["dataset"], []).append(_judged(best, row["chosen"]))
     sets = list(dict.fromkeys(name for found in scored.values() for name in found))
-    lines = [["system", *(f"{name}: {what}" for name in sets for what in ("found", "gain")), "items"]]
-    lines.append(["---"] * len(lines[0]))
-    for system, found in scored.items():
-        cells = [cell for name in sets for cell in _cells(found.get(name, []))]
-        lines.append([f"`{system}`", *cells, str(sum(map(len, found.values())))])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [
+        [
+            f"`{system}`",
+            *(cell for name in sets for cell in _cells(found.get(name, []))),
+            str(sum(map(len, found.values()))),
+        ]
+        for system, found in scored.items()
+    ]
+    return markdown(["system", *(f"{name}: {what}" for name in sets for what in ("found", "gain")), "items"], lines)
 
 
 def _cells(judged: Sequence[tuple[float, float, float]]) -> tuple[str, str]:
@@ -188,9 +191,7 @@ def main() -> None:
             known.setdefault((row["dataset"], row["id"]), set()).add(row["system"])
         with args.out.open("a", encoding="utf-8") as out:
             for source in asked:
-                ids = {item.id for item in source.all()} - {id for ids in REPORTING.values() for id in ids}
-                source = dataclasses.replace(source, ids=ids)
-                for item in source.items(args.items, engine.backbone):
+                for item in choosing(source).items(args.items, engine.backbone):
                     key = {"model": args.model, "dataset": source.name, "id": item.id}
                     for row in measure(engine, item, systems, args.stride, known.get((source.name, item.id), set())):
                         out.write(json.dumps({**key, **row}) + "\n")

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import claims
 import oracle
@@ -28,6 +27,7 @@ from cacheclip_eval import plots
 from cacheclip_eval.figures import summary
 from cacheclip_eval.retained import retained
 from cacheclip_eval.retained import table as kept
+from cacheclip_eval.rows import read
 from cacheclip_eval.tables import compare, summarise
 from pages import DOCS, RESULTS, copies, fill
 from pooled import pooled
@@ -200,11 +200,7 @@ def pareto(rows: Path) -> None:
 
 def ladder(file: Path) -> str:
     """What the ladder's systems keep of full prefill, its sets with equal weights."""
-    return kept(retained(rows_of(file), COLD), "today's")
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return kept(retained(read(file).values(), COLD), "today's")
 
 
 def speed() -> dict[str, str]:
@@ -287,7 +283,7 @@ def tables(rows: dict[str, Path], folder: Path) -> dict[str, str]:
         "fusion": summarise(common(rows["fusion-1.5b"], folder)),
         "paths": paths.table(),
         "ladder": ladder(rows["ladder-0.5b"]),
-        "reported": kept(retained(rows_of(RESULTS / "report-1.5b.jsonl"), COLD), "cold's"),
+        "reported": kept(retained(read(RESULTS / "report-1.5b.jsonl").values(), COLD), "cold's"),
         **tuned(),
         **speed(),
     }

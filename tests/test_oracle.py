@@ -55,6 +55,15 @@ def test_a_row_s_gain_is_what_the_engine_gains_by_recomputing_it() -> None:
             assert gain == pytest.approx(base - distance(Method("one", Only(row), Isolated())), abs=1e-4 * base)
 
 
+def test_a_row_s_gain_does_not_hang_on_the_rows_before_it() -> None:
+    def found(stride: int) -> list[float]:
+        with Engine(tiny_backbone(), method="naive") as engine:
+            engine.ensure([passage.chunk for passage in ITEM.passages])
+            return list(gains(engine, ITEM, stride)["gains"])
+
+    assert found(26) == found(13)[::2], "to the bit: all that a row changed is as it was"
+
+
 def test_a_system_is_judged_by_the_best_rows_of_as_many_as_it_took() -> None:
     best = {"dataset": "d", "id": "1", "system": "oracle", "rows": [0, 4, 8, 12], "gains": [3.0, 0.0, 1.0, -1.0]}
     chosen = {"dataset": "d", "id": "1", "system": "half", "chosen": [0, 1, 2, 3, 4, 5, 6, 7]}

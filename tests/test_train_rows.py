@@ -129,3 +129,9 @@ def test_no_row_of_a_chunk_sees_another_chunk_or_what_is_before_it():
     assert seen[: sum(lengths)].tolist() == [n + 1 for length in lengths for n in range(length)]
     assert seen[-1] == len(rows), "the last row sees all of them"
     assert bool(rows.mask.diagonal().all()), "a row without a key has no softmax"
+
+
+@pytest.mark.parametrize("changes", [{"answers": ()}, {"answers": ("one", "two"), "all_answers": True}])
+def test_a_question_without_one_right_answer_is_no_example(tmp_path: Path, changes: dict[str, object]) -> None:
+    blocks = adapter(tiny_backbone(), tmp_path)
+    assert blocks.fits(ITEM) and not blocks.fits(replace(ITEM, **changes))

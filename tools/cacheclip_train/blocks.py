@@ -49,7 +49,7 @@ class Blocks:
 
     def fits(self, item: Item) -> bool:
         try:
-            return len(self.rows(item, apart=True)) > 0
+            return len(right_answer(item, self.lora.backbone)) > 0 and len(self.rows(item, apart=True)) > 0
         except PromptError:
             return False
 
